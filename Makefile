@@ -1,0 +1,30 @@
+# Each command makes .venv and installs what it needs; a second run starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_CKPT := .demo/base
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/.demo $(DEMO_CKPT)/model.safetensors
+	$(BIN)/siglip2-packed align --ckpt $(DEMO_CKPT) --device cpu --use-real-images
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(DEMO_CKPT)/model.safetensors: | $(VENV)/.demo
+	$(BIN)/siglip2-packed random-checkpoint $(DEMO_CKPT) --shape base --full
+
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$(patsubst .%,%,$(notdir $@))]'
+	touch $@

@@ -1,0 +1,27 @@
+"""Patches to hidden states: a linear projection plus the position table resized to each image's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from siglip2_packed.ops.positions import resize_positions
+
+
+class Siglip2PackedEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.patch_embedding = nn.Linear(patch_dim(config), config.hidden_size)
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+        """`[T, P]` patches (any floating dtype) and their (t, h, w) grids -> `[T, D]` in the weights' dtype."""
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        positions = resize_positions(self.position_embedding.weight, grids)
+        return patches + positions.to(patches.dtype)
+
+
+def patch_dim(config) -> int:
+    """P = patch_size² · channels."""
+    return config.patch_size**2 * config.num_channels

@@ -1,0 +1,297 @@
+"""The packed SigLIP2 NaFlex vision model.
+
+Shapes: N images, T total patches, P patch_dim, D hidden size, L layers.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Siglip2VisionConfig
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+
+from siglip2_packed import weights
+from siglip2_packed.attention import head_dim
+from siglip2_packed.embeddings import Siglip2PackedEmbeddings, patch_dim
+from siglip2_packed.encoder import Siglip2PackedEncoder
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, resolve_backend, why_missing
+from siglip2_packed.ops.segments import Segments
+from siglip2_packed.packing import check_patches, make_layout
+from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+class NoPoolingHead(ValueError, AttributeError):
+    """Pooled features were asked of a model that has no pooling head."""
+
+
+@dataclass
+class TokenOutput(BaseModelOutput):
+    """Output of a model without a pooling head."""
+
+    @property
+    def pooler_output(self):
+        raise NoPoolingHead(
+            "checkpoint has no pooling head (or the model was built without: vision_use_head=False or select_layer), "
+            "so there are no pooled features; use last_hidden_state"
+        )
+
+
+class Siglip2PackedVisionModel(PreTrainedModel):
+    """SigLIP2 NaFlex vision tower on packed patches.
+
+    Args:
+        config: `Siglip2VisionConfig`. Beside the fields of transformers it may carry `select_layer`: an index into
+            hidden_states (0 after the embeddings, k after layer k, negative from the end). Such a model ends there:
+            layers above, post_layernorm and the head are neither built nor loaded, and `last_hidden_state` is that
+            hidden state.
+    """
+
+    config: Siglip2VisionConfig
+    config_class = Siglip2VisionConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Siglip2PackedEmbeddings", "Siglip2PackedEncoderLayer", "Siglip2PackedPoolingHead"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Siglip2VisionConfig):
+        super().__init__(config)
+        _check_config(config)
+        select_layer = getattr(config, "select_layer", None)
+        num_layers = layer_index(select_layer, config.num_hidden_layers)
+        self.embeddings = Siglip2PackedEmbeddings(config)
+        self.encoder = Siglip2PackedEncoder(config, num_layers)
+        if select_layer is None:
+            self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if getattr(config, "vision_use_head", True):
+                self.head = Siglip2PackedPoolingHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Any,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        temporal: str = "frames",
+        return_dict: bool | None = None,
+    ) -> ModelOutput | tuple:
+        """Encodes a pack.
+
+        Args:
+            pixel_values: `[T, P]` floating patches, raster order, each (py, px, c); cast to the weights' dtype.
+            grid_thw: `[N, 3]` integers (t, h, w) in patches, covering T. On the host it costs no device sync, on a
+                device one, before the first layer.
+            output_hidden_states: also return the L+1 hidden states: `[0]` after the embeddings, `[k]` after layer k,
+                all before post_layernorm.
+            cu_seqlens: `[S+1]` integers, attention segments other than those of `temporal`.
+            max_seqlen: upper bound of the segments' lengths.
+            temporal: `"frames"`: every frame attends to itself; `"joint"`: all t frames of an image to each other.
+
+        Returns:
+            `last_hidden_state [T, D]` (after post_layernorm), `pooler_output [N, D]` and `hidden_states`, in the
+            weights' dtype. Without a pooling head, `pooler_output` raises `NoPoolingHead`.
+
+        Raises:
+            ValueError: patches and grid that do not fit each other or the model, integer pixels, an attention backend
+                that cannot run here.
+        """
+        check_patches(pixel_values, patch_dim(self.config))
+        layout = make_layout(
+            grid_thw,
+            total_patches=pixel_values.shape[0],
+            temporal=temporal,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+        backend = self._resolve_backend(pixel_values.device)
+        segments = Segments(layout.lengths, pixel_values.device)
+
+        hidden_states = self.embeddings(pixel_values, layout.grids)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        hidden_states, all_hidden_states = self.encoder(hidden_states, segments, backend, output_hidden_states)
+        if hasattr(self, "post_layernorm"):
+            hidden_states = self.post_layernorm(hidden_states)
+        if hasattr(self, "head"):
+            pooled = self.head(hidden_states, Segments(layout.image_lengths, pixel_values.device))
+            output: ModelOutput = BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
+        else:
+            output = TokenOutput(hidden_states, hidden_states=all_hidden_states)
+        return output.to_tuple() if return_dict is False else output
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        config: Siglip2VisionConfig | None = None,
+        select_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Siglip2PackedVisionModel:
+        """Loads a checkpoint: a local folder, or a hub id, in any layout `weights.read_state_dict` knows.
+
+        A checkpoint without `head.*` gives a model without a pooling head; every other tensor has to be there.
+
+        Args:
+            config: replaces the checkpoint's config.json.
+            select_layer: build and load the model up to this hidden state only, see the class.
+            **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
+                config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
+                checkpoint's), `device_map`, ...).
+
+        Raises:
+            FileNotFoundError: the folder, config.json or weights are missing.
+            ValueError: another kind of model, pickle weights, missing or misshapen tensors.
+        """
+        ckpt = pretrained_model_name_or_path
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("weights are loaded from safetensors only")
+        kwargs.pop("trust_remote_code", None)
+        config = weights.read_config(ckpt, **hub) if config is None else config
+        config = type(config).from_dict(config.to_dict())
+        for name in kwargs.keys() & {*config.to_dict(), "vision_use_head"} - {"dtype", "torch_dtype"}:
+            setattr(config, name, kwargs.pop(name))
+        if select_layer is not None:
+            config.select_layer = select_layer
+        state = weights.read_state_dict(ckpt, **hub)
+        if not any(name.startswith("head.") for name in state):
+            config.vision_use_head = False
+        config._name_or_path = str(ckpt)
+
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
+        weights.check_state_dict(state, expected, str(ckpt))
+        state = {name: state[name] for name in expected}
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", "auto")
+        kwargs.setdefault("attn_implementation", "auto")
+        return super().from_pretrained(None, config=config, state_dict=state, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **kwargs: Any,
+    ):
+        """Writes config.json and safetensors that `transformers.Siglip2VisionModel` of 4.57 and 5.x loads.
+
+        Keys get the `vision_model.` prefix, the one form that both generations read.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
+        super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
+        """Recomputes every encoder layer in backward; non-reentrant, so that frozen inputs and DDP work."""
+        kwargs_ = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs_, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def _resolve_backend(self, device: torch.device) -> str:
+        dtype = self.embeddings.patch_embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        requested = self.config._attn_implementation
+        return resolve_backend(requested, device, dtype, head_dim(self.config), torch.is_grad_enabled())
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any):
+        """transformers asks here, at construction and in `set_attn_implementation`, whether it may use a backend."""
+        name = attn_implementation or "auto"
+        if name not in ATTN_IMPLEMENTATIONS:
+            raise ValueError(f"unknown attn_implementation {name!r}: choose one of {', '.join(ATTN_IMPLEMENTATIONS)}")
+        reason = None if name == "auto" else why_missing(name)
+        if reason is not None:
+            raise ImportError(f"attn_implementation={name!r} cannot be used: {reason}")
+        return name
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' initialisation of the same modules (a model made from a config alone)."""
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, PoolingAttention):
+            nn.init.xavier_uniform_(module.in_proj_weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, Siglip2PackedPoolingHead):
+            nn.init.xavier_uniform_(module.probe)
+
+
+class Siglip2NaflexPacking(nn.Module):
+    """Token features of packed patches: `model(hidden_states [T, P], grid_thw [N, 3]) -> [T, D]`.
+
+    Args:
+        ckpt: local folder or hub id.
+        device: where to put the model; CUDA if there is one, else the CPU.
+        **kwargs: those of `Siglip2PackedVisionModel.from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        ckpt: str | os.PathLike = "google/siglip2-so400m-patch16-naflex",
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        kwargs = {"vision_use_head": False, **kwargs}
+        self.vision_model = Siglip2PackedVisionModel.from_pretrained(ckpt, **kwargs)
+        self.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+    @classmethod
+    def from_pretrained(cls, ckpt: str | os.PathLike, **kwargs: Any) -> Siglip2NaflexPacking:
+        return cls(ckpt, **kwargs)
+
+    @property
+    def config(self) -> Siglip2VisionConfig:
+        return self.vision_model.config
+
+    def forward(self, hidden_states: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
+        """`[T, P]` patches and `[N, 3]` grids -> `[T, D]`, the last hidden state after post_layernorm."""
+        return self.vision_model(hidden_states, grid_thw, **kwargs).last_hidden_state
+
+
+def layer_index(select_layer: int | None, num_layers: int) -> int:
+    """How many layers run for `hidden_states[select_layer]` of L+1 entries; all of them for None.
+
+    Raises:
+        ValueError: out of range.
+    """
+    if select_layer is None:
+        return num_layers
+    if not -num_layers - 1 <= select_layer <= num_layers:
+        raise ValueError(
+            f"select_layer {select_layer} is out of range: {num_layers} layers give hidden_states[0..{num_layers}]"
+        )
+    return select_layer % (num_layers + 1)
+
+
+def _check_config(config: Siglip2VisionConfig) -> None:
+    head_dim(config)
+    if int(config.num_patches**0.5) ** 2 != config.num_patches:
+        raise ValueError(f"num_patches {config.num_patches} is not a square number, as the position table has to be")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ValueError(f"attention_dropout {config.attention_dropout} is not supported, only 0.0")
+    if not isinstance(config.patch_size, int):
+        raise ValueError(f"patch_size must be one integer (square patches), got {config.patch_size!r}")
+
+
+__all__ = ["NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel", "layer_index"]

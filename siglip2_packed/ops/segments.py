@@ -1,0 +1,51 @@
+"""Attention segments of a pack, on the device that attends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from siglip2_packed.packing import cumulative
+
+
+class Segments:
+    """S stretches of rows that attend to themselves and to nothing else.
+
+    Attributes:
+        lengths: rows of each segment, host integers.
+        max_seqlen: the longest, host integer.
+        cu_seqlens: `[S+1]` int32 offsets on `device`.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = list(lengths)
+        self.max_seqlen = max(self.lengths, default=0)
+        self.device = torch.device(device)
+        self.cu_seqlens = cumulative(self.lengths).to(self.device, non_blocking=True)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Segments:
+        return self if torch.device(device) == self.device else Segments(self.lengths, device)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """`(count, length)` of the segments of each length, shortest first."""
+        return [(self.lengths.count(length), length) for length in sorted(set(self.lengths))]
+
+    @cached_property
+    def by_length(self) -> tuple[Tensor, Tensor] | None:
+        """Row indices `[T]` that sort the segments by length, and those that undo it; None if they are sorted."""
+        if self.lengths == sorted(self.lengths):
+            return None
+        lengths = torch.tensor(self.lengths)
+        order = torch.argsort(lengths, stable=True)
+        starts = lengths.cumsum(0) - lengths
+        sorted_lengths = lengths[order]
+        sorted_starts = sorted_lengths.cumsum(0) - sorted_lengths
+        rows = torch.arange(sum(self.lengths)) + (starts[order] - sorted_starts).repeat_interleave(sorted_lengths)
+        return rows.to(self.device, non_blocking=True), torch.argsort(rows).to(self.device, non_blocking=True)

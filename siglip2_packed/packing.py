@@ -1,0 +1,327 @@
+"""Packed batches: the patches of N images end to end, and the metadata, on the host, that tells them apart.
+
+Shapes: N images (rows of grid_thw), S attention segments (frames), T total patches, P patch_dim, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+
+Grid = tuple[int, int, int]
+TEMPORAL = ("frames", "joint")
+
+
+class Layout(NamedTuple):
+    """Where everything lies in a pack. Host integers only: nothing in it can cause a device sync."""
+
+    grids: list[Grid]
+    """(t, h, w) in patches, one an image."""
+    lengths: list[int]
+    """Rows of each attention segment, S of them."""
+    max_seqlen: int
+
+    @property
+    def image_lengths(self) -> list[int]:
+        """Rows of each image, N of them."""
+        return [t * h * w for t, h, w in self.grids]
+
+
+def make_layout(
+    grid_thw: Any,
+    *,
+    total_patches: int | None = None,
+    temporal: str = "frames",
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Layout:
+    """Checks the metadata of a pack and brings it to the host.
+
+    Costs one device-to-host copy if `grid_thw` or `cu_seqlens` lies on a device, none otherwise.
+
+    Args:
+        grid_thw: `[N, 3]` integers (t, h, w) in patches; tensor, array or nested list.
+        total_patches: rows of `pixel_values`, compared with what the grid covers.
+        temporal: `"frames"`: every frame is an attention segment; `"joint"`: every image (t·h·w rows) is one.
+        cu_seqlens: `[S+1]` integers, segments that replace those of `temporal`.
+        max_seqlen: upper bound of the segments' lengths, as the caller knows it.
+
+    Raises:
+        ValueError: a floating or misshapen grid, entries below 1, or counts that disagree (both are named).
+    """
+    if temporal not in TEMPORAL:
+        raise ValueError(f"temporal must be one of {TEMPORAL}, got {temporal!r}")
+    grid, offsets = _to_host(_integers(grid_thw, "grid_thw"), cu_seqlens)
+    if grid.shape == (0,):
+        grid = grid.reshape(0, 3)
+    if grid.ndim == 2 and grid.shape[1] == 2:
+        raise ValueError(
+            f"grid_thw must be [N, 3] rows of (t, h, w), got {list(grid.shape)}; rows of (h, w) need t = 1 in front"
+        )
+    if grid.ndim != 2 or grid.shape[1] != 3:
+        raise ValueError(f"grid_thw must be [N, 3] rows of (t, h, w), got shape {list(grid.shape)}")
+    for i in np.flatnonzero((grid < 1).any(axis=1))[:1]:
+        raise ValueError(f"grid_thw[{i}] is {tuple(grid[i].tolist())}: t, h and w must all be at least 1")
+
+    grids: list[Grid] = [(t, h, w) for t, h, w in grid.tolist()]
+    covered = sum(t * h * w for t, h, w in grids)
+    if total_patches is not None and covered != total_patches:
+        raise ValueError(f"grid_thw covers {covered} patches, pixel_values has {total_patches} rows")
+
+    if offsets is not None:
+        lengths = _segment_lengths(offsets, covered)
+    elif temporal == "joint":
+        lengths = [t * h * w for t, h, w in grids]
+    else:
+        lengths = [h * w for t, h, w in grids for _ in range(t)]
+
+    longest = max(lengths, default=0)
+    if max_seqlen is not None and int(max_seqlen) < longest:
+        raise ValueError(f"max_seqlen is {int(max_seqlen)}, the longest segment has {longest} rows")
+    return Layout(grids, lengths, longest)
+
+
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    """`[S]` lengths -> `[S+1]` int32 offsets on the host, as varlen attention takes them."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"a pack holds at most {np.iinfo(np.int32).max} patches (int32 offsets), got {offsets[-1]}")
+    return torch.from_numpy(offsets.astype(np.int32))
+
+
+class PackedPatches(BatchFeature):
+    """A packed batch, as the model takes it: `model(**packed)`.
+
+    Keys:
+        pixel_values: `[T, P]` float patches, raster order, each (py, px, c), c fastest.
+        grid_thw: `[N, 3]` int64 (t, h, w) in patches.
+        cu_seqlens: `[S+1]` int32 offsets of the attention segments.
+        max_seqlen: int, the longest segment.
+
+    Attributes:
+        kept: for each row of `grid_thw`, which of the processor's inputs it is.
+        skipped: (index, name, reason) of inputs the processor left out.
+
+    `.to(...)` and `.pin_memory()` move the patches; the metadata stays on the host, where the model wants it, so that
+    a forward needs no device-to-host copy.
+
+    Args:
+        pixel_values: `[T, P]` floating tensor, or a mapping with the keys above (trainers rebuild batches that way).
+        grid_thw: `[N, 3]` integers.
+        temporal: `"frames"` (every frame attends to itself) or `"joint"` (all frames of a video attend to each other).
+
+    Raises:
+        ValueError: the patches and the grid do not fit each other.
+    """
+
+    def __init__(self, pixel_values: Any, grid_thw: Any = None, temporal: str = "frames"):
+        if isinstance(pixel_values, Mapping):
+            super().__init__(dict(pixel_values))
+            return
+        if grid_thw is None:
+            raise ValueError("grid_thw is missing: [N, 3] rows of (t, h, w)")
+        check_patches(pixel_values)
+        layout = make_layout(grid_thw, total_patches=pixel_values.shape[0], temporal=temporal)
+        self.kept: list[int] = list(range(len(layout.grids)))
+        self.skipped: list[tuple[int, str, str]] = []
+        super().__init__(
+            {
+                "pixel_values": pixel_values,
+                "grid_thw": torch.tensor(layout.grids, dtype=torch.int64).reshape(-1, 3),
+                "cu_seqlens": cumulative(layout.lengths),
+                "max_seqlen": layout.max_seqlen,
+            }
+        )
+
+    def __getstate__(self) -> dict:
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return self["grid_thw"].shape[0]
+
+    def to(self, *args, **kwargs) -> PackedPatches:
+        """Moves or casts `pixel_values` as `Tensor.to` does, in place; returns the pack itself."""
+        self["pixel_values"] = self["pixel_values"].to(*args, **kwargs)
+        return self
+
+    def pin_memory(self) -> PackedPatches:
+        self["pixel_values"] = self["pixel_values"].pin_memory()
+        return self
+
+
+def check_patches(pixel_values: Tensor, patch_dim: int | None = None) -> None:
+    """Raises ValueError unless `pixel_values` is a floating `[T, P]` tensor (P = `patch_dim`, when given)."""
+    if not isinstance(pixel_values, Tensor):
+        raise ValueError(f"pixel_values must be a tensor of patches [T, P], got {type(pixel_values).__name__}")
+    if pixel_values.ndim != 2 or (patch_dim is not None and pixel_values.shape[1] != patch_dim):
+        hint = " (images [N, C, H, W] go through convert_to_packing_format first)" if pixel_values.ndim == 4 else ""
+        hint = " (a padded batch [N, max, P] goes through pack first)" if pixel_values.ndim == 3 else hint
+        raise ValueError(f"pixel_values must be [T, {patch_dim or 'P'}], got {list(pixel_values.shape)}{hint}")
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values must be floating (normalised patches), got {pixel_values.dtype}")
+
+
+def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Cuts images of one size into packed patches.
+
+    Args:
+        images: `[N, C, H, W]`, H and W multiples of `patch_size`.
+
+    Returns:
+        `([N·h·w, patch_size²·C], grid_thw [N, 3])`, patches in raster order, each (py, px, c), c fastest.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
+    n, channels, height, width = images.shape
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
+    h, w = height // patch_size, width // patch_size
+    patches = images.reshape(n, channels, h, patch_size, w, patch_size).permute(0, 2, 4, 3, 5, 1)
+    grid_thw = torch.tensor([[1, h, w]], dtype=torch.long, device=images.device).repeat(n, 1)
+    return patches.reshape(n * h * w, patch_size * patch_size * channels), grid_thw
+
+
+def pack(
+    pixel_values: Tensor | Sequence[Tensor],
+    grid_thw: Any = None,
+    *,
+    pixel_attention_mask: Tensor | None = None,
+    spatial_shapes: Any = None,
+    temporal: str = "frames",
+) -> PackedPatches:
+    """Packs per-image patches or transformers' padded batch: `pack(**Siglip2ImageProcessor(images))`.
+
+    Args:
+        pixel_values: a list of N tensors `[t·h·w, P]`, or a padded batch `[N, max, P]`; rows beyond h·w are dropped.
+        grid_thw: `[N, 3]`; or give
+        spatial_shapes: `[N, 2]` (h, w), for t = 1.
+        pixel_attention_mask: `[N, max]`; must mark the first h·w rows of each image and nothing else.
+
+    Raises:
+        ValueError: neither or both of `grid_thw` and `spatial_shapes`, or row counts that disagree.
+    """
+    if (grid_thw is None) == (spatial_shapes is None):
+        raise ValueError("give exactly one of grid_thw [N, 3] and spatial_shapes [N, 2]")
+    if grid_thw is None:
+        shapes = _to_host(_integers(spatial_shapes, "spatial_shapes"))[0]
+        if shapes.ndim != 2 or shapes.shape[1] != 2:
+            raise ValueError(f"spatial_shapes must be [N, 2] rows of (h, w), got {list(shapes.shape)}")
+        grid_thw = np.insert(shapes, 0, 1, axis=1)
+    layout = make_layout(grid_thw, temporal=temporal)
+    lengths = layout.image_lengths
+
+    if len(pixel_values) != len(lengths):
+        raise ValueError(f"pixel_values holds {len(pixel_values)} images, the grid {len(lengths)}")
+    padded = isinstance(pixel_values, Tensor)
+    if isinstance(pixel_values, Tensor) and pixel_values.ndim != 3:
+        raise ValueError(f"a padded batch is [N, max, P], got {list(pixel_values.shape)}")
+    for i, (image, length) in enumerate(zip(pixel_values, lengths)):
+        if image.ndim != 2 or image.shape[0] < length or (image.shape[0] > length and not padded):
+            raise ValueError(f"image {i}: its grid {layout.grids[i]} covers {length} patches, got {list(image.shape)}")
+    if pixel_attention_mask is not None:
+        _check_mask(pixel_attention_mask, pixel_values, lengths)
+    if not lengths:
+        patch_dim = pixel_values.shape[2] if isinstance(pixel_values, Tensor) else 0
+        return PackedPatches(torch.zeros(0, patch_dim), grid_thw, temporal)
+    rows = [image[:length] for image, length in zip(pixel_values, lengths)]
+    return PackedPatches(torch.cat(rows), layout.grids, temporal)
+
+
+def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any:
+    """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`."""
+    lengths = make_layout(grid_thw).image_lengths
+    if sum(lengths) != hidden_states.shape[0]:
+        raise ValueError(f"grid_thw covers {sum(lengths)} patches, hidden_states has {hidden_states.shape[0]} rows")
+    images = list(hidden_states.split(lengths)) if lengths else []
+    if not padded:
+        return images
+    longest = max(lengths, default=0)
+    mask = torch.arange(longest)[None, :] < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    if not images:
+        return hidden_states.new_zeros(0, 0, *hidden_states.shape[1:]), mask.to(hidden_states.device)
+    return torch.nn.utils.rnn.pad_sequence(images, batch_first=True), mask.to(hidden_states.device)
+
+
+def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None = None) -> BatchFeature:
+    """A pack -> the padded batch of `transformers.Siglip2VisionModel`: `hf_model(**pad(packed))`.
+
+    A video's frames become rows of their own (the padded model knows no t).
+
+    Args:
+        pixel_values: `PackedPatches`, or `[T, P]` with `grid_thw [N, 3]`.
+        max_num_patches: rows an image is padded to; the longest image's, when left out.
+
+    Returns:
+        `pixel_values [S, max, P]` zero-padded, `pixel_attention_mask [S, max]` int32, `spatial_shapes [S, 2]` int64.
+    """
+    if isinstance(pixel_values, Mapping):
+        pixel_values, grid_thw = pixel_values["pixel_values"], pixel_values["grid_thw"]
+    layout = make_layout(grid_thw, total_patches=pixel_values.shape[0])
+    if max_num_patches is not None and max_num_patches < layout.max_seqlen:
+        raise ValueError(f"max_num_patches is {max_num_patches}, the longest image has {layout.max_seqlen} patches")
+    width = layout.max_seqlen if max_num_patches is None else max_num_patches
+    frames = [(1, h, w) for t, h, w in layout.grids for _ in range(t)]
+    rows, mask = unpack(pixel_values, frames, padded=True)
+    extra = (0, width - layout.max_seqlen)
+    return BatchFeature(
+        {
+            "pixel_values": torch.nn.functional.pad(rows, (0, 0, *extra)),
+            "pixel_attention_mask": torch.nn.functional.pad(mask, extra).to(torch.int32),
+            "spatial_shapes": torch.tensor(frames, dtype=torch.int64, device=rows.device).reshape(-1, 3)[:, 1:],
+        }
+    )
+
+
+def _integers(values: Any, name: str) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    if tensor.numel() == 0 and not isinstance(values, Tensor):
+        return tensor.long()
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor
+
+
+def _to_host(grid: Tensor, cu_seqlens: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """One copy for both when either lies on a device."""
+    if cu_seqlens is None:
+        return grid.cpu().numpy(), None
+    cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
+    if grid.device == cu_seqlens.device:
+        both = torch.cat([grid.reshape(-1).long(), cu_seqlens.reshape(-1).long()]).cpu().numpy()
+        return both[: grid.numel()].reshape(grid.shape), both[grid.numel() :].reshape(cu_seqlens.shape)
+    return grid.cpu().numpy(), cu_seqlens.cpu().numpy()
+
+
+def _segment_lengths(offsets: np.ndarray, covered: int) -> list[int]:
+    if offsets.ndim != 1 or offsets.size == 0 or offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must be [S+1] offsets that begin with 0, got shape {list(offsets.shape)}")
+    if offsets[-1] != covered:
+        raise ValueError(f"cu_seqlens ends at {offsets[-1]}, grid_thw covers {covered} patches")
+    lengths = np.diff(offsets)
+    if (lengths < 1).any():
+        i = int(np.flatnonzero(lengths < 1)[0])
+        raise ValueError(f"cu_seqlens segment {i} has {lengths[i]} rows: every segment needs at least 1")
+    return lengths.tolist()
+
+
+def _check_mask(mask: Tensor, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
+    if not isinstance(pixel_values, Tensor) or mask.shape != pixel_values.shape[:2]:
+        raise ValueError(f"pixel_attention_mask {list(mask.shape)} needs a padded batch of the same [N, max]")
+    expected = torch.arange(mask.shape[1])[None, :] < torch.tensor(lengths)[:, None]
+    wrong = (mask.cpu().bool() != expected).any(dim=1).nonzero().flatten().tolist()
+    if wrong:
+        i = wrong[0]
+        raise ValueError(
+            f"image {i}: pixel_attention_mask marks {int(mask[i].sum())} rows, the grid covers the first {lengths[i]}"
+        )

@@ -1,0 +1,46 @@
+"""The attention pooling head: one learned query (the probe) reads each image's rows into one vector."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip2_packed.attention import head_dim
+from siglip2_packed.encoder import Siglip2PackedMLP
+from siglip2_packed.ops.attention_pool import attention_pool
+from siglip2_packed.ops.segments import Segments
+
+
+class PoolingAttention(nn.Module):
+    """The parameters of `nn.MultiheadAttention`, applied to one query per image."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = head_dim(config)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * config.hidden_size, config.hidden_size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.hidden_size))
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, probe: Tensor, hidden_states: Tensor, images: Segments) -> Tensor:
+        """probe `[1, D]`, hidden_states `[T, D]` -> `[N, D]`."""
+        q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
+        q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
+        q = F.linear(probe, q_weight, q_bias).view(-1, self.head_dim)
+        k = F.linear(hidden_states, k_weight, k_bias).unflatten(-1, (-1, self.head_dim))
+        v = F.linear(hidden_states, v_weight, v_bias).unflatten(-1, (-1, self.head_dim))
+        return self.out_proj(attention_pool(q, k, v, images).flatten(1))
+
+
+class Siglip2PackedPoolingHead(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, config.hidden_size))
+        self.attention = PoolingAttention(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Siglip2PackedMLP(config)
+
+    def forward(self, hidden_states: Tensor, images: Segments) -> Tensor:
+        """`[T, D]` after post_layernorm -> `[N, D]`, one vector an image (all frames of a video together)."""
+        pooled = self.attention(self.probe[0], hidden_states, images)
+        return pooled + self.mlp(self.layernorm(pooled))

@@ -1,0 +1,366 @@
+"""Images and videos -> packed patches: resize to the patch budget, rescale, normalise, patchify.
+
+The pixels are bit for bit those of transformers' PIL-backed `Siglip2ImageProcessor`; nothing is padded.
+N images (rows of grid_thw), T total patches, P = patch_size² · 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import operator
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.utils.hub import cached_file
+
+from siglip2_packed.images import Frame, image_items, read_rgb, source_name, video_items
+from siglip2_packed.packing import PackedPatches
+
+CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+SETTINGS = (
+    "patch_size",
+    "max_num_patches",
+    "do_resize",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "resample",
+    "do_convert_rgb",
+)
+
+
+def resized_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+    """The (h, w) patches that an image of `height` x `width` pixels is resized to: h·w tokens.
+
+    The largest grid of about the image's aspect ratio within the budget; small images are enlarged, up to 100 times.
+    Equal to transformers' `get_image_size_for_max_num_patches(...)` divided by the patch size, and h·w <=
+    `max_num_patches` for images of any size (theirs exceeds it beyond 16 million pixels a side).
+
+    Raises:
+        ValueError: an argument that is not a positive integer.
+    """
+    return _search_grid(
+        _positive_int("height", height),
+        _positive_int("width", width),
+        _positive_int("patch_size", patch_size),
+        _positive_int("max_num_patches", max_num_patches),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _search_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
+    def grid(scale: float) -> tuple[int, int]:
+        return max(1, math.ceil(height * scale / patch_size)), max(1, math.ceil(width * scale / patch_size))
+
+    # The bounds, the tolerance and the order of the operations decide the result for sizes on the edge between two
+    # grids: they are the reference's.
+    low, high, tolerance = 1e-5 / 10, 100.0, 1e-5
+    if math.prod(grid(low)) > max_num_patches:  # a side of more than a million patches
+        low, high, tolerance = 0.0, low, 1e-15
+    while high - low >= tolerance:
+        scale = (low + high) / 2
+        if math.prod(grid(scale)) <= max_num_patches:
+            low = scale
+        else:
+            high = scale
+    return grid(low)
+
+
+class Siglip2PackedImageProcessor:
+    """Images and videos -> `PackedPatches`.
+
+    Args:
+        patch_size: pixels a side of a patch.
+        max_num_patches: patches an image, or a frame of a video, is resized to at most.
+        do_resize: resize to the budget. If off, the sides must be multiples of `patch_size`, every patch is kept
+            (the budget does not apply), and floating pixels are not brought to 8 bits.
+        do_rescale: multiply 8-bit levels by `rescale_factor`. If off, only floating pixels in [0, 1] are accepted,
+            and they are used as they are. (If on they are recognised and give what the same 8-bit pixels give.)
+        do_normalize: subtract `image_mean`, divide by `image_std`: one number, or one for each of R, G, B.
+        resample: a `PIL.Image.Resampling`.
+        do_convert_rgb: None drops transparency, True lays it over white, False refuses images that are not RGB.
+        num_threads: images are read and resized by this many threads; None: up to 8, one in a DataLoader worker.
+
+    What is accepted as an image and how its scale and orientation are told: see `siglip2_packed.images`.
+    """
+
+    model_input_names = ["pixel_values", "grid_thw"]
+
+    def __init__(
+        self,
+        patch_size: int = 16,
+        max_num_patches: int = 256,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        do_normalize: bool = True,
+        image_mean: float | Iterable[float] = (0.5, 0.5, 0.5),
+        image_std: float | Iterable[float] = (0.5, 0.5, 0.5),
+        resample: int = Image.Resampling.BILINEAR,
+        do_convert_rgb: bool | None = None,
+        num_threads: int | None = None,
+    ):
+        self.patch_size = _positive_int("patch_size", patch_size)
+        self.max_num_patches = _positive_int("max_num_patches", max_num_patches)
+        self.do_resize = do_resize
+        self.do_rescale = do_rescale
+        self.rescale_factor = rescale_factor
+        self.do_normalize = do_normalize
+        self.image_mean = _rgb("image_mean", image_mean)
+        self.image_std = _rgb("image_std", image_std)
+        self.resample = Image.Resampling(resample)
+        self.do_convert_rgb = do_convert_rgb
+        self.num_threads = None if num_threads is None else _positive_int("num_threads", num_threads)
+        if 0 in self.image_std:
+            raise ValueError(f"image_std must not hold 0, got {self.image_std}")
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | os.PathLike, **arguments: Any) -> Siglip2PackedImageProcessor:
+        """Reads `preprocessor_config.json`, or the `image_processor` part of `processor_config.json`, which comes first
+        as in transformers. Keys it does not know are ignored.
+
+        Args:
+            checkpoint: a folder (no network is used) or a Hugging Face hub id.
+            arguments: constructor arguments that replace the file's, and the hub's `revision`, `token`, `cache_dir`,
+                `subfolder`, `local_files_only`, `force_download`.
+
+        Raises:
+            OSError: no such file, or one that is not JSON.
+            ValueError: the file is that of a fixed-resolution SigLIP.
+        """
+        hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
+        config = _read_config(checkpoint, hub)
+        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+        if kind.startswith("Siglip") and not kind.startswith("Siglip2"):
+            raise ValueError(
+                f"{checkpoint} is preprocessed by {kind}: a fixed-resolution SigLIP. A NaFlex checkpoint is needed "
+                "(Siglip2ImageProcessor, such as google/siglip2-base-patch16-naflex)"
+            )
+        settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
+        return cls(**{**settings, **arguments})
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes `preprocessor_config.json`, which transformers' `Siglip2ImageProcessor` loads too."""
+        path = Path(folder) / "preprocessor_config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as the file holds them. `num_threads` belongs to the machine and is not among them."""
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        settings.update(image_mean=list(self.image_mean), image_std=list(self.image_std), resample=int(self.resample))
+        return {"image_processor_type": "Siglip2ImageProcessor", **settings}
+
+    def __repr__(self) -> str:
+        settings = {name: getattr(self, name) for name in (*SETTINGS, "num_threads")}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    def __call__(
+        self,
+        images: Any = None,
+        videos: Any = None,
+        *,
+        input_data_format: str | None = None,
+        on_error: str = "raise",
+        return_tensors: str | None = None,
+        **settings: Any,
+    ) -> PackedPatches:
+        """Packs images, then videos, in the order given.
+
+        Args:
+            images: one image or a list of them. A 4-D array or tensor is a batch of images. In a list, a nested list of
+                frames or a 4-D array is one video.
+            videos: one video (a 4-D array, or a list of frames) or a list of videos. All frames must be of one size.
+                A video of t frames is one row (t, h, w) of `grid_thw`; each frame gets the whole budget.
+            input_data_format: `"channels_first"` or `"channels_last"`, for arrays with 1, 3 or 4 at both ends.
+            on_error: `"raise"`, or `"skip"`: images that cannot be used are left out, with one warning.
+            return_tensors: None or `"pt"`; the result is the same.
+            settings: any constructor argument, for this call only; None keeps the processor's own.
+
+        Returns:
+            `PackedPatches`, float32. Its attribute `kept` lists, for each row of `grid_thw`, the index of its image in
+            `images` (followed by `videos`); `skipped` lists (index, name, reason) of those left out.
+
+        Raises:
+            ValueError: naming the image's index, and its file where there is one, and the reason.
+        """
+        if settings:
+            own = {name: getattr(self, name) for name in (*SETTINGS, "num_threads")}
+            unknown = sorted(settings.keys() - own.keys())
+            if unknown:
+                raise TypeError(f"unknown arguments {unknown}; settings are {list(own)}")
+            changed = type(self)(**{**own, **{name: value for name, value in settings.items() if value is not None}})
+            return changed(images, videos, input_data_format=input_data_format, on_error=on_error)
+        if input_data_format not in (None, "channels_first", "channels_last"):
+            raise ValueError(
+                f"input_data_format must be 'channels_first' or 'channels_last', got {input_data_format!r}"
+            )
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f"return_tensors must be None or 'pt', got {return_tensors!r}")
+
+        items = image_items(images) + video_items(videos)
+        # A source that appears twice is read once: saves work, and no PIL image is decoded by two threads at a time.
+        jobs = {frame.key: frame for item in items for frame in item}
+        threads = self._threads(len(jobs))
+
+        def read(frame: Frame) -> _Patches | ValueError:
+            try:
+                return self._read(frame, input_data_format)
+            except ValueError as error:
+                if on_error == "skip":
+                    return error
+                raise ValueError(f"{frame.label}: {error}") from (error.__cause__ or error)
+
+        with ThreadPoolExecutor(threads) as pool:
+            run = map if threads == 1 else pool.map
+            results = dict(zip(jobs, run(read, jobs.values())))
+            kept, skipped = _sort_out(items, results, on_error)
+            frames = [frame for item in kept.values() for frame in item]
+
+            # The sizes are known now: every image goes straight to its rows of the pack.
+            ends = list(itertools.accumulate((len(frame.patches) for frame in frames), initial=0))
+            pixel_values = np.empty((ends[-1], self.patch_size**2 * 3), dtype=np.float32)
+            list(run(self._normalize, frames, [pixel_values[i:j] for i, j in itertools.pairwise(ends)]))
+
+        grid_thw = [(len(item), *item[0].grid) for item in kept.values()]
+        packed = PackedPatches(torch.from_numpy(pixel_values), grid_thw)
+        packed.kept, packed.skipped = list(kept), skipped
+        if skipped:
+            index, name, reason = skipped[0]
+            warnings.warn(
+                f"left out {len(skipped)} of {len(items)} images; the first is {index} ({name!r}): {reason}",
+                stacklevel=2,
+            )
+        return packed
+
+    preprocess = __call__
+
+    def _read(self, frame: Frame, input_data_format: str | None) -> _Patches:
+        image, factor = read_rgb(
+            frame.source,
+            input_data_format=input_data_format,
+            do_convert_rgb=self.do_convert_rgb,
+            value_range=frame.value_range,
+            keep_float=not self.do_resize,
+            unit_only=not self.do_rescale,
+        )
+        height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+
+        p = self.patch_size
+        if self.do_resize:
+            h, w = resized_grid(height, width, p, self.max_num_patches)
+            assert isinstance(image, Image.Image)
+            image = image.resize((w * p, h * p), resample=self.resample)
+        elif height % p or width % p:
+            raise ValueError(
+                f"{height}x{width} (height x width) is not a multiple of patch_size {p}, and do_resize=False"
+            )
+        else:
+            h, w = height // p, width // p
+
+        patches = np.asarray(image).reshape(h, p, w, p, 3).transpose(0, 2, 1, 3, 4).reshape(h * w, p * p * 3)
+        scale = factor * (self.rescale_factor if self.do_rescale else 1 / 255)
+        return _Patches(patches, scale, (h, w), (height, width))
+
+    def _normalize(self, frame: _Patches, out: np.ndarray) -> None:
+        # Bit for bit transformers' arithmetic: scaled in float64, rounded to float32, normalised in float32.
+        np.multiply(frame.patches, frame.scale, out=out, dtype=np.float64, casting="same_kind")
+        if self.do_normalize:
+            repeats = self.patch_size**2
+            np.subtract(out, np.tile(np.array(self.image_mean, dtype=np.float32), repeats), out=out)
+            np.divide(out, np.tile(np.array(self.image_std, dtype=np.float32), repeats), out=out)
+
+    def _threads(self, jobs: int) -> int:
+        threads = self.num_threads
+        if threads is None:
+            in_worker = torch.utils.data.get_worker_info() is not None
+            threads = 1 if in_worker else min(8, os.cpu_count() or 1)
+        return max(1, min(threads, jobs))
+
+
+class _Patches(NamedTuple):
+    """What became of it: patches `[h·w, P]` that times `scale` are ready to be normalised."""
+
+    patches: np.ndarray
+    scale: float
+    grid: tuple[int, int]
+    size: tuple[int, int]
+
+
+def _sort_out(
+    items: list[list[Frame]], results: dict[Any, _Patches | ValueError], on_error: str
+) -> tuple[dict[int, list[_Patches]], list[tuple[int, str, str]]]:
+    """-> (what was read, by index), (index, name, reason) of what was not."""
+    kept, skipped = {}, []
+    for index, frames in enumerate(items):
+        read: list[_Patches] = []
+        for frame in frames:
+            result = results[frame.key]
+            if isinstance(result, _Patches) and read and result.size != read[0].size:
+                (height, width), first = result.size, read[0].size
+                result = ValueError(
+                    f"{height}x{width} (height x width), but frame 0 is {first[0]}x{first[1]}: "
+                    "the frames of a video must be of one size"
+                )
+                if on_error == "raise":
+                    raise ValueError(f"{frame.label}: {result}")
+            if isinstance(result, ValueError):
+                skipped.append((index, source_name(frame.source), str(result)))
+                break
+            read.append(result)
+        else:
+            kept[index] = read
+    return kept, skipped
+
+
+def _positive_int(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
+
+
+def _rgb(name: str, value: float | Iterable[float]) -> tuple[float, float, float]:
+    values = [float(v) for v in value] if isinstance(value, Iterable) else [float(value)]
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
+        raise ValueError(f"{name} must be 1 or 3 finite numbers, got {value!r}")
+    r, g, b = values * 3 if len(values) == 1 else values
+    return r, g, b
+
+
+def _read_config(checkpoint: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
+    name = os.fspath(checkpoint)
+    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not os.path.isdir(name):
+        raise OSError(f"{name} is not a folder")
+    for file in CONFIG_FILES:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            continue
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OSError(f"{path} is not a JSON file: {error}") from error
+        if file == "preprocessor_config.json":
+            return config
+        if "image_processor" in config:
+            return config["image_processor"]
+    raise OSError(f"{name} holds no preprocessor_config.json (nor an image_processor in processor_config.json)")

@@ -1,0 +1,163 @@
+"""From a checkpoint, whoever wrote it, to this model's configuration and state dict.
+
+Read are safetensors files only, single or sharded, in every layout SigLIP2 towers come in: bare keys, `vision_model.`,
+the full model with its text tower, and towers cut out of, or still inside, a vision-language model. What decides is
+`config.json` and the keys themselves, never the folder's name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import Siglip2VisionConfig
+from transformers.utils import cached_file
+
+logger = logging.getLogger("siglip2_packed")
+
+PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
+SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+
+
+def find_file(ckpt: str | os.PathLike, name: str, **hub) -> Path | None:
+    """A file of a local folder, or of a hub repository through transformers' cache; None if it has no such file."""
+    folder = Path(ckpt).expanduser()
+    if folder.is_dir():
+        path = folder / hub.get("subfolder", "") / name
+        return path if path.is_file() else None
+    if folder.is_absolute() or str(ckpt).startswith((".", "~")) or str(ckpt).count("/") > 1:
+        raise FileNotFoundError(f"checkpoint folder {str(ckpt)!r} does not exist")
+    found = cached_file(ckpt, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def read_config(ckpt: str | os.PathLike, **hub) -> Siglip2VisionConfig:
+    """The vision configuration of a checkpoint: its own, or the `vision_config` inside.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: a model_type that is no SigLIP2 NaFlex tower.
+    """
+    path = find_file(ckpt, "config.json", **hub)
+    if path is None:
+        raise FileNotFoundError(f"no config.json in {str(ckpt)!r}")
+    config = json.loads(path.read_text())
+    model_type = config.get("model_type")
+    vision = config
+    while "vision_config" in vision:
+        vision = vision["vision_config"]
+        # Siglip2Config's own vision_config may leave out its type
+        model_type = vision.get("model_type", "siglip2_vision_model" if model_type == "siglip2" else None)
+    if model_type in ("siglip", "siglip_vision_model"):
+        raise ValueError(_fixed_resolution(ckpt, config, vision, hub))
+    if model_type != "siglip2_vision_model":
+        raise ValueError(
+            f"{str(ckpt)!r} has model_type {config.get('model_type')!r}; expected 'siglip2', 'siglip2_vision_model' or "
+            "a model whose vision_config is one"
+        )
+    return Siglip2VisionConfig.from_dict({k: v for k, v in vision.items() if k != "model_type"})
+
+
+def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
+    """All tensors of the vision tower under Hugging Face's bare keys (`encoder.layers.0.self_attn.q_proj.weight`, ...).
+
+    Tensors of other parts (text tower, logit scale, language model) are not read.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is missing.
+        ValueError: pickle weights only; no SigLIP2 patch embedding among the keys, or more than one.
+    """
+    files = _weight_files(ckpt, hub)
+    names = [name for keys in files.values() for name in keys]
+    towers = [name.removesuffix(PATCH_EMBEDDING) for name in names if name.endswith(PATCH_EMBEDDING)]
+    if len(towers) != 1:
+        raise ValueError(
+            f"{str(ckpt)!r} holds {len(towers)} vision towers (keys that end in {PATCH_EMBEDDING}: "
+            f"{[tower + PATCH_EMBEDDING for tower in towers]}); expected one. First keys: {sorted(names)[:5]}"
+        )
+    return _read(files, towers[0])
+
+
+def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
+    state = {}
+    for path, keys in files.items():
+        with safe_open(path, framework="pt") as file:
+            for key in keys:
+                name = key.removeprefix(prefix)
+                if key.startswith(prefix) and name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
+                    state[name] = file.get_tensor(key)
+    return state
+
+
+def _weight_files(ckpt: str | os.PathLike, hub: dict) -> dict[Path, list[str]]:
+    """Weight files and the keys in each."""
+    single = find_file(ckpt, SAFETENSORS, **hub)
+    if single is not None:
+        paths = [single]
+    else:
+        index = find_file(ckpt, INDEX, **hub)
+        if index is None:
+            raise _no_weights(ckpt, hub)
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        found = {name: find_file(ckpt, name, **hub) for name in shards}
+        missing = [name for name, path in found.items() if path is None]
+        if missing:
+            raise FileNotFoundError(f"{INDEX} in {str(ckpt)!r} names shards that are not there: {', '.join(missing)}")
+        paths = [path for path in found.values() if path is not None]
+    files = {}
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            files[path] = list(file.keys())
+    return files
+
+
+def _no_weights(ckpt: str | os.PathLike, hub: dict) -> Exception:
+    pickles = [name for name in PICKLES if find_file(ckpt, name, **hub) is not None]
+    if pickles:
+        return ValueError(
+            f"{str(ckpt)!r} has pickle weights only ({', '.join(pickles)}), which can run code when opened and are not "
+            "loaded. If you trust the file, convert it: safetensors.torch.save_file(torch.load('pytorch_model.bin', "
+            "weights_only=True), 'model.safetensors')"
+        )
+    return FileNotFoundError(f"no {SAFETENSORS} and no {INDEX} in {str(ckpt)!r}")
+
+
+def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping, hub: dict) -> str:
+    shapes = {}
+    for path, keys in _weight_files(ckpt, hub).items():
+        with safe_open(path, framework="pt") as file:
+            for key in keys:
+                if key.endswith((PATCH_EMBEDDING, "embeddings.position_embedding.weight")) and "text_model" not in key:
+                    shapes[key.split(".")[-2]] = file.get_slice(key).get_shape()
+    width, patch, channels = vision.get("hidden_size", 768), vision.get("patch_size", 16), vision.get("num_channels", 3)
+    return (
+        f"{str(ckpt)!r} has model_type {config.get('model_type')!r}: a fixed-resolution SigLIP checkpoint, with "
+        f"patch_embedding {shapes.get('patch_embedding')} and position_embedding {shapes.get('position_embedding')}. "
+        f"This model needs a NaFlex one, with patch_embedding [{width}, {patch * patch * channels}] and a square table "
+        f"[256, {width}], such as google/siglip2-so400m-patch16-naflex"
+    )
+
+
+def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: object) -> None:
+    """Raises ValueError if tensors are missing or have other shapes than the model's; logs those it has no use for."""
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ValueError(f"{source!r} lacks {len(missing)} of {len(expected)} tensors: {listed}")
+    wrong = [name for name in expected if state[name].shape != expected[name]]
+    if wrong:
+        shapes = (f"{name} is {list(state[name].shape)}, expected {list(expected[name])}" for name in wrong[:8])
+        raise ValueError(
+            f"{source!r} has {len(wrong)} tensors of another shape than its config says: {'; '.join(shapes)}"
+        )
+    unused = sorted(set(state) - set(expected))
+    if unused:
+        logger.info("%s: %d tensors are not part of this model: %s", source, len(unused), ", ".join(unused[:4]))

@@ -1,0 +1,48 @@
+"""Checkpoints made once a session, and the grids that expose faults."""
+
+import os
+
+import pytest
+import torch
+
+from siglip2_packed.random_checkpoint import save_random_checkpoint
+
+# below the table on one side or both, above it, a side of 1, the table's own 4x4, and a single patch
+AWKWARD_GRIDS = [(1, 13, 19), (1, 8, 32), (1, 2, 3), (1, 4, 4), (1, 7, 5), (1, 3, 4)]
+SIDE_OF_ONE = [(1, 1, 256), (1, 7, 1), (1, 1, 1)]
+
+
+def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """`checkpoint("tiny")` -> folder of a vision-only checkpoint; `checkpoint("tiny", full=True)` has a text tower."""
+    made = {}
+
+    def make(shape="tiny", full=False):
+        if (shape, full) not in made:
+            made[shape, full] = save_random_checkpoint(tmp_path_factory.mktemp(shape), shape, full=full)
+        return made[shape, full]
+
+    return make
+
+
+@pytest.fixture
+def patches():
+    """`patches(grids, patch_dim)` -> `[T, P]` normal patches of a fixed seed."""
+
+    def make(grids, patch_dim=48, seed=0):
+        total = sum(t * h * w for t, h, w in grids)
+        return torch.randn(total, patch_dim, generator=torch.Generator().manual_seed(seed))
+
+    return make
