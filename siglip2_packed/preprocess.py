@@ -117,7 +117,7 @@ class Siglip2PackedImageProcessor:
         self.max_num_patches = _positive_int("max_num_patches", max_num_patches)
         self.do_resize = do_resize
         self.do_rescale = do_rescale
-        self.rescale_factor = rescale_factor
+        self.rescale_factor = float(rescale_factor)
         self.do_normalize = do_normalize
         self.image_mean = _rgb("image_mean", image_mean)
         self.image_std = _rgb("image_std", image_std)
@@ -294,7 +294,7 @@ class Siglip2PackedImageProcessor:
 
 
 class _Patches(NamedTuple):
-    """What became of it: patches `[h·w, P]` that times `scale` are ready to be normalised."""
+    """A frame, read and cut: patches `[h·w, P]`, ready to be normalised once multiplied by `scale`."""
 
     patches: np.ndarray
     scale: float

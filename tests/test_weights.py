@@ -1,0 +1,208 @@
+"""Every checkpoint layout loads to the same parameters, or is refused with a reason; files go both ways."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from siglip2_packed import NoPoolingHead, PackedPatches, Siglip2NaflexPacking, Siglip2PackedVisionModel
+from siglip2_packed.weights import PATCH_EMBEDDING, read_state_dict
+
+GRIDS = [(1, 5, 7), (1, 3, 4)]
+
+
+def bare(folder):
+    return read_state_dict(folder)
+
+
+def copy_with(folder, target, state=None, config=None, shards=1):
+    """A copy of a checkpoint with other keys or another config.json."""
+    shutil.copytree(folder, target)
+    if config is not None:
+        (target / "config.json").write_text(json.dumps(config))
+    if state is None:
+        return target
+    (target / "model.safetensors").unlink()
+    if shards == 1:
+        save_file(state, target / "model.safetensors")
+        return target
+    names = sorted(state)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = names[i::shards]
+        save_file({name: state[name] for name in part}, target / file)
+        weight_map |= {name: file for name in part}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return target
+
+
+def read_json(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_all_layouts_give_the_same_parameters(checkpoint, tmp_path):
+    folder = checkpoint("tiny")
+    state, config = bare(folder), read_json(folder)
+    expected = Siglip2PackedVisionModel.from_pretrained(folder).state_dict()
+    assert same(state, expected)
+
+    other = {"text_model.embeddings.token_embedding.weight": torch.ones(4, 4), "logit_scale": torch.ones(1)}
+    language = {"model.language_model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2), "lm_head.weight": torch.ones(2)}
+    tower = {"model_type": "some_vlm", "vision_config": config}
+    layouts = {
+        "bare": (state, config, 1),
+        "vision_model": ({f"vision_model.{k}": v for k, v in state.items()}, config, 1),
+        "full": (
+            {f"vision_model.{k}": v for k, v in state.items()} | other | {"logit_bias": torch.ones(1)},
+            {"model_type": "siglip2", "vision_config": config},
+            1,
+        ),
+        "tower": ({f"vision_tower.vision_model.{k}": v for k, v in state.items()}, tower, 1),
+        "vlm": (
+            {f"model.vision_tower.vision_tower.vision_model.{k}": v for k, v in state.items()} | language,
+            tower,
+            3,
+        ),
+    }
+    for name, (keys, config_, shards) in layouts.items():
+        path = copy_with(folder, tmp_path / name, keys, config_, shards)
+        assert same(Siglip2PackedVisionModel.from_pretrained(path).state_dict(), expected), name
+
+
+def test_the_full_model_gives_its_vision_tower(checkpoint):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny", full=True))
+    reference = AutoModel.from_pretrained(checkpoint("tiny", full=True)).vision_model.state_dict()
+    reference = {name.removeprefix("vision_model."): tensor for name, tensor in reference.items()}
+    assert same(dict(model.state_dict()), reference)
+
+
+def test_saved_files_load_in_transformers_with_nothing_missing(checkpoint, tmp_path):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    model.save_pretrained(tmp_path)
+    reference, info = Siglip2VisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    reference = {name.removeprefix("vision_model."): tensor for name, tensor in reference.state_dict().items()}
+    assert same(dict(model.state_dict()), reference)
+    assert same(dict(Siglip2PackedVisionModel.from_pretrained(tmp_path).state_dict()), reference)
+    assert all(name.startswith("vision_model.") for name in load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("missing", ["encoder.layers.1.mlp.fc2.bias", PATCH_EMBEDDING, "head.probe"])
+def test_missing_tensors_are_an_error_that_lists_them(checkpoint, tmp_path, missing):
+    state = bare(checkpoint("tiny"))
+    del state[missing]
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state)
+    match = "holds 0 vision towers" if missing == PATCH_EMBEDDING else rf"lacks 1 of 64 tensors: {missing}"
+    with pytest.raises(ValueError, match=match):
+        Siglip2PackedVisionModel.from_pretrained(path)
+
+
+def test_misshapen_tensors_are_an_error(checkpoint, tmp_path):
+    state = bare(checkpoint("tiny"))
+    state["post_layernorm.bias"] = torch.zeros(63)
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state)
+    with pytest.raises(ValueError, match=r"post_layernorm.bias is \[63\], expected \[64\]"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+
+
+def test_a_headless_checkpoint_never_grows_a_random_head(checkpoint, tmp_path, patches):
+    state = {name: tensor for name, tensor in bare(checkpoint("tiny")).items() if not name.startswith("head.")}
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state)
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    full = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))(**packed)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Siglip2PackedVisionModel.from_pretrained(path)
+        out = model(**packed)
+        assert torch.equal(out.last_hidden_state, full.last_hidden_state)
+        assert not any(name.startswith("head.") for name, _ in model.named_parameters())
+        with pytest.raises(NoPoolingHead, match="checkpoint has no pooling head"):
+            _ = out.pooler_output
+
+
+def test_a_fixed_resolution_checkpoint_is_refused(tmp_path):
+    config = SiglipVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        patch_size=16,
+        image_size=224,
+    )
+    SiglipVisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'siglip_vision_model'.*\[64, 3, 16, 16\].*\[196, 64\].*\[64, 768\].*naflex"):
+        Siglip2PackedVisionModel.from_pretrained(tmp_path)
+
+
+def test_an_unknown_model_type_is_refused(checkpoint, tmp_path):
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", config={"model_type": "clip_vision_model"})
+    with pytest.raises(ValueError, match="model_type 'clip_vision_model'; expected 'siglip2'"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+
+
+def test_the_folders_name_decides_nothing(checkpoint, tmp_path, monkeypatch):
+    expected = dict(Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).state_dict())
+    copy_with(checkpoint("tiny"), tmp_path / "clip_vs_siglip2_naflex")
+    (tmp_path / "link").symlink_to(tmp_path / "clip_vs_siglip2_naflex")
+    monkeypatch.chdir(tmp_path)
+    for path in ("clip_vs_siglip2_naflex", "./clip_vs_siglip2_naflex/", "link", tmp_path / "link"):
+        assert same(dict(Siglip2PackedVisionModel.from_pretrained(path).state_dict()), expected)
+
+
+def test_offline_and_absent_files_are_named(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Siglip2PackedVisionModel.from_pretrained(str(checkpoint("tiny")))
+    with pytest.raises(FileNotFoundError, match=r"folder '/nowhere/tower' does not exist"):
+        Siglip2PackedVisionModel.from_pretrained("/nowhere/tower")
+    path = copy_with(checkpoint("tiny"), tmp_path / "x")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors.*x'"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+    (path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*x'"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+
+
+def test_a_missing_shard_is_named(checkpoint, tmp_path):
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", bare(checkpoint("tiny")), shards=3)
+    (path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="names shards that are not there: model-00002-of-00003.safetensors"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+
+
+def test_pickle_weights_are_refused_with_the_conversion(checkpoint, tmp_path):
+    path = copy_with(checkpoint("tiny"), tmp_path / "x")
+    (path / "model.safetensors").unlink()
+    torch.save(bare(checkpoint("tiny")), path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickle weights only \(pytorch_model.bin\).*save_file"):
+        Siglip2PackedVisionModel.from_pretrained(path)
+    with pytest.raises(ValueError, match="safetensors only"):
+        Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), use_safetensors=False)
+
+
+def test_dtype_follows_the_checkpoint_or_the_caller(checkpoint, tmp_path):
+    Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).dtype == torch.float32
+    half = Siglip2PackedVisionModel.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert Siglip2PackedVisionModel.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_device_map_places_the_model(checkpoint, patches):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), device_map="cpu")
+    assert model(patches(GRIDS), GRIDS).last_hidden_state.shape == (47, 64)
+
+
+def test_seed_class_holds_the_tower_under_a_known_prefix(checkpoint):
+    model = Siglip2NaflexPacking.from_pretrained(checkpoint("tiny"))
+    assert all(name.startswith("vision_model.") for name in model.state_dict())
+    assert not any("head." in name for name in model.state_dict())
