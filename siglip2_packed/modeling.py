@@ -82,7 +82,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        temporal: str = "frames",
+        temporal: str | None = None,
         return_dict: bool | None = None,
     ) -> ModelOutput | tuple:
         """Encodes a pack.
@@ -93,9 +93,10 @@ class Siglip2PackedVisionModel(PreTrainedModel):
                 device one, before the first layer.
             output_hidden_states: also return the L+1 hidden states: `[0]` after the embeddings, `[k]` after layer k,
                 all before post_layernorm.
-            cu_seqlens: `[S+1]` integers, attention segments other than those of `temporal`.
+            cu_seqlens: `[S+1]` integers, the attention segments; `temporal` makes them when left out.
             max_seqlen: upper bound of the segments' lengths.
             temporal: `"frames"`: every frame attends to itself; `"joint"`: all t frames of an image to each other.
+                Not together with `cu_seqlens`: a `PackedPatches` has chosen already.
 
         Returns:
             `last_hidden_state [T, D]` (after post_layernorm), `pooler_output [N, D]` and `hidden_states`, in the
@@ -106,10 +107,12 @@ class Siglip2PackedVisionModel(PreTrainedModel):
                 that cannot run here.
         """
         check_patches(pixel_values, patch_dim(self.config))
+        if temporal is not None and cu_seqlens is not None:
+            raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
         layout = make_layout(
             grid_thw,
             total_patches=pixel_values.shape[0],
-            temporal=temporal,
+            temporal=temporal or "frames",
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )

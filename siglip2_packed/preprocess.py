@@ -175,6 +175,7 @@ class Siglip2PackedImageProcessor:
         *,
         input_data_format: str | None = None,
         on_error: str = "raise",
+        temporal: str = "frames",
         return_tensors: str | None = None,
         **settings: Any,
     ) -> PackedPatches:
@@ -187,6 +188,7 @@ class Siglip2PackedImageProcessor:
                 A video of t frames is one row (t, h, w) of `grid_thw`; each frame gets the whole budget.
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays with 1, 3 or 4 at both ends.
             on_error: `"raise"`, or `"skip"`: images that cannot be used are left out, with one warning.
+            temporal: `"frames"` or `"joint"`, see `PackedPatches`.
             return_tensors: None or `"pt"`; the result is the same.
             settings: any constructor argument, for this call only; None keeps the processor's own.
 
@@ -203,7 +205,7 @@ class Siglip2PackedImageProcessor:
             if unknown:
                 raise TypeError(f"unknown arguments {unknown}; settings are {list(own)}")
             changed = type(self)(**{**own, **{name: value for name, value in settings.items() if value is not None}})
-            return changed(images, videos, input_data_format=input_data_format, on_error=on_error)
+            return changed(images, videos, input_data_format=input_data_format, on_error=on_error, temporal=temporal)
         if input_data_format not in (None, "channels_first", "channels_last"):
             raise ValueError(
                 f"input_data_format must be 'channels_first' or 'channels_last', got {input_data_format!r}"
@@ -238,7 +240,7 @@ class Siglip2PackedImageProcessor:
             list(run(self._normalize, frames, [pixel_values[i:j] for i, j in itertools.pairwise(ends)]))
 
         grid_thw = [(len(item), *item[0].grid) for item in kept.values()]
-        packed = PackedPatches(torch.from_numpy(pixel_values), grid_thw)
+        packed = PackedPatches(torch.from_numpy(pixel_values), grid_thw, temporal)
         packed.kept, packed.skipped = list(kept), skipped
         if skipped:
             index, name, reason = skipped[0]

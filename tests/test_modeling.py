@@ -84,6 +84,8 @@ def test_frames_attend_to_themselves_unless_joint(model, patches):
     assert video.pooler_output.shape == (1, 64)
     assert (joint.last_hidden_state - video.last_hidden_state).abs().max() > 1e-2
     assert torch.equal(joint.last_hidden_state, packed.last_hidden_state)
+    with pytest.raises(ValueError, match="not both"):
+        model(**PackedPatches(pixel_values, [(3, 4, 6)]), temporal="joint")
 
 
 @pytest.mark.parametrize(("index", "layers"), [(0, 0), (1, 1), (3, 3), (-1, 3), (-2, 2), (-3, 1), (-4, 0)])
@@ -198,7 +200,9 @@ def test_given_offsets_replace_the_frames(model, patches):
         model(pixel_values, [(2, 4, 6)], cu_seqlens=offsets, max_seqlen=24)
 
 
-@pytest.mark.parametrize(("grid", "same"), [([[1, 4, 6]], True), (((1, 4, 6),), True), (torch.tensor([[1, 4, 6]]), True)])
+@pytest.mark.parametrize(
+    ("grid", "same"), [([[1, 4, 6]], True), (((1, 4, 6),), True), (torch.tensor([[1, 4, 6]]), True)]
+)
 def test_grids_come_as_lists_tuples_or_tensors(model, patches, grid, same):
     pixel_values = patches([(1, 4, 6)])
     expected = model(pixel_values, [(1, 4, 6)]).last_hidden_state
@@ -206,7 +210,7 @@ def test_grids_come_as_lists_tuples_or_tensors(model, patches, grid, same):
 
 
 def test_a_forward_reads_nothing_back_from_the_device(model, patches, monkeypatch):
-    """On the meta device every `.item()`, `.tolist()`, `.cpu()` or data-dependent shape raises; host metadata does not."""
+    """On the meta device every `.item()`, `.tolist()` or `.cpu()` raises; host metadata does not."""
     monkeypatch.setattr(Siglip2PackedVisionModel, "_resolve_backend", lambda self, device: "sdpa")
     packed = PackedPatches(patches(GRIDS), GRIDS)
     out = model.to("meta")(**packed.to("meta"), output_hidden_states=True)

@@ -54,7 +54,9 @@ def check_features(folder, grids, patch_dim, bound=1e-4):
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny72"])
-@pytest.mark.parametrize("grids", [GRIDS, [(1, 4, 4)] * 3, [(1, 13, 19)], [(1, 19, 13)]], ids=["awkward", "3", "1", "1t"])
+@pytest.mark.parametrize(
+    "grids", [GRIDS, [(1, 4, 4)] * 3, [(1, 13, 19)], [(1, 19, 13)]], ids=["awkward", "3", "1", "1t"]
+)
 def test_features_match_transformers(checkpoint, shape, grids):
     check_features(checkpoint(shape), grids, 48)
 
@@ -126,7 +128,14 @@ def test_packed_sibling_in_transformers_agrees(checkpoint, patches):
     grids = [(1, 13, 19), (3, 4, 6), (1, 8, 32)]
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny72"))
     fields = model.config.to_dict()
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_patches")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "num_patches",
+    )
     config = cosmos.Cosmos3EdgeVisionConfig(**{name: fields[name] for name in names}, spatial_merge_size=1)
     sibling = cosmos.Cosmos3EdgeVisionModel(config).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
@@ -138,7 +147,9 @@ def test_packed_sibling_in_transformers_agrees(checkpoint, patches):
     assert worst(ours, theirs) <= 1e-5
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_act", "gelu"), ("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-2)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_act", "gelu"), ("hidden_act", "quick_gelu"), ("layer_norm_eps", 1e-2)]
+)
 def test_the_configuration_is_honoured(checkpoint, patches, field, value):
     grids = [(1, 5, 7), (1, 3, 4)]
     packed = PackedPatches(patches(grids), grids)

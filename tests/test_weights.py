@@ -35,7 +35,7 @@ def copy_with(folder, target, state=None, config=None, shards=1):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
         part = names[i::shards]
         save_file({name: state[name] for name in part}, target / file)
-        weight_map |= {name: file for name in part}
+        weight_map |= dict.fromkeys(part, file)
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return target
 
