@@ -480,6 +480,8 @@ def test_naflex_without_a_head_has_tokens_and_no_pooled_output(tmp_path):
     theirs = ref.packed_encoder(state_of(model), model.config, pixel_values, grid_thw)
     assert ours.pooler_output is None
     assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    unused = {**config, "vision_use_head": False}  # a head in the state that the config does not want
+    assert ref.packed_encoder(state_of(model), unused, pixel_values, grid_thw).pooler_output is None
 
 
 def test_an_incomplete_checkpoint_is_an_error(tmp_path):

@@ -1,0 +1,120 @@
+"""What only a CUDA device shows: half precision at the so400m shape, the flash backends, syncs, memory."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import Siglip2VisionModel
+
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
+from siglip2_packed.measure import relative_error
+from siglip2_packed.ops.attention import BACKENDS, self_check, varlen_attention, why_not
+from siglip2_packed.ops.segments import Segments
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+GRIDS = [(1, 13, 19), (1, 8, 32), (1, 16, 16), (1, 1, 1), (1, 5, 7), (1, 24, 42)]
+
+
+@pytest.fixture
+def packed():
+    rows = sum(t * h * w for t, h, w in GRIDS)
+    return PackedPatches(torch.randn(rows, 768, generator=torch.Generator().manual_seed(0)), GRIDS)
+
+
+def padded_features(model, packed):
+    batch = pad(packed)
+    out = model(**{name: tensor.to(CUDA) for name, tensor in batch.items()})
+    return out.last_hidden_state[batch["pixel_attention_mask"].bool().to(CUDA)], out.pooler_output
+
+
+def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed):
+    folder = checkpoint("so400m")
+    reference = Siglip2VisionModel.from_pretrained(folder).to(CUDA)
+    weights = torch.randn(1, 1152, generator=torch.Generator().manual_seed(2)).to(CUDA)
+
+    def run(model, features):
+        model.zero_grad()
+        tokens, pooled = features()
+        ((tokens * weights).float().mean() + (pooled * weights).float().mean()).backward()
+        gradients = {name.removeprefix("vision_model."): p.grad for name, p in model.named_parameters()}
+        return tokens.detach(), pooled.detach(), gradients
+
+    exact = run(reference, lambda: padded_features(reference, packed))
+    half = Siglip2VisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
+    theirs = run(half, lambda: padded_features(half, packed))
+    del half
+    model = Siglip2PackedVisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
+
+    def features():
+        out = model(**packed.to(CUDA))
+        return out.last_hidden_state, out.pooler_output
+
+    ours = run(model, features)
+    for x, y, ref in zip(ours[:2], theirs[:2], exact[:2]):
+        assert relative_error(x, ref) <= 1.1 * relative_error(y, ref)
+    mine, padded = (
+        torch.stack([(grads[name].double() - exact[2][name].double()).norm() for name in exact[2]])
+        for grads in (ours[2], theirs[2])
+    )
+    scale = torch.stack([gradient.double().norm() for gradient in exact[2].values()])
+    assert mine.isfinite().all()
+    assert mine.norm() <= 1.2 * padded.norm()
+    assert (mine / scale).median() <= 1.2 * (padded / scale).median()
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_every_backend_present_is_right_or_refused(backend, head_dim):
+    reason = why_not(backend, CUDA, torch.bfloat16, head_dim)
+    if reason is not None:
+        pytest.skip(reason)
+    check = self_check(backend, CUDA, torch.bfloat16, head_dim)
+    assert check.backward_ok, check
+
+    lengths = [64, 24, 256]
+    q, k, v = torch.randn(3, sum(lengths), 4, head_dim, device=CUDA, dtype=torch.bfloat16)
+    changed = [x.clone() for x in (q, k, v)]
+    for x in changed:
+        x[64:88] = 100 * torch.randn_like(x[64:88])
+    segments = Segments(lengths, CUDA)
+    a, b = varlen_attention(q, k, v, segments, backend), varlen_attention(*changed, segments, backend)
+    assert torch.equal(a[:64], b[:64])
+    assert torch.equal(a[88:], b[88:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_syncs_never_or_once(checkpoint, packed, dtype):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=dtype).to(CUDA)
+    packed.to(CUDA)
+    model(**packed)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            model(**packed)
+        torch.cuda.set_sync_debug_mode("warn")
+        on_device = packed["grid_thw"].to(CUDA)
+        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+            warnings.simplefilter("always")
+            model(packed["pixel_values"], on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+def test_peak_memory_is_that_of_the_images_alone(checkpoint, packed):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=torch.bfloat16).to(CUDA)
+
+    def peak(pixel_values, grids):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            model(pixel_values, grids)
+        return torch.cuda.max_memory_allocated() - before
+
+    pixel_values = packed["pixel_values"].to(CUDA)
+    peak(pixel_values, GRIDS)
+    alone = sum(peak(x, [grid]) for x, grid in zip(pixel_values.split([h * w for _, h, w in GRIDS]), GRIDS))
+    assert peak(pixel_values, GRIDS) <= 1.1 * alone

@@ -1,0 +1,72 @@
+"""The README's examples run as written, and its tables are those of the committed results."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip2_packed import Siglip2NaflexPacking, Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def example(marker):
+    return re.search(rf"{marker}\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+
+
+@pytest.fixture
+def without_hub_or_gpu(checkpoint, monkeypatch):
+    """The hub id is a local checkpoint of the base shape, and `.cuda()` stays where it is."""
+    for cls in (Siglip2PackedVisionModel, Siglip2PackedImageProcessor):
+        original = cls.from_pretrained.__func__
+
+        def local(cls, ckpt, _original=original, **kwargs):
+            assert ckpt == "google/siglip2-so400m-patch16-naflex"
+            return _original(cls, checkpoint("base"), **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(local))
+    if torch.cuda.is_available():
+        return
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    for cls in (torch.Tensor, torch.nn.Module):
+
+        def stay(self, *args, _to=cls.to, **kwargs):
+            return self if args[:1] == ("cuda",) else _to(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "to", stay)
+
+
+def test_seed_example_1(without_hub_or_gpu, capsys):
+    scope = {}
+    exec(example("<!-- seed example 1 -->"), scope)
+    assert scope["output"].shape == (392, 768)
+    assert "Output shape: torch.Size([392, 768])" in capsys.readouterr().out
+
+
+def test_seed_example_2(without_hub_or_gpu):
+    scope = {}
+    exec(example("<!-- seed example 2 -->"), scope)
+    assert scope["output"].shape == (392, 768)
+    assert isinstance(scope["packing_model"], Siglip2NaflexPacking)
+
+
+def test_first_example(without_hub_or_gpu, tmp_path, monkeypatch):
+    from PIL import Image
+
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "cat.jpg")
+    Image.new("L", (30, 90)).save(tmp_path / "receipt.png")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(example("## Use\n"), scope)
+    assert scope["out"].pooler_output.shape == (2, 768)
+    assert [len(x) for x in scope["tokens"]] == scope["packed"]["grid_thw"].prod(1).tolist()
+
+
+def test_tables_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = pytest.importorskip("readme_tables")
+    assert tables.render(README) == README
+    sys.modules.pop("readme_tables")
