@@ -1,6 +1,6 @@
 """Puts the README's tables between their markers, from the committed results.
 
-    python benchmarks/readme_tables.py
+python benchmarks/readme_tables.py
 """
 
 import re

@@ -66,6 +66,12 @@ def version(package: str) -> str:
         return ""
 
 
+def card_name() -> str:
+    """The GPU, as it stands in the results' file names: `h100`."""
+    words = torch.cuda.get_device_name().lower().split()
+    return next((word for word in words if any(c.isdigit() for c in word)), "_".join(words))
+
+
 def cpu_name() -> str:
     """The processor, as it may stand in a file name: `amd_epyc`."""
     name = platform.processor() or platform.machine()

@@ -43,7 +43,6 @@ def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed):
     exact = run(reference, lambda: padded_features(reference, packed))
     half = Siglip2VisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
     theirs = run(half, lambda: padded_features(half, packed))
-    del half
     model = Siglip2PackedVisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
 
     def features():
