@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip2_packed.measure import Rows, card_name, relative_error
-from siglip2_packed.ops.attention import BACKENDS, eager, resolve_backend, why_not
+from siglip2_packed.ops.attention import BACKENDS, eager, why_not
+from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.packing import make_layout
 from siglip2_packed.workloads import grids
@@ -113,7 +114,7 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
         else:
             print(f"{workload:14} {name:18} refused: relative errors {', '.join(f'{x:.1e}' for x in errors)}")
     chosen = {
-        mode: resolve_backend("auto", CUDA, torch.bfloat16, head_dim, mode == "backward", segments.profile)
+        mode: resolve_backend("auto", CUDA, torch.bfloat16, head_dim, mode == "backward", length_class(lengths))
         for mode in ("forward", "backward")
     }
     flops = 4 * sum(length * length for length in lengths) * HEADS * head_dim

@@ -18,7 +18,8 @@ from siglip2_packed import weights
 from siglip2_packed.attention import head_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings, patch_dim
 from siglip2_packed.encoder import Siglip2PackedEncoder
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, resolve_backend, why_missing
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, why_missing
+from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.packing import check_patches, make_layout
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
@@ -116,7 +117,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
-        backend = self._resolve_backend(pixel_values.device)
+        backend = self._resolve_backend(pixel_values.device, layout.lengths)
         segments = Segments(layout.lengths, pixel_values.device)
 
         hidden_states = self.embeddings(pixel_values, layout.grids)
@@ -204,12 +205,13 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
-    def _resolve_backend(self, device: torch.device) -> str:
+    def _resolve_backend(self, device: torch.device, lengths: list[int]) -> str:
         dtype = self.embeddings.patch_embedding.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         requested = self.config._attn_implementation
-        return resolve_backend(requested, device, dtype, head_dim(self.config), torch.is_grad_enabled())
+        needs_grad, length = torch.is_grad_enabled(), length_class(lengths)
+        return resolve_backend(requested, device, dtype, head_dim(self.config), needs_grad, length)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any):
         """transformers asks here, at construction and in `set_attn_implementation`, whether it may use a backend."""

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
 # below the table on one side or both, above it, a side of 1, the table's own 4x4, and a single patch

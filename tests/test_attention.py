@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import kernels_ref
-from siglip2_packed.ops import attention
-from siglip2_packed.ops.attention import BACKENDS, resolve_backend, self_check, varlen_attention, why_not
+from siglip2_packed.ops import attention, dispatch
+from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
 from siglip2_packed.ops.attention_pool import attention_pool
+from siglip2_packed.ops.dispatch import resolve_backend, self_check
 from siglip2_packed.ops.segments import Segments
 
 CPU = torch.device("cpu")
@@ -100,9 +101,10 @@ def test_pooling_survives_large_scores():
 
 
 def test_auto_takes_sdpa_on_the_cpu_and_says_so_once(caplog):
-    attention._resolve.cache_clear()
+    for cached in (dispatch._resolve, dispatch._say_once):
+        cached.cache_clear()
     with caplog.at_level(logging.INFO, "siglip2_packed"):
-        assert [resolve_backend("auto", CPU, torch.float32, 72, True) for _ in range(3)] == ["sdpa"] * 3
+        assert [resolve_backend("auto", CPU, torch.float32, 72, True, length) for length in (0, 2, 6)] == ["sdpa"] * 3
     assert len([record for record in caplog.records if "attention: sdpa" in record.message]) == 1
 
 
@@ -145,9 +147,9 @@ def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplo
         return attention.sdpa(WrongQueryGradient.apply(q), k, v, segments)
 
     monkeypatch.setitem(BACKENDS, "wrong", attention.Backend(wrong))
-    monkeypatch.setattr(attention, "ATTN_IMPLEMENTATIONS", (*attention.ATTN_IMPLEMENTATIONS, "wrong"))
-    monkeypatch.setattr(attention, "AUTO_ORDER", ("wrong", "sdpa"))
-    for cached in (self_check, attention._resolve):
+    monkeypatch.setattr(dispatch, "ATTN_IMPLEMENTATIONS", (*attention.ATTN_IMPLEMENTATIONS, "wrong"))
+    monkeypatch.setattr(dispatch, "preference", lambda *args: ("wrong", "sdpa"))
+    for cached in (self_check, dispatch._resolve):
         cached.cache_clear()
     try:
         assert resolve_backend("wrong", CPU, torch.float32, 72, False) == "wrong"
@@ -156,7 +158,7 @@ def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplo
         assert resolve_backend("auto", CPU, torch.float32, 72, True) == "sdpa"
         assert "wrong failed its self-check" in caplog.text
     finally:
-        for cached in (self_check, attention._resolve):
+        for cached in (self_check, dispatch._resolve):
             cached.cache_clear()
 
 

@@ -8,7 +8,8 @@ from transformers import Siglip2VisionModel
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
 from siglip2_packed.measure import relative_error
-from siglip2_packed.ops.attention import BACKENDS, self_check, varlen_attention, why_not
+from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
+from siglip2_packed.ops.dispatch import self_check
 from siglip2_packed.ops.segments import Segments
 
 pytestmark = pytest.mark.gpu

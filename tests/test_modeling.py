@@ -211,7 +211,7 @@ def test_grids_come_as_lists_tuples_or_tensors(model, patches, grid, same):
 
 def test_a_forward_reads_nothing_back_from_the_device(model, patches, monkeypatch):
     """On the meta device every `.item()`, `.tolist()` or `.cpu()` raises; host metadata does not."""
-    monkeypatch.setattr(Siglip2PackedVisionModel, "_resolve_backend", lambda self, device: "sdpa")
+    monkeypatch.setattr(Siglip2PackedVisionModel, "_resolve_backend", lambda self, device, lengths: "sdpa")
     packed = PackedPatches(patches(GRIDS), GRIDS)
     out = model.to("meta")(**packed.to("meta"), output_hidden_states=True)
     assert out.last_hidden_state.shape == (344, 64)

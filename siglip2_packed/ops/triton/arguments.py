@@ -1,0 +1,70 @@
+"""What every Triton attention operator does with its arguments: checks, strides, the card's capability.
+
+Shapes: T rows, S segments, H heads, K head_dim.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+
+
+def check_rows(**tensors: Tensor) -> None:
+    (first, x), *others = tensors.items()
+    for name, y in tensors.items():
+        if y.ndim != 3:
+            raise ValueError(f"{name} must be [T, H, K], got {list(y.shape)}")
+        if y.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got stride {y.stride(-1)}")
+    for name, y in others:
+        if y.shape != x.shape:
+            raise ValueError(f"{name} must have the shape of {first}, {list(x.shape)}, got {list(y.shape)}")
+        if y.dtype != x.dtype or y.device != x.device:
+            raise ValueError(f"{name} is {y.dtype} on {y.device}, {first} is {x.dtype} on {x.device}")
+
+
+def check(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float | None) -> float:
+    """The softmax scale, once all else is valid."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype must be bfloat16, float16 or float32, got {x.dtype}")
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"Triton attention needs CUDA tensors (or TRITON_INTERPRET=1), got {x.device}")
+    head_dim = x.shape[-1]
+    if head_dim % 8 or not 8 <= head_dim <= 128:
+        raise ValueError(f"head_dim must be a multiple of 8 from 8 to 128, got {head_dim}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [S+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.device != x.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the inputs are on {x.device}")
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
+        raise ValueError(f"max_seqlen must be a Python int, got {type(max_seqlen).__name__}")
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if not scale > 0:
+        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
+    return scale
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself if the kernels can read it in 16-byte pieces, else a copy."""
+    ok = x.stride(-1) == 1 and all(stride % 8 == 0 for stride in x.stride()[:-1])
+    return x if ok else x.clone(memory_format=torch.contiguous_format)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [stride // 8 for x in tensors for stride in x.stride()[:2]]
+
+
+def capability(x: Tensor) -> int:
+    """Compute capability, 90 for an H100."""
+    return _capability(x.device.index) if x.is_cuda else 0
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

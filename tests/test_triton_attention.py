@@ -1,0 +1,374 @@
+"""The Triton attention against a loop over segments in float64: values, gradients, and the contracts of packing.
+
+Without a CUDA device the kernels run in Triton's interpreter (float32 and float16; its bfloat16 products are wrong).
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from siglip2_packed.ops.triton.attention import (
+    varlen_attention,
+    varlen_attention_pool,
+    varlen_attention_qkvpacked,
+)
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+EXACT = 5e-6  # float32 against float64
+PACKS = [[1, 15, 16], [17, 40, 3]]  # in float32, one tile a segment up to 32 rows, loops beyond
+LONG = [[65, 1, 3], [200, 1, 17]]
+
+
+def offsets(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
+
+
+def random_qkv(rows, H, K, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, H, K, generator=generator).to(DEVICE, dtype)
+
+
+def loop(q, k, v, lengths, scale=None):
+    """One segment after another in float64; rows beyond the last segment are zeros."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outputs = []
+    for q_s, k_s, v_s in zip(*(x[: sum(lengths)].double().split(lengths) for x in (q, k, v))):
+        weights = torch.softmax(torch.einsum("qhk,shk->hqs", q_s, k_s) * scale, -1)
+        outputs.append(torch.einsum("hqs,shk->qhk", weights, v_s))
+    return torch.cat([*outputs, q[sum(lengths) :].double() * 0])
+
+
+def pool_loop(q, k, v, lengths):
+    outputs = []
+    for k_s, v_s in zip(*(x[: sum(lengths)].double().split(lengths) for x in (k, v))):
+        weights = torch.softmax(torch.einsum("hk,shk->hs", q.double(), k_s) * q.shape[-1] ** -0.5, -1)
+        outputs.append(torch.einsum("hs,shk->hk", weights, v_s))
+    return torch.stack(outputs)
+
+
+def with_gradients(function, inputs, grad):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))]
+
+
+def assert_close(actual, expected, bound):
+    for name, a, e in zip(("out", "dq", "dk", "dv")[: len(actual)], actual, expected, strict=True):
+        assert a.shape == e.shape
+        error = (a.double() - e.double()).norm() / e.double().norm()
+        assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.2e}"  # NaN fails
+
+
+def poison(*shapes, dtype):
+    """Leaves NaN in the memory that the next allocations get."""
+    if CUDA:
+        tensors = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for shape in shapes for _ in range(8)]
+        del tensors
+
+
+@pytest.mark.parametrize(
+    ("lengths", "K"), [*itertools.product(PACKS, [64, 72, 80, 128]), ([17, 63, 64], 64), *((x, 72) for x in LONG)]
+)
+def test_values_and_gradients(lengths, K):
+    qkv, grad = random_qkv(sum(lengths), 2, K), random_qkv(sum(lengths), 2, K, seed=1)[:, 0]
+    cu, longest = offsets(lengths), max(lengths)
+    poison(qkv.shape, grad.shape, dtype=qkv.dtype)
+    actual = with_gradients(lambda *x: varlen_attention(*x, cu, longest), qkv.unbind(1), grad)
+    assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad), EXACT)
+    out, dqkv = with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, longest), [qkv], grad)
+    for packed, separate in zip([out, *dqkv.unbind(1)], actual, strict=True):
+        assert torch.equal(packed, separate)
+
+
+@pytest.mark.parametrize("lengths", [[64, 17, 1], [100, 65, 3]], ids=str)
+def test_half_precision_tiles(lengths):
+    """float16 takes other kernels and tiles than float32: one tile a segment, up to 64 and up to 128 rows."""
+    qkv, grad = random_qkv(sum(lengths), 2, 72, torch.float16), random_qkv(sum(lengths), 2, 72, torch.float16, 1)[:, 0]
+    actual = with_gradients(lambda *x: varlen_attention(*x, offsets(lengths), max(lengths)), qkv.unbind(1), grad)
+    assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad), 2e-3)
+
+
+@pytest.mark.parametrize("K", [8, 24, 40, 56, 88, 96, 120])
+def test_other_head_dims(K):
+    lengths = [5, 33, 9]
+    qkv, grad = random_qkv(47, 2, K), random_qkv(47, 2, K, seed=1)[:, 0]
+    actual = with_gradients(lambda *x: varlen_attention(*x, offsets(lengths), 33), qkv.unbind(1), grad)
+    assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad), EXACT)
+
+
+def test_strides():
+    """Views of any layout: heads first, a gap between rows, strides that are no multiple of 8, an expanded gradient."""
+    lengths, H, K = [9, 7, 24], 2, 72
+    q = random_qkv(40, H, K)[:, 0].transpose(0, 1).contiguous().transpose(0, 1)
+    k = random_qkv(40, H, K + 8, seed=1)[:, 1, :, :K]
+    v = random_qkv(40, H, K + 3, seed=2)[:, 1, :, 3:]
+    for grad in (random_qkv(40, H, K, seed=3)[:, 2], torch.ones(1, 1, 1, device=DEVICE).expand(40, H, K)):
+        actual = with_gradients(lambda *x: varlen_attention(*x, offsets(lengths), 24), (q, k, v), grad)
+        assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), (q, k, v), grad), EXACT)
+
+
+@pytest.mark.parametrize("max_seqlen", [30, 40])
+def test_softmax_scale_is_that_of_the_true_head_dim(max_seqlen):
+    """A scale of 80 ** -0.5 or 128 ** -0.5 would move the result by far more than the bound."""
+    qkv = 3 * random_qkv(30, 2, 72)
+    cu = offsets([30])
+    default = varlen_attention(*qkv.unbind(1), cu, max_seqlen)
+    assert torch.equal(default, varlen_attention(*qkv.unbind(1), cu, max_seqlen, softmax_scale=72**-0.5))
+    assert_close([default], [loop(*qkv.unbind(1), [30], 72**-0.5)], EXACT)
+    assert_close([varlen_attention(*qkv.unbind(1), cu, max_seqlen, 0.3)], [loop(*qkv.unbind(1), [30], 0.3)], EXACT)
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+def test_isolation(lengths):
+    """Noise, then NaN, in one segment changes no bit of the others, forward and backward."""
+    qkv, grad = random_qkv(sum(lengths), 2, 72), random_qkv(sum(lengths), 2, 72, seed=1)[:, 0]
+    cu, longest = offsets(lengths), max(lengths)
+
+    def run(x):
+        return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, longest), [x], grad)
+
+    expected = run(qkv)
+    begin, end = cu[1].item(), cu[2].item()
+    for noise in (random_qkv(end - begin, 2, 72, seed=2) * 100, float("nan")):
+        changed = qkv.clone()
+        changed[begin:end] = noise
+        for actual, unchanged in zip(run(changed), expected, strict=True):
+            assert torch.equal(actual[:begin], unchanged[:begin])
+            assert torch.equal(actual[end:], unchanged[end:])
+
+
+def test_every_key_counts():
+    """No causal mask: the last row moves the first."""
+    qkv = random_qkv(70, 1, 64)
+    changed = qkv.clone()
+    changed[-1] += 1
+    before, after = (varlen_attention_qkvpacked(x, offsets([70]), 70) for x in (qkv, changed))
+    assert (before != after).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+@pytest.mark.parametrize("tail", [2, 70])
+def test_rows_beyond_the_last_segment(lengths, tail):
+    """They may hold NaN: their outputs and gradients are zeros, and no other row notices."""
+    rows = sum(lengths)
+    qkv, grad = random_qkv(rows + tail, 2, 72), random_qkv(rows + tail, 2, 72, seed=1)[:, 0].contiguous()
+    qkv[rows:], grad[rows:] = float("nan"), float("nan")
+    cu, longest = offsets(lengths), max(lengths)
+    poison(qkv.shape, grad.shape, dtype=qkv.dtype)
+    padded = with_gradients(lambda *x: varlen_attention(*x, cu, longest), qkv.unbind(1), grad)
+    exact = with_gradients(lambda *x: varlen_attention(*x, cu, longest), qkv[:rows].unbind(1), grad[:rows])
+    for actual, expected in zip(padded, exact, strict=True):
+        assert torch.equal(actual[:rows], expected)
+        assert (actual[rows:] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_segments(rows):
+    """`cu_seqlens = [0]`, with and without rows; a pack whose segments are empty; all attached to the graph."""
+    for cu in (offsets([]), offsets([0, 0])):
+        qkv = random_qkv(rows, 2, 72)
+        grad = torch.ones(rows, 2, 72, device=DEVICE)
+        out, dqkv = with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, 0), [qkv], grad)
+        assert out.shape == (rows, 2, 72) and dqkv.shape == qkv.shape
+        assert (out == 0).all() and (dqkv == 0).all()
+        out, *gradients = with_gradients(lambda *x: varlen_attention(*x, cu, 0), qkv.unbind(1), grad)
+        assert all((x == 0).all() for x in (out, *gradients))
+        k, v = qkv[:, 1], qkv[:, 2]
+        out, dq, dk, dv = with_gradients(
+            lambda *x: varlen_attention_pool(*x, cu, 0),
+            [torch.ones_like(qkv[0, 0]) if rows else torch.ones(2, 72, device=DEVICE), k, v],
+            torch.ones(cu.numel() - 1, 2, 72, device=DEVICE),
+        )
+        assert out.shape == (cu.numel() - 1, 2, 72)
+        assert all((x == 0).all() for x in (out, dq, dk, dv))
+
+
+def test_one_patch():
+    """Softmax over one key: the output is v, and only v has a gradient."""
+    qkv, grad = random_qkv(1, 2, 72), random_qkv(1, 2, 72, seed=1)[:, 0]
+    out, dq, dk, dv = with_gradients(lambda *x: varlen_attention(*x, offsets([1]), 1), qkv.unbind(1), grad)
+    assert torch.allclose(out, qkv[:, 2]) and torch.allclose(dv, grad)
+    assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths", PACKS, ids=str)
+def test_deterministic(lengths):
+    qkv, grad = random_qkv(sum(lengths), 2, 72), random_qkv(sum(lengths), 2, 72, seed=1)[:, 0]
+    cu = offsets(lengths)
+
+    def run():
+        return with_gradients(
+            lambda *x: varlen_attention(*x, cu, max(lengths), deterministic=True), qkv.unbind(1), grad
+        )
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("K", [64, 72])
+def test_a_generous_max_seqlen_changes_nothing(K):
+    lengths = [5, 30, 17]
+    qkv, grad = random_qkv(52, 2, K), random_qkv(52, 2, K, seed=1)[:, 0]
+    results = [
+        with_gradients(lambda *x: varlen_attention(*x, offsets(lengths), longest), qkv.unbind(1), grad)
+        for longest in (30, 100)
+    ]
+    assert_close(*results, EXACT)
+
+
+@pytest.mark.parametrize("K", [64, 72])
+def test_pool(K):
+    lengths = [1, 15, 200, 33]
+    rows, H = sum(lengths), 2
+    kv = random_qkv(rows + 4, H, K)[:, 1:]
+    kv[rows:] = float("nan")
+    q, grad = random_qkv(1, H, K, seed=1)[0, 0], random_qkv(4, H, K, seed=2)[:, 0]
+    cu = offsets(lengths)
+    poison(kv.shape, dtype=kv.dtype)
+    actual = with_gradients(lambda *x: varlen_attention_pool(*x, cu, 200), (q, *kv.unbind(1)), grad)
+    expected = with_gradients(lambda *x: pool_loop(*x, lengths), (q, *kv.nan_to_num().unbind(1)), grad)
+    assert_close(actual, expected, EXACT)
+    assert (actual[2][rows:] == 0).all() and (actual[3][rows:] == 0).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(q=torch.zeros(9, 2, 64, device=DEVICE)), r"shape of q, \[9, 2, 64\], got \[10, 2, 64\]"),
+    (dict(k=torch.zeros(10, 2, 64, device=DEVICE, dtype=torch.float16)), "k is torch.float16"),
+    (dict(q=torch.zeros(10, 128, device=DEVICE)), r"q must be \[T, H, K\], got \[10, 128\]"),
+    (dict(v=torch.zeros(10, 64, 2, device=DEVICE).mT), "last dimension must be contiguous, got stride 2"),
+    (dict(cu_seqlens=torch.tensor([0, 10], device=DEVICE)), r"\[S\+1\] int32, got \[2\] torch.int64"),
+    (dict(cu_seqlens=torch.tensor([0, 10], dtype=torch.int32, device="meta")), "cu_seqlens is on meta"),
+    (dict(max_seqlen=torch.tensor(10)), "Python int, got Tensor"),
+    (dict(max_seqlen=10.0), "Python int, got float"),
+    (dict(softmax_scale=0.0), "softmax_scale must be positive, got 0.0"),
+    *[(dict.fromkeys("qkv", torch.zeros(10, 2, K, device=DEVICE)), f"8 to 128, got {K}") for K in (60, 136)],
+    (dict.fromkeys("qkv", torch.zeros(10, 2, 64, device=DEVICE, dtype=torch.float64)), "got torch.float64"),
+])  # fmt: skip
+def test_errors(change, message):
+    tensors = dict.fromkeys("qkv", torch.zeros(10, 2, 64, device=DEVICE))
+    arguments = tensors | {"cu_seqlens": offsets([10]), "max_seqlen": 10, "softmax_scale": None} | change
+    with pytest.raises(ValueError, match=message):
+        varlen_attention(**arguments)
+
+
+def test_operators_are_well_formed():
+    qkv, cu = random_qkv(40, 2, 72), offsets([17, 23])
+    ops = torch.ops.siglip2_packed
+    torch.library.opcheck(ops.varlen_attention.default, (*qkv.requires_grad_().unbind(1), cu, 23, 0.1))
+    torch.library.opcheck(ops.varlen_attention_qkvpacked.default, (qkv.detach().requires_grad_(), cu, 23, 0.1))
+    q = random_qkv(1, 2, 72)[0, 0].requires_grad_()
+    torch.library.opcheck(ops.varlen_attention_pool.default, (q, *qkv.detach().unbind(1)[1:], cu, 0.1))
+
+
+def test_compile_without_graph_breaks_or_recompiles():
+    """Two packs of different T, S and max_seqlen run one compiled graph."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(
+        varlen_attention_qkvpacked, backend=backend if not CUDA else "inductor", fullgraph=True, dynamic=True
+    )
+    for lengths in ([17, 23, 2], [40, 9], [5, 6, 7, 31]):
+        qkv, grad = random_qkv(sum(lengths), 2, 72), random_qkv(sum(lengths), 2, 72, seed=1)[:, 0]
+        cu, longest = offsets(lengths), max(lengths)
+        eager = with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, longest), [qkv], grad)
+        for actual, expected in zip(with_gradients(lambda x: step(x, cu, longest), [qkv], grad), eager, strict=True):
+            assert torch.equal(actual, expected)
+    assert len(compiled) == (0 if CUDA else 1)
+
+
+def test_checkpointing():
+    """Full recomputation, and selective checkpointing that saves the attention by its operator."""
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+    lengths = [17, 23, 2]
+    qkv, grad = random_qkv(42, 2, 72), random_qkv(42, 2, 72, seed=1)[:, 0]
+    cu = offsets(lengths)
+    calls = []
+
+    def policy(context, op, *args, **kwargs):
+        ours = op is torch.ops.siglip2_packed.varlen_attention_qkvpacked.default
+        calls.append(ours)
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def layer(x):
+        return varlen_attention_qkvpacked(x.sin(), cu, 23).cos()
+
+    expected = with_gradients(layer, [qkv], grad)
+    for options in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}):
+        actual = with_gradients(lambda x: checkpoint(layer, x, use_reentrant=False, **options), [qkv], grad)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert any(calls)
+
+
+GPU_PACKS = [[64] * 20, [1, 15, 16, 17, 63, 64], [128, 100, 1, 65], [256, 252, 1, 15, 16, 17, 63, 65, 200],
+              [1024, 1000, 256, 64]]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72, 80, 128])
+@pytest.mark.parametrize("lengths", GPU_PACKS, ids=lambda x: f"{max(x)}x{len(x)}")
+def test_half_precision_against_torch(lengths, K, dtype):
+    """At most twice the error of the same loop in torch in the same dtype, for each of out, dq, dk, dv."""
+    rows, H = sum(lengths), 16
+    qkv, grad = random_qkv(rows + 3, H, K, dtype), random_qkv(rows + 3, H, K, dtype, 1)[:, 0]
+    qkv[rows:] = float("nan")
+    cu, longest = offsets(lengths), max(lengths)
+    poison(qkv.shape, grad.shape, dtype=dtype)
+    actual = with_gradients(lambda *x: varlen_attention(*x, cu, longest), qkv.unbind(1), grad)
+    assert all((x[rows:] == 0).all() for x in actual)
+    exact = with_gradients(lambda *x: loop(*x, lengths), qkv[:rows].double().unbind(1), grad[:rows].double())
+    for begin, end in itertools.pairwise(cu.tolist()):
+        inputs = [x.transpose(0, 1) for x in qkv[begin:end].unbind(1)]
+        plain = with_gradients(
+            lambda q, k, v: ((q @ k.mT) * K**-0.5).softmax(-1) @ v, inputs, grad[begin:end].transpose(0, 1)
+        )
+        for name, ours, theirs, e in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
+            e = e[begin:end]
+            error = (ours[begin:end] - e).norm() / e.norm()
+            bound = 2 * (theirs.transpose(0, 1) - e).norm() / e.norm() + 1e-3
+            if end - begin > 1 or name in ("out", "dv"):  # dq and dk of one row are zero
+                assert error <= bound, f"{name} of {end - begin} rows: {error:.2e} > {bound:.2e}"
+
+
+@pytest.mark.gpu
+def test_pool_half_precision():
+    lengths = [256, 252, 1, 1024, 17]
+    kv = random_qkv(sum(lengths), 16, 72, torch.bfloat16)[:, 1:]
+    q, grad = random_qkv(1, 16, 72, torch.bfloat16, 1)[0, 0], random_qkv(5, 16, 72, torch.bfloat16, 2)[:, 0]
+    poison(kv.shape, dtype=kv.dtype)
+    actual = with_gradients(lambda *x: varlen_attention_pool(*x, offsets(lengths), 1024), (q, *kv.unbind(1)), grad)
+    expected = with_gradients(lambda *x: pool_loop(*x, lengths), (q, *kv.unbind(1)), grad)
+    assert_close(actual, expected, 6e-3)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """T * 3 * H * K > 2**31: the last segment equals the same rows alone."""
+    lengths = [256] * 2560
+    qkv = torch.empty(sum(lengths), 3, 16, 72, dtype=torch.bfloat16, device=DEVICE).normal_()
+    grad = torch.empty(sum(lengths), 16, 72, dtype=torch.bfloat16, device=DEVICE).normal_()
+    assert qkv.numel() > 2**31
+    cu = offsets(lengths)
+    whole = with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, 256), [qkv], grad)
+    for rows in (slice(256), slice(-256, None)):
+        alone = with_gradients(lambda x: varlen_attention_qkvpacked(x, offsets([256]), 256), [qkv[rows]], grad[rows])
+        assert all(torch.equal(w[rows], a) for w, a in zip(whole, alone, strict=True))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation():
+    qkv, cu = random_qkv(600, 16, 72, torch.bfloat16).requires_grad_(), offsets([256, 300, 44])
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            varlen_attention_qkvpacked(qkv, cu, 300).backward(torch.ones(600, 16, 72, dtype=qkv.dtype, device=DEVICE))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
