@@ -44,34 +44,30 @@ def providers(head_dim, segments):
     return found
 
 
-def graph_of(function):
-    """A CUDA graph of one call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+def microseconds(functions, rounds=3, samples=3, replays=20):
+    """Samples for each function: of replays of its CUDA graph, captured anew each round, one function after another.
+
+    Capture runs on the current stream, which must not be the default one: a backward runs where its forward did.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
-
-
-def microseconds(graphs, rounds=9, replays=20):
-    """Samples for each graph, run in turn."""
-    samples = {name: [] for name in graphs}
-    for round_ in range(rounds + 1):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(replays):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            if round_:
-                samples[name].append(start.elapsed_time(end) * 1e3 / replays)
-    return samples
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                function()
+            graph.replay()
+            for _ in range(samples):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                for _ in range(replays):
+                    graph.replay()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end) * 1e3 / replays)
+            del graph
+    return times
 
 
 def ceilings():
@@ -79,8 +75,8 @@ def ceilings():
     a, b = torch.randn(2, 8192, 8192, device=CUDA, dtype=torch.bfloat16)
     source = torch.randn(2**30, device=CUDA, dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    graphs = {"matmul": graph_of(lambda: a @ b), "copy": graph_of(lambda: target.copy_(source))}
-    times = {name: sorted(x)[len(x) // 2] for name, x in microseconds(graphs, rounds=5, replays=5).items()}
+    samples = microseconds({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, replays=5)
+    times = {name: sorted(x)[len(x) // 2] for name, x in samples.items()}
     return 2 * 8192**3 / times["matmul"] / 1e6, 2 * source.nbytes / times["copy"] / 1e6
 
 
@@ -100,15 +96,14 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
         try:
             out = function(q, k, v, segments)
             gradients = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-            errors = [relative_error(x, ref) for x, ref in zip((out, *gradients), expected)]
+            errors = [relative_error(x, ref) for x, ref in zip((out.detach(), *gradients), expected)]
             rows.add(name, workload, "forward", "bfloat16", "relative_error", errors[0], "")
             rows.add(name, workload, "backward", "bfloat16", "relative_error", max(errors[1:]), "")
             if not max(errors) <= BOUND:
                 print(f"{workload:14} {name:18} refused: relative errors {', '.join(f'{x:.1e}' for x in errors)}")
                 continue
-            call = functools.partial(function, q.detach(), k.detach(), v.detach(), segments)
-            forward[name] = graph_of(call)
-            backward[name] = graph_of(lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+            forward[name] = functools.partial(function, q.detach(), k.detach(), v.detach(), segments)
+            backward[name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
         except Exception as error:  # a backend that cannot run a shape is a line of the report, not the end of it
             print(f"{workload:14} {name:18} {type(error).__name__}: {str(error)[:100]}")
     chosen = {
@@ -116,9 +111,9 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
         for mode in ("forward", "backward")
     }
     flops = 4 * sum(length * length for length in lengths) * HEADS * head_dim
-    for mode, graphs, work, tensors in (("forward", forward, flops, 4), ("backward", backward, 2.5 * flops, 8)):
+    for mode, functions, work, tensors in (("forward", forward, flops, 4), ("backward", backward, 2.5 * flops, 8)):
         bound = max(work / tflops_peak / 1e6, tensors * grad.nbytes / bandwidth / 1e6)
-        samples = microseconds(graphs)
+        samples = microseconds(functions)
         if chosen[mode] in samples:
             samples["auto"] = samples[chosen[mode]]
         for name, times in samples.items():
@@ -135,6 +130,7 @@ def main():
     parser.add_argument("--out", type=Path, help="CSV file (default: results/attention_<card>.csv beside this script)")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 72], help="head dims (64 72)")
     args = parser.parse_args()
+    torch.cuda.set_stream(torch.cuda.Stream())
     rows = Rows("attention", torch.cuda.get_device_name())
     peak, bandwidth = ceilings()
     rows.add("cublas", "matmul8192", "forward", "bfloat16", "tflops", peak, "TFLOP/s")

@@ -28,7 +28,7 @@ from siglip2_packed.doctor import DTYPES, environment, pick_device, write_json
 from siglip2_packed.encode import image_files
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
-from siglip2_packed.ops.dispatch import resolve_backend
+from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.packing import PackedPatches, convert_to_packing_format
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
@@ -226,12 +226,16 @@ def run(args: argparse.Namespace) -> int:
 
     with full_precision() as tf32:
         ours = load_packed(args.ckpt, device, dtype, args.attn_implementation)
-        backend = resolve_backend(args.attn_implementation, device, dtype, head_dim(ours.config), needs_grad=False)
+        settings = (args.attn_implementation, device, dtype, head_dim(ours.config), False)
+        resolve_backend(
+            *settings
+        )  # a backend that was asked for and cannot run is refused before anything else is loaded
+        backends: dict[str, str] = {}
         found = environment(device) | {
             "checkpoint": args.ckpt,
             "dtype": args.dtype if dtype == torch.float32 else f"{args.dtype}, against float32",
             "tf32": tf32,
-            "attention": backend if backend == args.attn_implementation else f"{backend} ({args.attn_implementation})",
+            "attention": args.attn_implementation,
         }
         for name, value in found.items():
             if value != "absent":
@@ -246,6 +250,7 @@ def run(args: argparse.Namespace) -> int:
 
         @torch.inference_mode()
         def compare_case(case: Case) -> list[Row]:
+            backends[case.name] = resolve_backend(*settings, length_class([h * w for h, w in case.grids]))
             packed = run_packed(ours, case)
             references = {"kernels_ref": run_reference(reference, case)}
             if not theirs.not_loaded:
@@ -262,25 +267,25 @@ def run(args: argparse.Namespace) -> int:
             return compared
 
         if files:
-            print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage")
+            print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
             for file in files:
                 case = image_case(file.name, [file], args.ckpt, args.max_num_patches)
                 rows += (section := compare_case(case))
-                print_alone(case, section)
+                print_alone(case, section, backends[case.name])
             together = f"{len(files)} images in one pack"
             cases = iter([image_case(together, files, args.ckpt, args.max_num_patches)])
         else:
             cases = random_cases(ours.config, args.batch_size, args.image_size, args.seed)
         for case in cases:
             rows += (section := compare_case(case))
-            print_stages(case, section)
+            print_stages(case, section, backends[case.name])
 
     failed = sum(not row.passed for row in rows)
     summary = f"{failed} of {len(rows)} FAILED" if failed else f"ALL TESTS PASSED ({len(rows)} comparisons)"
     print(f"\n{summary}")
     if args.json:
-        report = {"passed": not failed, "summary": summary, "environment": found, "rows": [asdict(row) for row in rows]}
-        write_json(args.json, report)
+        listed = [asdict(row) | {"attention": backends.get(row.case, "")} for row in rows]
+        write_json(args.json, {"passed": not failed, "summary": summary, "environment": found, "rows": listed})
     return 1 if failed else 0
 
 
@@ -358,21 +363,21 @@ def loading(theirs: Transformers, tensors: int) -> Row:
 NUMBERS = f"{'max abs':>8} {'relative':>9} {'bound':>8} {'min cosine':>11} {'mean cosine':>12}"
 
 
-def print_alone(case: Case, rows: Sequence[Row]) -> None:
+def print_alone(case: Case, rows: Sequence[Row], backend: str) -> None:
     """One image: a line for each reference, with the stage that came closest to its bounds."""
     for against in dict.fromkeys(row.reference for row in rows):
         worst = max((row for row in rows if row.reference == against), key=lambda row: row.severity)
         token = "" if worst.token is None else f", token {worst.token} {worst.position}"
-        print(f"  {case.name:<26} {against:<13} {worst.numbers}   {worst.stage}{token}")
+        print(f"  {case.name:<26} {against:<13} {worst.numbers}   {worst.stage}{token} ({backend})")
     if not all(row.passed for row in rows):
-        print_stages(case, rows)
+        print_stages(case, rows, backend)
 
 
-def print_stages(case: Case, rows: Sequence[Row]) -> None:
+def print_stages(case: Case, rows: Sequence[Row], backend: str) -> None:
     """A line for each stage and reference."""
     patches = sum(h * w for h, w in case.grids)
     for against in dict.fromkeys(row.reference for row in rows):
-        print(f"\n{case.name}, {patches} patches, against {against}")
+        print(f"\n{case.name}, {patches} patches, attention {backend}, against {against}")
         print(f"  {'stage':<14} {NUMBERS}          worst")
         for row in rows:
             if row.reference == against:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from siglip2_packed.ops.attention import BACKENDS, why_missing, why_not
-from siglip2_packed.ops.dispatch import resolve_backend, self_check
+from siglip2_packed.ops.dispatch import LENGTH_CLASSES, resolve_backend, self_check
 from siglip2_packed.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,9 +46,11 @@ def run(args: argparse.Namespace) -> int:
     report["auto"] = []
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            forward, training = (resolve_backend("auto", device, DTYPES[dtype], head_dim, g) for g in (False, True))
+            forward, training = (
+                auto_takes(device, DTYPES[dtype], head_dim, needs_grad) for needs_grad in (False, True)
+            )
             report["auto"].append({"dtype": dtype, "head_dim": head_dim, "forward": forward, "training": training})
-            takes = forward if forward == training else f"{forward}; in training {training}"
+            takes = _listed(forward) + (f"; in training {_listed(training)}" if training != forward else "")
             print(f"  {dtype:<9} head_dim {head_dim:<4} {takes}")
     if args.json:
         write_json(args.json, report)
@@ -72,6 +74,23 @@ def examine(backend: str, device: torch.device) -> dict[str, Any]:
                 check["text"] = f"not checked: {reason}"
             checks.append(check)
     return {"missing": missing, "checks": checks}
+
+
+def auto_takes(
+    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> list[tuple[int | None, str]]:
+    """(longest typical segment, backend) in ascending order; None: no limit."""
+    taken: list[tuple[int | None, str]] = []
+    for length, upper in enumerate((*LENGTH_CLASSES, None)):
+        backend = resolve_backend("auto", device, dtype, head_dim, needs_grad, length)
+        if taken and taken[-1][1] == backend:
+            taken.pop()
+        taken.append((upper, backend))
+    return taken
+
+
+def _listed(taken: list[tuple[int | None, str]]) -> str:
+    return ", ".join(backend if upper is None else f"{backend} up to {upper} patches" for upper, backend in taken)
 
 
 def environment(device: torch.device) -> dict[str, str]:

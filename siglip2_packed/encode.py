@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     model.to(device).eval()
     if args.pooled and not hasattr(model, "head"):
         raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
-    backend = resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
+    # a backend that was asked for and cannot run is refused here, not in the middle
+    resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
 
     features, failed = encode(model, processor, files, args.patch_budget // processor.max_num_patches)
     grids = features["grid_thw"].tolist()
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_safetensors(out, features, {name: json.dumps(value) for name, value in metadata.items()})
     patches = int(features["grid_thw"].prod(dim=1).sum())
-    print(f"wrote {args.out}: {len(kept)} images, {patches} patches ({args.dtype} on {device}, attention: {backend})")
+    print(f"wrote {args.out}: {len(kept)} images, {patches} patches ({args.dtype} on {device})")
     if failed:
         print(f"{len(failed)} of {len(files)} images could not be read", file=sys.stderr)
     return 1 if failed else 0

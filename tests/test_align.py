@@ -164,12 +164,20 @@ def test_random_images_pass(checkpoint, capsys, tmp_path, small):
     out = capsys.readouterr().out
     assert "ALL TESTS PASSED" in out
     assert "FAIL" not in out
-    for line in (transformers.__version__, torch.__version__, "sdpa (auto)", "matmul off, cudnn off", "float32", "cpu"):
+    for line in (
+        transformers.__version__,
+        torch.__version__,
+        "attention sdpa, against",
+        "matmul off, cudnn off",
+        "float32",
+        "cpu",
+    ):
         assert line in out
 
     report = json.loads(report.read_text())
     assert report["passed"] is True
-    assert report["environment"]["attention"] == "sdpa (auto)"
+    assert report["environment"]["attention"] == "auto"
+    assert {row["attention"] for row in report["rows"] if row["case"] != "weights"} == {"sdpa"}
     stages = ["embeddings", "layer 1", "layer 2", "final", "pooled"]
     for case in ("2 random images of 8x12", "4 random images of different shapes"):
         for against, expected in (("kernels_ref", ["patches", *stages]), ("transformers", stages)):
@@ -335,14 +343,9 @@ def test_a_lost_head_fails(checkpoint, capsys, monkeypatch, small):
 
 def test_a_fault_in_preprocessing_fails_image_by_image(checkpoint, capsys, monkeypatch, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 20, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    ours = align.Siglip2PackedImageProcessor
-
-    class Nearest(ours):
-        @classmethod
-        def from_pretrained(cls, ckpt):
-            return ours.from_pretrained(ckpt, resample=0)
-
-    monkeypatch.setattr(align, "Siglip2PackedImageProcessor", Nearest)
+    load = align.Siglip2PackedImageProcessor.from_pretrained
+    nearest = staticmethod(lambda ckpt: load(ckpt, resample=Image.Resampling.NEAREST))
+    monkeypatch.setattr(align.Siglip2PackedImageProcessor, "from_pretrained", nearest)
     flags = ["--images", str(tmp_path / "a.png"), "--device", "cpu"]
     rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *flags])
     assert any(row.startswith("  a.png ") for row in rows)
@@ -446,7 +449,9 @@ def test_without_scikit_image(checkpoint, capsys, monkeypatch):
 
 def test_names_the_backend_that_ran(checkpoint, capsys, small):
     assert main(["align", "--ckpt", str(checkpoint()), *SMALL, "--attn_implementation", "eager"]) == 0
-    assert any(line.split() == ["attention", "eager"] for line in capsys.readouterr().out.splitlines())
+    out = capsys.readouterr().out
+    assert any(line.split() == ["attention", "eager"] for line in out.splitlines())
+    assert out.count("attention eager, against") == 4
 
 
 @pytest.mark.parametrize("matmul", ["highest", "high"])

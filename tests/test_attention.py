@@ -19,6 +19,11 @@ CPU = torch.device("cpu")
 PACKS = [[35], [256, 1, 64, 35], [5, 5, 5], [3, 9, 3, 1, 9, 17], [1], [16, 7, 16]]
 
 
+def forget_imports():
+    attention._import.cache_clear()
+    attention.why_missing.cache_clear()
+
+
 def qkv(lengths, heads=2, head_dim=72, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, sum(lengths), heads, head_dim, generator=generator).to(dtype)
@@ -124,9 +129,10 @@ def test_a_broken_flash_attn_is_a_reason_not_a_crash(monkeypatch, error):
     def broken(name):
         raise error
 
-    attention._import.cache_clear()
+    forget_imports()
     monkeypatch.setattr(importlib, "import_module", broken)
     reason = why_not("flash_attention_2", torch.device("cuda"), torch.bfloat16, 72)
+    forget_imports()
     assert type(error).__name__ in reason
     assert str(error) in reason
 
@@ -162,6 +168,12 @@ def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplo
             cached.cache_clear()
 
 
+def test_a_check_under_inference_mode_is_good_for_training_too():
+    self_check.cache_clear()
+    with torch.inference_mode():
+        assert self_check("sdpa", CPU, torch.float32, 72).backward_ok
+
+
 @pytest.mark.parametrize("fault", ["nan", "scale", "raise"])
 def test_a_wrong_forward_is_refused(monkeypatch, fault):
     def wrong(q, k, v, segments):
@@ -190,12 +202,15 @@ def test_flash_attention_gets_the_true_scale_when_head_dim_is_padded(monkeypatch
     module.flash_attn_varlen_func = flash
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
-    attention._import.cache_clear()
+    forget_imports()
     lengths = [5, 35, 1]
     inputs = qkv(lengths)
     out = varlen_attention(*inputs, Segments(lengths), "flash_attention_4")
-    attention._import.cache_clear()
     assert (seen["width"], seen["softmax_scale"], seen["causal"]) == (96, 72**-0.5, False)
+    with torch.no_grad():
+        varlen_attention(*inputs, Segments(lengths), "flash_attention_4")
+    forget_imports()
+    assert (seen["width"], seen["softmax_scale"]) == (72, 72**-0.5)
     assert (seen["max_seqlen_q"], seen["cu_seqlens_k"].tolist()) == (35, [0, 5, 40, 41])
     expected = kernels_ref.attention(*inputs, Segments(lengths).cu_seqlens)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)

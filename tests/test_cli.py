@@ -99,8 +99,8 @@ def test_user_errors_are_a_line_and_exit_code_2(monkeypatch, capsys, error):
 
 
 def test_our_own_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(doctor, "environment", lambda device: {}["oops"])
-    with pytest.raises(KeyError):
+    monkeypatch.setattr(doctor, "environment", lambda device: [][0])
+    with pytest.raises(IndexError):
         cli.main(["doctor", "--device", "cpu"])
 
 
@@ -156,9 +156,17 @@ def test_doctor_says_what_auto_takes(examined):
     for taken in report["auto"]:
         dtype = doctor.DTYPES[taken["dtype"]]
         for key, needs_grad in (("forward", False), ("training", True)):
-            device = torch.device("cpu")
-            assert taken[key] == dispatch.resolve_backend("auto", device, dtype, taken["head_dim"], needs_grad)
-    assert f"float32   head_dim 72   {report['auto'][1]['forward']}" in out
+            backend = dispatch.resolve_backend("auto", torch.device("cpu"), dtype, taken["head_dim"], needs_grad)
+            assert taken[key] == [[None, backend]]
+    assert f"float32   head_dim 72   {report['auto'][1]['forward'][0][1]}" in out
+
+
+def test_doctor_says_where_auto_changes_its_mind(monkeypatch):
+    names = ["a", "a", "b", "b", "b", "c", "c"]
+    monkeypatch.setattr(doctor, "resolve_backend", lambda *args: names[args[-1]])
+    taken = doctor.auto_takes(torch.device("cpu"), torch.float32, 64, False)
+    assert taken == [(192, "a"), (1536, "b"), (None, "c")]
+    assert doctor._listed(taken) == "a up to 192 patches, b up to 1536 patches, c"
 
 
 def test_doctor_shows_a_backend_that_is_wrong(monkeypatch):

@@ -127,7 +127,7 @@ def test_no_good_file_at_all(checkpoint, folder, tmp_path, capsys):
 def test_the_same_file_twice(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "features.safetensors"
     assert run(checkpoint(), [folder / "a.png", folder / "b.PNG", folder / "a.png"], out) == 0
-    assert "3 images, 46 patches (float32 on cpu, attention: sdpa)" in capsys.readouterr().out
+    assert "3 images, 46 patches (float32 on cpu)" in capsys.readouterr().out
     tensors, metadata = read(out)
     assert metadata["images"]["00000"] == metadata["images"]["00002"]
     torch.testing.assert_close(tensors["00000"], tensors["00002"], rtol=1e-5, atol=1e-5)
@@ -156,6 +156,15 @@ def test_the_old_file_stays_whole_when_writing_fails(checkpoint, folder, tmp_pat
     assert out.read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["features.safetensors"]
     assert "No space left" in capsys.readouterr().err
+
+
+def test_the_new_file_takes_the_old_ones_place_at_once(checkpoint, folder, tmp_path):
+    out, reader = tmp_path / "features.safetensors", tmp_path / "reader"
+    out.write_bytes(b"before")
+    reader.hardlink_to(out)  # as somebody who has the old file open sees it
+    assert run(checkpoint(), [folder], out) == 0
+    assert reader.read_bytes() == b"before"
+    assert "00004" in read(out)[0]
 
 
 @pytest.mark.parametrize(

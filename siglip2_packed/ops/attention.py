@@ -87,12 +87,17 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
 
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`flash_attn.cute` (FlashAttention 4), padded to 64, 96 or 128: its dQ is wrong at some head_dims between."""
+    """`flash_attn.cute` (FlashAttention 4).
+
+    Where gradients are needed, head_dims are padded to 64, 96 or 128: its dQ is wrong at some between, 72 among them.
+    """
+    function = _import("flash_attn.cute", "flash_attn_varlen_func")
     head_dim = q.shape[-1]
     width = next((width for width in (64, 96, 128) if head_dim <= width), head_dim)
-    q, k, v = (F.pad(x, (0, width - head_dim)) if width > head_dim else x for x in (q, k, v))
-    function = _import("flash_attn.cute", "flash_attn_varlen_func")
-    return _flash(function, q, k, v, segments, scale=head_dim**-0.5)[..., :head_dim]
+    if width == head_dim or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return _flash(function, q, k, v, segments)
+    padded = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
+    return _flash(function, *padded, segments, scale=head_dim**-0.5)[..., :head_dim]
 
 
 def _flash(
@@ -139,6 +144,7 @@ def _import(module: str, name: str):
     return getattr(importlib.import_module(module), name)
 
 
+@cache
 def why_missing(backend: str) -> str | None:
     """Why this backend cannot be imported here; None if it can."""
     spec = BACKENDS[backend]

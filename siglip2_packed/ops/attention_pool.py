@@ -5,14 +5,20 @@ Shapes: N images, T rows, H heads, K head_dim.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from siglip2_packed.measure import relative_error
+from siglip2_packed.ops.attention import why_not
 from siglip2_packed.ops.segments import Segments
 
 
 def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
-    """softmax(q kᵀ / sqrt(K)) v over each image's rows, in float32 (float64 inputs stay float64).
+    """softmax(q kᵀ / sqrt(K)) v over each image's rows, accumulated in float32 (float64 for float64).
+
+    One Triton kernel where it runs and has been compared with the torch path, outputs and gradients; else torch.
 
     Args:
         q: `[H, K]`, one query shared by all images.
@@ -22,6 +28,16 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
     Returns:
         `[N, H, K]` in v's dtype.
     """
+    return (_triton if triton_is_right(k.device, k.dtype, k.shape[-1]) else _torch)(q, k, v, images)
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
+    from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
+
+    return varlen_attention_pool(q, k, v, images.cu_seqlens, images.max_seqlen)
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
     precision = torch.promote_types(v.dtype, torch.float32)
     lengths = images.cu_seqlens.diff()
     scores = torch.einsum("hk,thk->th", q.to(precision) * q.shape[-1] ** -0.5, k.to(precision))
@@ -31,3 +47,26 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
     total = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
     summed = torch.segment_reduce(weights[..., None] * v.to(precision), "sum", lengths=lengths, unsafe=True)
     return (summed / total[..., None]).to(v.dtype)
+
+
+@torch.compiler.assume_constant_result
+def triton_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    return _triton_is_right(device, dtype, head_dim)
+
+
+@cache
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _triton_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    if why_not("triton", device, dtype, head_dim) is not None:
+        return False
+    images = Segments([35, 256, 1, 64], device)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, head_dim, generator=generator).to(device, dtype)
+    k, v = torch.randn(2, sum(images.lengths), 2, head_dim, generator=generator).to(device, dtype)
+    results = []
+    for pool, precision in ((_triton, dtype), (_torch, torch.float64)):
+        inputs = [x.to(precision).requires_grad_() for x in (q, k, v)]
+        out = pool(*inputs, images)
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+    return all(relative_error(x, ref) <= 1e-2 for x, ref in zip(*results))
