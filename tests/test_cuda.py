@@ -9,6 +9,7 @@ from transformers import Siglip2VisionModel
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
+from siglip2_packed.ops.attention_pool import triton_is_right
 from siglip2_packed.ops.dispatch import self_check
 from siglip2_packed.ops.segments import Segments
 
@@ -81,6 +82,12 @@ def test_every_backend_present_is_right_or_refused(backend, head_dim):
     a, b = varlen_attention(q, k, v, segments, backend), varlen_attention(*changed, segments, backend)
     assert torch.equal(a[:64], b[:64])
     assert torch.equal(a[88:], b[88:])
+
+
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_pooling_runs_on_its_kernel(head_dim):
+    assert triton_is_right(CUDA, torch.bfloat16, head_dim)
+    assert not triton_is_right(CUDA, torch.float32, head_dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -96,8 +96,8 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
     width = next((width for width in (64, 96, 128) if head_dim <= width), head_dim)
     if width == head_dim or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
         return _flash(function, q, k, v, segments)
-    padded = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
-    return _flash(function, *padded, segments, scale=head_dim**-0.5)[..., :head_dim]
+    q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
+    return _flash(function, q, k, v, segments, scale=head_dim**-0.5)[..., :head_dim]
 
 
 def _flash(

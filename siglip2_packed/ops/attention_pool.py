@@ -62,11 +62,11 @@ def _triton_is_right(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return False
     images = Segments([35, 256, 1, 64], device)
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, head_dim, generator=generator).to(device, dtype)
+    q, grad = torch.randn(2, 2, head_dim, generator=generator).to(device, dtype)
     k, v = torch.randn(2, sum(images.lengths), 2, head_dim, generator=generator).to(device, dtype)
     results = []
     for pool, precision in ((_triton, dtype), (_torch, torch.float64)):
-        inputs = [x.to(precision).requires_grad_() for x in (q, k, v)]
-        out = pool(*inputs, images)
-        results.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+        inputs = q, k, v = [x.detach().to(precision).requires_grad_() for x in (q, k, v)]
+        out = pool(q, k, v, images)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(precision).expand_as(out))])
     return all(relative_error(x, ref) <= 1e-2 for x, ref in zip(*results))

@@ -8,7 +8,6 @@ Shapes: S segments, H heads, K head_dim.
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections.abc import Sequence
 from functools import cache
@@ -54,7 +53,7 @@ def length_class(lengths: Sequence[int]) -> int:
     """The class of a pack's typical segment: the mean length, each row counted once, as attention's work counts it."""
     total = sum(lengths)
     typical = sum(length * length for length in lengths) / total if total else 0
-    return bisect.bisect_left(LENGTH_CLASSES, typical)
+    return sum(typical > bound for bound in LENGTH_CLASSES)
 
 
 def preference(device: torch.device, head_dim: int, length: int, training: bool) -> Order:
@@ -113,7 +112,8 @@ def self_check(backend: str, device: torch.device, dtype: torch.dtype, head_dim:
     run = BACKENDS[backend].run
     try:
         with torch.no_grad():
-            inference = run(*inputs[:3], segments)
+            q, k, v = inputs[:3]
+            inference = run(q, k, v, segments)
         with torch.enable_grad():
             ours = _with_gradients(run, inputs, segments, dtype)
             exact = _with_gradients(eager, inputs, segments, torch.float64)
