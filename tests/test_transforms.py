@@ -87,9 +87,8 @@ def test_fsdp2_shards_every_layer(checkpoint, patches, device, tmp_path):
                 packed = PackedPatches(patches(grids), grids).to(device)
                 out = model(**packed)
                 (out.last_hidden_state.square().sum() + out.pooler_output.sum()).backward()
-            gradients.append(
-                [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
-            )
+            grads = [parameter.grad for parameter in model.parameters()]
+            gradients.append([grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads])
         for a, b in zip(*gradients):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     finally:
