@@ -103,6 +103,7 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
                 print(f"{workload:14} {name:18} refused: relative errors {', '.join(f'{x:.1e}' for x in errors)}")
                 continue
             forward[name] = functools.partial(function, q.detach(), k.detach(), v.detach(), segments)
+            # holds what the captured backward reads: a graph holds nothing
             backward[name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
         except Exception as error:  # a backend that cannot run a shape is a line of the report, not the end of it
             print(f"{workload:14} {name:18} {type(error).__name__}: {str(error)[:100]}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from siglip2_packed.measure import cpu_name
 from siglip2_packed.ops.attention import BACKENDS, why_missing, why_not
 from siglip2_packed.ops.dispatch import LENGTH_CLASSES, resolve_backend, self_check
 from siglip2_packed.version import __version__
@@ -112,10 +113,7 @@ def environment(device: torch.device) -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def pick_device(name: str | None) -> torch.device:

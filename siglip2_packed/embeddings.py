@@ -17,9 +17,10 @@ class Siglip2PackedEmbeddings(nn.Module):
 
     def forward(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """`[T, P]` patches (any floating dtype) and their (t, h, w) grids -> `[T, D]` in the weights' dtype."""
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        positions = resize_positions(self.position_embedding.weight, grids)
-        return patches + positions.to(patches.dtype)
+        dtype = self.patch_embedding.weight.dtype
+        patches = self.patch_embedding(pixel_values.to(dtype))
+        # the weights' dtype, not the patches': under autocast the residual stream stays in float32
+        return patches + resize_positions(self.position_embedding.weight, grids).to(dtype)
 
 
 def patch_dim(config) -> int:

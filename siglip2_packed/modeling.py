@@ -5,13 +5,14 @@ Shapes: N images, T total patches, P patch_dim, D hidden size, L layers.
 
 from __future__ import annotations
 
+import operator
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Siglip2VisionConfig
+from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
 from siglip2_packed import weights
@@ -67,6 +68,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         super().__init__(config)
         _check_config(config)
         select_layer = getattr(config, "select_layer", None)
+        if select_layer is not None:
+            select_layer = config.select_layer = _as_integer(select_layer)
         num_layers = layer_index(select_layer, config.num_hidden_layers)
         self.embeddings = Siglip2PackedEmbeddings(config)
         self.encoder = Siglip2PackedEncoder(config, num_layers)
@@ -74,6 +77,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             if getattr(config, "vision_use_head", True):
                 self.head = Siglip2PackedPoolingHead(config)
+        self.register_load_state_dict_pre_hook(_strip_prefix)
         self.post_init()
 
     def forward(
@@ -85,6 +89,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         max_seqlen: int | None = None,
         temporal: str | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> ModelOutput | tuple:
         """Encodes a pack.
 
@@ -101,12 +106,15 @@ class Siglip2PackedVisionModel(PreTrainedModel):
 
         Returns:
             `last_hidden_state [T, D]` (after post_layernorm), `pooler_output [N, D]` and `hidden_states`, in the
-            weights' dtype. Without a pooling head, `pooler_output` raises `NoPoolingHead`.
+            weights' dtype (under autocast, as transformers'). Without a pooling head, `pooler_output` raises
+            `NoPoolingHead`.
 
         Raises:
             ValueError: patches and grid that do not fit each other or the model, integer pixels, an attention backend
                 that cannot run here.
         """
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError("output_attentions: varlen attention never forms the weights it would return")
         check_patches(pixel_values, patch_dim(self.config))
         if temporal is not None and cu_seqlens is not None:
             raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
@@ -131,14 +139,15 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             output: ModelOutput = BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
         else:
             output = TokenOutput(hidden_states, hidden_states=all_hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *,
-        config: Siglip2VisionConfig | None = None,
+        config: Siglip2VisionConfig | str | os.PathLike | None = None,
         select_layer: int | None = None,
         **kwargs: Any,
     ) -> Siglip2PackedVisionModel:
@@ -147,7 +156,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         A checkpoint without `head.*` gives a model without a pooling head; every other tensor has to be there.
 
         Args:
-            config: replaces the checkpoint's config.json.
+            config: replaces the checkpoint's config.json; a configuration, or where to read one.
             select_layer: build and load the model up to this hidden state only, see the class.
             **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
                 config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
@@ -161,17 +170,24 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("weights are loaded from safetensors only")
+        for name in {"state_dict", "variant", "from_tf", "from_flax", "gguf_file"} & kwargs.keys():
+            raise ValueError(f"{name} is not supported: weights are read from the checkpoint's model.safetensors")
         kwargs.pop("trust_remote_code", None)
-        config = weights.read_config(ckpt, **hub) if config is None else config
-        config = type(config).from_dict(config.to_dict())
+        if not isinstance(config, PretrainedConfig):
+            config = weights.read_config(ckpt if config is None else config, **hub)
+        given = getattr(config, "vision_config", config)
+        kwargs.setdefault("attn_implementation", getattr(given, "_attn_implementation", None) or "auto")
+        config = Siglip2VisionConfig.from_dict(given.to_dict())
+        head_wanted = kwargs.get("vision_use_head") is True
         for name in kwargs.keys() & {*config.to_dict(), "vision_use_head"} - {"dtype", "torch_dtype"}:
             setattr(config, name, kwargs.pop(name))
         if select_layer is not None:
             config.select_layer = select_layer
         state = weights.read_state_dict(ckpt, **hub)
         if not any(name.startswith("head.") for name in state):
+            if head_wanted:
+                raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
             config.vision_use_head = False
-        config._name_or_path = str(ckpt)
 
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
@@ -179,8 +195,10 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         state = {name: state[name] for name in expected}
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", "auto")
-        kwargs.setdefault("attn_implementation", "auto")
-        return super().from_pretrained(None, config=config, state_dict=state, **kwargs)
+        loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(ckpt)
+        return loaded
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -193,6 +211,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
 
         Keys get the `vision_model.` prefix, the one form that both generations read.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):  # transformers writes the adapter alone, under its own keys
+            return super().save_pretrained(save_directory, is_main_process, state_dict=state_dict, **kwargs)
         state = self.state_dict() if state_dict is None else state_dict
         prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
@@ -271,7 +291,7 @@ class Siglip2NaflexPacking(nn.Module):
 
     def forward(self, hidden_states: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
         """`[T, P]` patches and `[N, 3]` grids -> `[T, D]`, the last hidden state after post_layernorm."""
-        return self.vision_model(hidden_states, grid_thw, **kwargs).last_hidden_state
+        return self.vision_model(hidden_states, grid_thw, **kwargs, return_dict=True).last_hidden_state
 
 
 def layer_index(select_layer: int | None, num_layers: int) -> int:
@@ -282,6 +302,7 @@ def layer_index(select_layer: int | None, num_layers: int) -> int:
     """
     if select_layer is None:
         return num_layers
+    select_layer = _as_integer(select_layer)
     if not -num_layers - 1 <= select_layer <= num_layers:
         raise ValueError(
             f"select_layer {select_layer} is out of range: {num_layers} layers give hidden_states[0..{num_layers}]"
@@ -289,7 +310,23 @@ def layer_index(select_layer: int | None, num_layers: int) -> int:
     return select_layer % (num_layers + 1)
 
 
+def _as_integer(select_layer: Any) -> int:
+    if isinstance(select_layer, bool) or not hasattr(select_layer, "__index__"):
+        raise ValueError(f"select_layer must be an integer, got {select_layer!r}")
+    return operator.index(select_layer)
+
+
+def _strip_prefix(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    """Lets `load_state_dict` read what `save_pretrained` wrote (as a Trainer does when it resumes)."""
+    written = f"{prefix}vision_model."
+    for name in [name for name in state if name.startswith(written)]:
+        state[prefix + name.removeprefix(written)] = state.pop(name)
+
+
 def _check_config(config: Siglip2VisionConfig) -> None:
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_patches"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     head_dim(config)
     if int(config.num_patches**0.5) ** 2 != config.num_patches:
         raise ValueError(f"num_patches {config.num_patches} is not a square number, as the position table has to be")

@@ -80,9 +80,11 @@ def make_layout(
     else:
         lengths = [h * w for t, h, w in grids for _ in range(t)]
 
-    longest = max(lengths, default=0)
-    if max_seqlen is not None and int(max_seqlen) < longest:
-        raise ValueError(f"max_seqlen is {int(max_seqlen)}, the longest segment has {longest} rows")
+    longest = max(lengths) if lengths else 0
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__")):
+        raise ValueError(f"max_seqlen must be an integer, got {max_seqlen!r}")
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"max_seqlen is {max_seqlen}, the longest segment has {longest} rows")
     return Layout(grids, lengths, longest)
 
 
@@ -121,15 +123,20 @@ class PackedPatches(BatchFeature):
     """
 
     def __init__(self, pixel_values: Any, grid_thw: Any = None, temporal: str = "frames"):
+        self.kept: list[int] = []
+        self.skipped: list[tuple[int, str, str]] = []
         if isinstance(pixel_values, Mapping):
+            missing = {"pixel_values", "grid_thw", "cu_seqlens", "max_seqlen"} - pixel_values.keys()
+            if missing:
+                raise ValueError(f"a pack needs the keys {', '.join(sorted(missing))} too; got {list(pixel_values)}")
             super().__init__(dict(pixel_values))
+            self.kept = list(range(self.num_images))
             return
         if grid_thw is None:
             raise ValueError("grid_thw is missing: [N, 3] rows of (t, h, w)")
         check_patches(pixel_values)
         layout = make_layout(grid_thw, total_patches=pixel_values.shape[0], temporal=temporal)
-        self.kept: list[int] = list(range(len(layout.grids)))
-        self.skipped: list[tuple[int, str, str]] = []
+        self.kept = list(range(len(layout.grids)))
         super().__init__(
             {
                 "pixel_values": pixel_values,
@@ -181,6 +188,8 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
     Returns:
         `([N·h·w, patch_size²·C], grid_thw [N, 3])`, patches in raster order, each (py, px, c), c fastest.
     """
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
+        raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
     if images.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
     n, channels, height, width = images.shape
@@ -193,7 +202,7 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
 
 
 def pack(
-    pixel_values: Tensor | Sequence[Tensor],
+    pixel_values: Any,
     grid_thw: Any = None,
     *,
     pixel_attention_mask: Tensor | None = None,
@@ -211,6 +220,8 @@ def pack(
     Raises:
         ValueError: neither or both of `grid_thw` and `spatial_shapes`, or row counts that disagree.
     """
+    if isinstance(pixel_values, Mapping):
+        return pack(**pixel_values, temporal=temporal)
     if (grid_thw is None) == (spatial_shapes is None):
         raise ValueError("give exactly one of grid_thw [N, 3] and spatial_shapes [N, 2]")
     if grid_thw is None:
@@ -227,19 +238,26 @@ def pack(
     if isinstance(pixel_values, Tensor) and pixel_values.ndim != 3:
         raise ValueError(f"a padded batch is [N, max, P], got {list(pixel_values.shape)}")
     for i, (image, length) in enumerate(zip(pixel_values, lengths)):
+        if not isinstance(image, Tensor):
+            raise ValueError(f"image {i}: patches must be a tensor [t·h·w, P], got {type(image).__name__}")
+        if image.shape[1:] != pixel_values[0].shape[1:]:
+            raise ValueError(f"image {i}: patch_dim {image.shape[-1]}, image 0 has {pixel_values[0].shape[-1]}")
         if image.ndim != 2 or image.shape[0] < length or (image.shape[0] > length and not padded):
             raise ValueError(f"image {i}: its grid {layout.grids[i]} covers {length} patches, got {list(image.shape)}")
     if pixel_attention_mask is not None:
         _check_mask(pixel_attention_mask, pixel_values, lengths)
     if not lengths:
-        patch_dim = pixel_values.shape[2] if isinstance(pixel_values, Tensor) else 0
-        return PackedPatches(torch.zeros(0, patch_dim), grid_thw, temporal)
+        if not isinstance(pixel_values, Tensor):
+            raise ValueError("an empty list has no patch_dim: an empty pack is PackedPatches(torch.zeros(0, P), [])")
+        return PackedPatches(torch.zeros(0, pixel_values.shape[2]), grid_thw, temporal)
     rows = [image[:length] for image, length in zip(pixel_values, lengths)]
     return PackedPatches(torch.cat(rows), layout.grids, temporal)
 
 
 def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any:
     """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`."""
+    if not isinstance(hidden_states, Tensor):
+        raise ValueError(f"hidden_states must be a tensor [T, D], got {type(hidden_states).__name__}")
     lengths = make_layout(grid_thw).image_lengths
     if sum(lengths) != hidden_states.shape[0]:
         raise ValueError(f"grid_thw covers {sum(lengths)} patches, hidden_states has {hidden_states.shape[0]} rows")
@@ -267,6 +285,8 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
     """
     if isinstance(pixel_values, Mapping):
         pixel_values, grid_thw = pixel_values["pixel_values"], pixel_values["grid_thw"]
+    if grid_thw is None:
+        raise ValueError("grid_thw is missing: [N, 3] rows of (t, h, w)")
     layout = make_layout(grid_thw, total_patches=pixel_values.shape[0])
     if max_num_patches is not None and max_num_patches < layout.max_seqlen:
         raise ValueError(f"max_num_patches is {max_num_patches}, the longest image has {layout.max_seqlen} patches")
@@ -284,8 +304,11 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
 
 
 def _integers(values: Any, name: str) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    if tensor.numel() == 0 and not isinstance(values, Tensor):
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold integers, got {str(values)[:80]}") from error
+    if tensor.numel() == 0:
         return tensor.long()
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {tensor.dtype}")

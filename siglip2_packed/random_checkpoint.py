@@ -15,39 +15,12 @@ from transformers import PreTrainedModel, Siglip2Config, Siglip2Model, Siglip2Vi
 
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
+FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_patches".split()
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        patch_size=4,
-        num_patches=16,
-    ),
-    "tiny72": dict(
-        hidden_size=144,
-        intermediate_size=208,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        patch_size=4,
-        num_patches=16,
-    ),
-    "base": dict(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        patch_size=16,
-        num_patches=256,
-    ),
-    "so400m": dict(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        patch_size=16,
-        num_patches=256,
-    ),
+    "tiny": dict(zip(FIELDS, (64, 128, 3, 4, 4, 16))),
+    "tiny72": dict(zip(FIELDS, (144, 208, 2, 2, 4, 16))),
+    "base": dict(zip(FIELDS, (768, 3072, 12, 12, 16, 256))),
+    "so400m": dict(zip(FIELDS, (1152, 4304, 27, 16, 16, 256))),
 }
 
 

@@ -7,14 +7,16 @@ the full model with its text tower, and towers cut out of, or still inside, a vi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Siglip2VisionConfig
 from transformers.utils import cached_file
@@ -31,7 +33,7 @@ def find_file(ckpt: str | os.PathLike, name: str, **hub) -> Path | None:
     """A file of a local folder, or of a hub repository through transformers' cache; None if it has no such file."""
     folder = Path(ckpt).expanduser()
     if folder.is_dir():
-        path = folder / hub.get("subfolder", "") / name
+        path = folder / (hub.get("subfolder") or "") / name
         return path if path.is_file() else None
     if folder.is_absolute() or str(ckpt).startswith((".", "~")) or str(ckpt).count("/") > 1:
         raise FileNotFoundError(f"checkpoint folder {str(ckpt)!r} does not exist")
@@ -49,11 +51,13 @@ def read_config(ckpt: str | os.PathLike, **hub) -> Siglip2VisionConfig:
     path = find_file(ckpt, "config.json", **hub)
     if path is None:
         raise FileNotFoundError(f"no config.json in {str(ckpt)!r}")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     model_type = config.get("model_type")
     vision = config
     while "vision_config" in vision:
         vision = vision["vision_config"]
+        if not isinstance(vision, dict):
+            raise ValueError(f"{path}: vision_config is {vision!r}, expected an object")
         # Siglip2Config's own vision_config may leave out its type
         model_type = vision.get("model_type", "siglip2_vision_model" if model_type == "siglip2" else None)
     if model_type in ("siglip", "siglip_vision_model"):
@@ -64,6 +68,27 @@ def read_config(ckpt: str | os.PathLike, **hub) -> Siglip2VisionConfig:
             "a model whose vision_config is one"
         )
     return Siglip2VisionConfig.from_dict({k: v for k, v in vision.items() if k != "model_type"})
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; ValueError, with the path, for anything else."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
+    return value
+
+
+@contextlib.contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """`safe_open`, whose errors do not say which file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
@@ -89,7 +114,7 @@ def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
 def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
     state = {}
     for path, keys in files.items():
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for key in keys:
                 name = key.removeprefix(prefix)
                 if key.startswith(prefix) and name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
@@ -106,7 +131,10 @@ def _weight_files(ckpt: str | os.PathLike, hub: dict) -> dict[Path, list[str]]:
         index = find_file(ckpt, INDEX, **hub)
         if index is None:
             raise _no_weights(ckpt, hub)
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        shards = sorted(set(weight_map.values()))
         found = {name: find_file(ckpt, name, **hub) for name in shards}
         missing = [name for name, path in found.items() if path is None]
         if missing:
@@ -114,7 +142,7 @@ def _weight_files(ckpt: str | os.PathLike, hub: dict) -> dict[Path, list[str]]:
         paths = [path for path in found.values() if path is not None]
     files = {}
     for path in paths:
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             files[path] = list(file.keys())
     return files
 
@@ -133,7 +161,7 @@ def _no_weights(ckpt: str | os.PathLike, hub: dict) -> Exception:
 def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping, hub: dict) -> str:
     shapes = {}
     for path, keys in _weight_files(ckpt, hub).items():
-        with safe_open(path, framework="pt") as file:
+        with open_weights(path) as file:
             for key in keys:
                 if key.endswith((PATCH_EMBEDDING, "embeddings.position_embedding.weight")) and "text_model" not in key:
                     shapes[key.split(".")[-2]] = file.get_slice(key).get_shape()
@@ -152,6 +180,10 @@ def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.S
     if missing:
         listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(f"{source!r} lacks {len(missing)} of {len(expected)} tensors: {listed}")
+    floating = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    for name in expected:
+        if state[name].dtype not in floating:
+            raise ValueError(f"{source!r}: {name} is {state[name].dtype}; expected floating weights")
     wrong = [name for name in expected if state[name].shape != expected[name]]
     if wrong:
         shapes = (f"{name} is {list(state[name].shape)}, expected {list(expected[name])}" for name in wrong[:8])

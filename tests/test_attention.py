@@ -137,10 +137,11 @@ def test_a_broken_flash_attn_is_a_reason_not_a_crash(monkeypatch, error):
     assert str(error) in reason
 
 
-def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplog):
+@pytest.mark.parametrize("wrong_input", ["q", "k", "v"])
+def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplog, wrong_input):
     """A backend whose dQ is wrong (as one is, silently, at head_dim 72) is good for inference only."""
 
-    class WrongQueryGradient(torch.autograd.Function):
+    class WrongGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, q):
             return q.clone()
@@ -150,7 +151,8 @@ def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplo
             return 1.5 * grad
 
     def wrong(q, k, v, segments):
-        return attention.sdpa(WrongQueryGradient.apply(q), k, v, segments)
+        inputs = [WrongGradient.apply(x) if name == wrong_input else x for name, x in zip("qkv", (q, k, v))]
+        return attention.sdpa(*inputs, segments)
 
     monkeypatch.setitem(BACKENDS, "wrong", attention.Backend(wrong))
     monkeypatch.setattr(dispatch, "ATTN_IMPLEMENTATIONS", (*attention.ATTN_IMPLEMENTATIONS, "wrong"))
@@ -159,7 +161,9 @@ def test_wrong_gradients_are_refused_by_name_with_the_numbers(monkeypatch, caplo
         cached.cache_clear()
     try:
         assert resolve_backend("wrong", CPU, torch.float32, 72, False) == "wrong"
-        with pytest.raises(ValueError, match=r"'wrong' cannot be used: failed its self-check.*dq 5\.0e-01"):
+        with pytest.raises(
+            ValueError, match=rf"'wrong' cannot be used: failed its self-check.*d{wrong_input} 5\.0e-01"
+        ):
             resolve_backend("wrong", CPU, torch.float32, 72, True)
         assert resolve_backend("auto", CPU, torch.float32, 72, True) == "sdpa"
         assert "wrong failed its self-check" in caplog.text
@@ -174,12 +178,14 @@ def test_a_check_under_inference_mode_is_good_for_training_too():
         assert self_check("sdpa", CPU, torch.float32, 72).backward_ok
 
 
-@pytest.mark.parametrize("fault", ["nan", "scale", "raise"])
+@pytest.mark.parametrize("fault", ["nan", "scale", "raise", "inference"])
 def test_a_wrong_forward_is_refused(monkeypatch, fault):
     def wrong(q, k, v, segments):
         if fault == "raise":
             raise RuntimeError("unsupported head_dim")
         out = attention.sdpa(q, k, v, segments)
+        if fault == "inference":
+            return out if q.requires_grad else out * 1.05
         return out * float("nan") if fault == "nan" else out * 1.05
 
     monkeypatch.setitem(BACKENDS, "wrong", attention.Backend(wrong))

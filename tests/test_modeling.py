@@ -2,9 +2,11 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Siglip2VisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from siglip2_packed import (
@@ -12,7 +14,10 @@ from siglip2_packed import (
     PackedPatches,
     Siglip2NaflexPacking,
     Siglip2PackedVisionModel,
+    modeling,
+    pad,
 )
+from siglip2_packed.measure import relative_error
 from siglip2_packed.modeling import layer_index
 
 GRIDS = [(1, 8, 8), (1, 4, 6), (1, 16, 16)]
@@ -33,6 +38,46 @@ def test_output_is_what_transformers_gives(model, patches):
     as_tuple = model(**packed, return_dict=False)
     assert torch.equal(as_tuple[0], out.last_hidden_state)
     assert torch.equal(as_tuple[1], out.pooler_output)
+    model.config.output_hidden_states = True
+    assert len(model(**packed).hidden_states) == 4
+    model.config.return_dict = False
+    assert isinstance(model(**packed), tuple)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**packed, output_attentions=True)
+
+
+def test_evaluating_first_leaves_training_possible(model, patches):
+    grids = [(1, 9, 4), (1, 2, 11)]
+    with torch.inference_mode():
+        model(patches(grids), grids)
+    model(patches(grids), grids).pooler_output.sum().backward()
+
+
+def test_autocast_keeps_the_residual_stream_in_float32(checkpoint, patches, monkeypatch):
+    """As close to float32 as the padded model; the backend is chosen for the dtype that attention sees."""
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    batch = pad(packed)
+    real = batch["pixel_attention_mask"].bool()
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    reference = Siglip2VisionModel.from_pretrained(checkpoint("tiny"))
+    asked = []
+    resolve = modeling.resolve_backend
+    monkeypatch.setattr(modeling, "resolve_backend", lambda *args: asked.append(args[2]) or resolve(*args))
+    with torch.no_grad():
+        exact = reference(**batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = model(**packed, output_hidden_states=True), reference(**batch)
+    assert asked == [torch.bfloat16]
+    assert ours.hidden_states[0].dtype == torch.float32
+    tokens = [relative_error(x, exact.last_hidden_state[real]) for x in (ours[0], theirs.last_hidden_state[real])]
+    assert tokens[0] <= 1.1 * tokens[1]
+
+
+def test_a_model_from_a_configuration_alone_is_initialised(model):
+    fresh = Siglip2PackedVisionModel(model.config)
+    for name, parameter in fresh.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert name.endswith("bias") or parameter.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
@@ -111,6 +156,16 @@ def test_select_layer_counts_from_the_end_of_what_there_is(checkpoint, patches):
     with pytest.raises(ValueError, match=r"select_layer 99 is out of range: 3 layers give hidden_states\[0..3\]"):
         Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), select_layer=99)
     assert [layer_index(k, 3) for k in (None, 0, 3, -1, -4)] == [3, 0, 3, 3, 0]
+
+
+@pytest.mark.parametrize("index", [True, 1.0, "-2", None])
+def test_select_layer_is_an_integer(checkpoint, index):
+    if index is None:
+        model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), select_layer=np.int64(-2))
+        assert type(model.config.select_layer) is int
+        return
+    with pytest.raises(ValueError, match="select_layer must be an integer"):
+        Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), select_layer=index)
 
 
 def test_a_selected_tower_survives_saving(checkpoint, tmp_path, patches):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from siglip2_packed import PackedPatches, convert_to_packing_format, pack, pad, unpack
-from siglip2_packed.packing import make_layout
+from siglip2_packed.packing import cumulative, make_layout
 
 GRIDS = [(1, 3, 4), (1, 5, 7), (1, 1, 9)]
 ROWS = 12 + 35 + 9
@@ -29,8 +29,14 @@ def test_metadata_of_a_pack():
     assert pack_.num_images == 2
 
 
+def test_a_pack_holds_as_many_patches_as_int32_counts():
+    with pytest.raises(ValueError, match="at most 2147483647 patches"):
+        cumulative([2**30, 2**30])
+
+
 def test_joint_segments_cover_all_frames():
     assert packed([(3, 2, 2), (1, 1, 5)], "joint")["cu_seqlens"].tolist() == [0, 12, 17]
+    assert pack([torch.randn(12, 48)], [(3, 2, 2)], temporal="joint")["max_seqlen"] == 12
     with pytest.raises(ValueError, match="temporal"):
         packed(temporal="video")
 
@@ -47,6 +53,10 @@ def test_joint_segments_cover_all_frames():
         ([[[1, 3, 5]]], "got shape"),
         ([[1.0, 3.0, 5.0]], "must hold integers"),
         (torch.tensor([[True, True, True]]), "must hold integers"),
+        ([(1, None, 7)], "grid_thw must hold integers"),
+        ([(1, 3, 5), (1, 2)], "grid_thw must hold integers"),
+        ("abc", "grid_thw must hold integers"),
+        ([[1, 2**70, 1]], "grid_thw must hold integers"),
     ],
 )
 def test_wrong_grids_are_errors_that_name_both_numbers(grid, message):
@@ -137,7 +147,7 @@ def test_list_pack_padded_round_trips():
     assert padded["pixel_attention_mask"].sum(1).tolist() == [12, 35, 9]
     assert padded["spatial_shapes"].tolist() == [[3, 4], [5, 7], [1, 9]]
     assert padded["pixel_values"][0, 12:].abs().sum() == 0
-    again = pack(**padded)
+    again = pack(padded)
     assert torch.equal(again["pixel_values"], pack_["pixel_values"])
     assert again["grid_thw"].tolist() == pack_["grid_thw"].tolist()
 
@@ -164,6 +174,14 @@ def test_wrong_round_trips_are_errors():
         pack([torch.randn(13, 48)], [(1, 3, 4)])
     with pytest.raises(ValueError, match="2 images, the grid 1"):
         pack([torch.randn(12, 48)] * 2, [(1, 3, 4)])
+    with pytest.raises(ValueError, match="image 1: patch_dim 40, image 0 has 48"):
+        pack([torch.randn(12, 48), torch.randn(12, 40)], [(1, 3, 4)] * 2)
+    with pytest.raises(ValueError, match="image 0: patches must be a tensor"):
+        pack([np.zeros((12, 48))], [(1, 3, 4)])
+    with pytest.raises(ValueError, match="needs the keys cu_seqlens, grid_thw, max_seqlen too"):
+        PackedPatches({"pixel_values": torch.zeros(1, 48)})
+    with pytest.raises(ValueError, match="patch_size must be a positive integer, got 0"):
+        convert_to_packing_format(torch.zeros(1, 3, 8, 8), 0)
     with pytest.raises(ValueError, match="exactly one"):
         pack([torch.randn(12, 48)])
     with pytest.raises(ValueError, match="max_num_patches is 34, the longest image has 35"):

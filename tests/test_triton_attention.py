@@ -372,3 +372,16 @@ def test_no_synchronisation():
             varlen_attention_qkvpacked(qkv, cu, 300).backward(torch.ones(600, 16, 72, dtype=qkv.dtype, device=DEVICE))
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dtype"), [([5, 17], torch.float32), ([41], torch.float32), ([41, 5], torch.float16)]
+)
+def test_rows_that_are_not_there_stay_out_of_gradients(lengths, dtype):
+    """Every real score far below zero: a missing mask lets exp2(0 - lse) of absent rows overflow."""
+    rows = sum(lengths)
+    noise = random_qkv(rows, 2, 72)
+    q, k, v = (x.to(dtype) for x in (30 + noise[:, 0], noise[:, 1] - 6, noise[:, 2]))
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = varlen_attention(*inputs, offsets(lengths), max(lengths))
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), inputs)))

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoConfig, AutoModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from siglip2_packed import NoPoolingHead, PackedPatches, Siglip2NaflexPacking, Siglip2PackedVisionModel
 from siglip2_packed.weights import PATCH_EMBEDDING, read_state_dict
@@ -200,6 +200,74 @@ def test_dtype_follows_the_checkpoint_or_the_caller(checkpoint, tmp_path):
 def test_device_map_places_the_model(checkpoint, patches):
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), device_map="cpu")
     assert model(patches(GRIDS), GRIDS).last_hidden_state.shape == (47, 64)
+
+
+def test_a_saved_state_loads_into_a_model(checkpoint, tmp_path):
+    """As a Trainer does when it resumes: `load_state_dict` of what `save_pretrained` wrote."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    changed = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=changed)
+    assert same(dict(Siglip2PackedVisionModel.from_pretrained(tmp_path).state_dict()), changed)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert same(dict(model.state_dict()), changed)
+    parent = torch.nn.ModuleDict({"tower": Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))})
+    parent.load_state_dict({f"tower.{name}": tensor for name, tensor in changed.items()})
+    assert same(dict(parent["tower"].state_dict()), changed)
+
+
+def test_name_and_configuration_are_those_asked_for(checkpoint):
+    config = AutoConfig.from_pretrained(checkpoint("tiny", full=True))
+    before = config.to_dict()
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), config=config, num_hidden_layers=2)
+    assert config.to_dict() == before
+    assert len(model.encoder.layers) == 2
+    assert model.name_or_path == model.config._name_or_path == str(checkpoint("tiny"))
+    other = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), config=str(checkpoint("tiny")))
+    assert same(dict(other.state_dict()), bare(checkpoint("tiny")))
+    config.vision_config._attn_implementation = "eager"
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), config=config.vision_config)
+    assert model.config._attn_implementation == "eager"
+    units = (model.embeddings, model.encoder.layers[0], model.head)
+    assert set(model._no_split_modules) == {type(unit).__name__ for unit in units}
+
+
+def test_a_subfolder_is_where_the_files_are(checkpoint, tmp_path):
+    copy_with(checkpoint("tiny"), tmp_path / "tower")
+    model = Siglip2PackedVisionModel.from_pretrained(tmp_path, subfolder="tower")
+    assert same(dict(model.state_dict()), bare(checkpoint("tiny")))
+
+
+def test_a_head_that_is_asked_for_has_to_be_there(checkpoint, tmp_path):
+    state = {name: tensor for name, tensor in bare(checkpoint("tiny")).items() if not name.startswith("head.")}
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state)
+    with pytest.raises(NoPoolingHead, match="no pooling head"):
+        Siglip2PackedVisionModel.from_pretrained(path, vision_use_head=True)
+
+
+def test_two_towers_or_integer_weights_are_errors(checkpoint, tmp_path):
+    state = bare(checkpoint("tiny"))
+    two = {f"{tower}.{name}": tensor.clone() for tower in ("a", "b") for name, tensor in state.items()}
+    with pytest.raises(ValueError, match="holds 2 vision towers"):
+        Siglip2PackedVisionModel.from_pretrained(copy_with(checkpoint("tiny"), tmp_path / "two", two))
+    state["post_layernorm.bias"] = torch.zeros(64, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"post_layernorm.bias is torch.int8; expected floating"):
+        Siglip2PackedVisionModel.from_pretrained(copy_with(checkpoint("tiny"), tmp_path / "int8", state))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "[]", "config.json holds list"),
+        ("config.json", '{"model_type": "x", "vision_config": null}', "vision_config is None"),
+        ("model.safetensors", "", "model.safetensors is not a complete safetensors file"),
+    ],
+)
+def test_damaged_files_are_named(checkpoint, tmp_path, file, content, message):
+    path = copy_with(checkpoint("tiny"), tmp_path / "x")
+    (path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Siglip2PackedVisionModel.from_pretrained(path)
 
 
 def test_seed_class_holds_the_tower_under_a_known_prefix(checkpoint):

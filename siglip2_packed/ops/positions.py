@@ -58,6 +58,7 @@ def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)
 def _plan(side: int, grids: tuple[tuple[int, int, int], ...]) -> tuple[Plan, Plan, Tensor | None]:
     """The row sums, the column sums of those rows, and the distinct patch of every patch of the pack."""
     shapes = np.array(list(dict.fromkeys((h, w) for _, h, w in grids)), dtype=np.int64).reshape(-1, 2)

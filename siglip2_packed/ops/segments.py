@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -22,7 +23,7 @@ class Segments:
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
-        self.max_seqlen = max(self.lengths, default=0)
+        self.max_seqlen = max(self.lengths) if self.lengths else 0
         self.device = torch.device(device)
         self.cu_seqlens = cumulative(self.lengths).to(self.device, non_blocking=True)
 
@@ -35,7 +36,7 @@ class Segments:
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """`(count, length)` of the segments of each length, shortest first."""
-        return [(self.lengths.count(length), length) for length in sorted(set(self.lengths))]
+        return [(count, length) for length, count in sorted(Counter(self.lengths).items())]
 
     @cached_property
     def by_length(self) -> tuple[Tensor, Tensor] | None:

@@ -39,6 +39,8 @@ def check(x: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float |
         raise ValueError(f"head_dim must be a multiple of 8 from 8 to 128, got {head_dim}")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [S+1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if cu_seqlens.stride(0) != 1:
+        raise ValueError(f"cu_seqlens must be contiguous, got stride {cu_seqlens.stride(0)}")
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, the inputs are on {x.device}")
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):

@@ -31,13 +31,14 @@ def varlen_attention(
     Args:
         q, k, v: `[T, H, K]` of one dtype: bfloat16, float16, or float32 (in full precision, for checks). Last
             dimension contiguous, other strides multiples of 8 (anything else is copied); K a multiple of 8 up to 128.
-        cu_seqlens: `[S+1]` int32 on the device of q: segment s is rows cu_seqlens[s] to cu_seqlens[s+1].
+        cu_seqlens: `[S+1]` int32 on the device of q, the first 0: segment s is rows cu_seqlens[s] to cu_seqlens[s+1].
         max_seqlen: at least the longest segment. Smaller is undefined, larger costs empty programs.
         softmax_scale: positive, K ** -0.5 by default.
         deterministic: accepted for the signature's sake. Every result is deterministic, forward and backward.
 
     Returns:
-        `[T, H, K]`, contiguous. Rows beyond cu_seqlens[-1] are zeros and get zero gradients.
+        `[T, H, K]`, contiguous. Rows beyond cu_seqlens[-1] are zeros and get zero gradients. Differentiable once, in
+        reverse mode.
 
     Raises:
         ValueError: what the arguments above exclude.
@@ -200,7 +201,7 @@ def _backward(
     S = cu_seqlens.shape[0] - 1
     if T == 0:
         return
-    grad, q, k, v = map(aligned, (grad, q, k, v))
+    grad, q, k, v, out, lse = *map(aligned, (grad, q, k, v, out)), lse.contiguous()
     common = lanes(K) | precision(q.dtype)
     with torch.cuda.device_of(q):
         if tile := backward_short_tile(K, q.dtype, max_seqlen, capability(q)):

@@ -202,7 +202,7 @@ def _pool_backward(
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dq = torch.empty((N, H, K), dtype=torch.float32, device=k.device)
     if T == 0:
-        return torch.zeros_like(q), dk, dv
+        return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
     k, v = aligned(k), aligned(v)
     with torch.cuda.device_of(k):
         pool_backward_kernel[((N + 1) * H,)](
