@@ -220,3 +220,32 @@ def test_flash_attention_gets_the_true_scale_when_head_dim_is_padded(monkeypatch
     assert (seen["max_seqlen_q"], seen["cu_seqlens_k"].tolist()) == (35, [0, 5, 40, 41])
     expected = kernels_ref.attention(*inputs, Segments(lengths).cu_seqlens)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_length_class_weighs_segments_by_their_work():
+    assert [dispatch.length_class([n] * 5) for n in (1, 96, 97, 256, 1024, 4096)] == [0, 0, 1, 2, 4, 6]
+    assert dispatch.length_class([64] * 64 + [4096]) == dispatch.length_class([2080])
+    assert dispatch.length_class([]) == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "lengths", "training", "first"),
+    [
+        ((9, 0), 72, [256] * 64, False, "triton"),
+        ((9, 0), 72, [1024] * 16, True, "triton"),
+        ((9, 0), 72, [4096] * 4, True, "flash_attention_4"),
+        ((9, 0), 64, [576] * 28, False, "triton"),
+        ((9, 0), 64, [1024] * 16, True, "flash_attention_4"),
+        ((9, 0), 128, [256] * 64, True, "triton"),
+        ((10, 0), 72, [4096] * 4, False, "flash_attention_3"),
+        ((8, 0), 72, [256] * 64, True, "triton"),
+        ((8, 0), 72, [4096] * 4, True, "flash_attention_2"),
+    ],
+)
+def test_preference_by_card_head_dim_and_length(monkeypatch, capability, head_dim, lengths, training, first):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    order = dispatch.preference(torch.device("cuda"), head_dim, dispatch.length_class(lengths), training)
+    assert order[0] == first
+    assert order[-1] == "sdpa"
+    assert set(order) <= set(BACKENDS)
+    assert dispatch.preference(CPU, head_dim, 2, training) == ("sdpa",)
