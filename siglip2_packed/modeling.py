@@ -191,7 +191,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
 
         with torch.device("meta"):
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        weights.check_state_dict(state, expected, str(ckpt))
+        truncated = getattr(config, "select_layer", None) is not None
+        weights.check_state_dict(state, expected, str(ckpt), truncated)
         state = {name: state[name] for name in expected}
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", "auto")

@@ -174,8 +174,13 @@ def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping,
     )
 
 
-def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: object) -> None:
-    """Raises ValueError if tensors are missing or have other shapes than the model's; logs those it has no use for."""
+def check_state_dict(
+    state: Mapping[str, Tensor], expected: Mapping[str, torch.Size], source: object, truncated: bool = False
+) -> None:
+    """Raises ValueError if tensors are missing or of another shape or kind than the model's.
+
+    Warns of tensors the model has no use for, unless it is `truncated` on purpose.
+    """
     missing = sorted(set(expected) - set(state))
     if missing:
         listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
@@ -190,6 +195,6 @@ def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, torch.S
         raise ValueError(
             f"{source!r} has {len(wrong)} tensors of another shape than its config says: {'; '.join(shapes)}"
         )
-    unused = sorted(set(state) - set(expected))
-    if unused:
-        logger.info("%s: %d tensors are not part of this model: %s", source, len(unused), ", ".join(unused[:4]))
+    unused = sorted(name for name in set(state) - set(expected) if not name.startswith("head."))
+    if unused and not truncated:
+        logger.warning("%s: %d tensors are not part of this model: %s", source, len(unused), ", ".join(unused[:4]))

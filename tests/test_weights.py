@@ -237,6 +237,16 @@ def test_a_subfolder_is_where_the_files_are(checkpoint, tmp_path):
     assert same(dict(model.state_dict()), bare(checkpoint("tiny")))
 
 
+def test_layers_that_are_left_out_unasked_are_told(checkpoint, tmp_path, caplog):
+    config = read_json(checkpoint("tiny")) | {"num_hidden_layers": 2}
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", config=config)
+    Siglip2PackedVisionModel.from_pretrained(path)
+    assert "16 tensors are not part of this model: encoder.layers.2" in caplog.text
+    caplog.clear()
+    Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), select_layer=-2, vision_use_head=False)
+    assert "not part" not in caplog.text
+
+
 def test_a_head_that_is_asked_for_has_to_be_there(checkpoint, tmp_path):
     state = {name: tensor for name, tensor in bare(checkpoint("tiny")).items() if not name.startswith("head.")}
     path = copy_with(checkpoint("tiny"), tmp_path / "x", state)
