@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from siglip2_packed import Siglip2NaflexPacking, Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed import (
+    Siglip2NaflexPacking,
+    Siglip2PackedImageProcessor,
+    Siglip2PackedVisionModel,
+    convert_to_packing_format,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,8 +53,10 @@ def test_seed_example_1(without_hub_or_gpu, capsys):
 
 
 def test_seed_example_2(without_hub_or_gpu):
-    scope = {}
+    scope = {"torch": torch}  # the document imports it in its first example only
     exec(example("<!-- seed example 2 -->"), scope)
+    ours = convert_to_packing_format(scope["images"], patch_size=16)
+    assert all(torch.equal(x, y) for x, y in zip(ours, (scope["hidden_states"], scope["grid_thw"])))
     assert scope["output"].shape == (392, 768)
     assert isinstance(scope["packing_model"], Siglip2NaflexPacking)
 
