@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from siglip2_packed import fused
 from siglip2_packed.attention import Siglip2PackedAttention
 from siglip2_packed.ops.segments import Segments
 
@@ -35,6 +36,8 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
         """`[T, D]` -> `[T, D]`."""
+        if fused.applies(self, hidden_states):
+            return fused.layer(self, hidden_states, segments, backend)
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), segments, backend)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
@@ -48,6 +51,8 @@ class Siglip2PackedEncoder(nn.Module):
         self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`[T, D]` -> `[T, D]` after the last layer, and, if asked for, all L+1 states, the input first."""
+        if not output_hidden_states and fused.may_infer(self.layers, hidden_states):
+            return fused.infer(self.layers, hidden_states, segments, backend), None
         states = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states, segments, backend)

@@ -36,6 +36,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backen
     return BACKENDS[backend].run(q, k, v, segments)
 
 
+def varlen_attention_qkvpacked(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
+    """`varlen_attention` of a fused projection `[T, 3, H, K]`, whose gradient own kernels write as one tensor."""
+    if backend == "triton" and qkv.shape[0]:
+        function = _import("siglip2_packed.ops.triton.attention", "varlen_attention_qkvpacked")
+        return function(qkv, segments.cu_seqlens, segments.max_seqlen)
+    return varlen_attention(*qkv.unbind(1), segments, backend)
+
+
 def eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """The reference: one segment after another, softmax in float32 at least."""
     scale = q.shape[-1] ** -0.5

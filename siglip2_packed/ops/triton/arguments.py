@@ -3,6 +3,7 @@
 Shapes: T rows, S segments, H heads, K head_dim.
 """
 
+import contextlib
 import functools
 import math
 
@@ -70,3 +71,24 @@ def capability(x: Tensor) -> int:
 def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def device_of(x: Tensor):
+    """A context in which kernels launch on x's device; as good as free if it is the current one."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def needs_operator() -> bool:
+    """Whether somebody watches calls to operators: torch.compile, a dispatch mode, a function transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )

@@ -9,9 +9,10 @@ Shapes: T rows, S segments, H heads, K head_dim.
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from siglip2_packed.ops.triton import attention_kernels as kernels
-from siglip2_packed.ops.triton.arguments import LOG2_E, aligned, capability, check, check_rows, strides
+from siglip2_packed.ops.triton.arguments import LOG2_E, aligned, capability, check, check_rows, device_of, needs_operator, strides
 from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
 
 __all__ = ["varlen_attention", "varlen_attention_pool", "varlen_attention_qkvpacked"]
@@ -45,7 +46,8 @@ def varlen_attention(
     """
     check_rows(q=q, k=k, v=v)
     scale = check(q, cu_seqlens, max_seqlen, softmax_scale)
-    return _attention(q, k, v, cu_seqlens, max_seqlen, scale)[0]
+    run = _attention if needs_operator() else _Attention.apply
+    return run(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
 def varlen_attention_qkvpacked(
@@ -56,7 +58,8 @@ def varlen_attention_qkvpacked(
         raise ValueError(f"qkv must be [T, 3, H, K], got {list(qkv.shape)}")
     check_rows(qkv=qkv[:, 0])
     scale = check(qkv, cu_seqlens, max_seqlen, softmax_scale)
-    return _attention_qkvpacked(qkv, cu_seqlens, max_seqlen, scale)[0]
+    run = _attention_qkvpacked if needs_operator() else _AttentionQKVPacked.apply
+    return run(qkv, cu_seqlens, max_seqlen, scale)[0]
 
 
 @torch.library.custom_op("siglip2_packed::varlen_attention", mutates_args=())
@@ -66,8 +69,7 @@ def _attention(
     return _forward(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-@torch.library.custom_op("siglip2_packed::varlen_attention_backward", mutates_args=())
-def _attention_backward(
+def _gradients(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -89,8 +91,7 @@ def _attention_qkvpacked(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale
     return _forward(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-@torch.library.custom_op("siglip2_packed::varlen_attention_qkvpacked_backward", mutates_args=())
-def _attention_qkvpacked_backward(
+def _gradients_qkvpacked(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -98,6 +99,14 @@ def _attention_qkvpacked_backward(
     dq, dk, dv = dqkv.unbind(1)
     _backward(grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
     return dqkv
+
+
+_attention_backward = torch.library.custom_op(
+    "siglip2_packed::varlen_attention_backward", _gradients, mutates_args=()
+)
+_attention_qkvpacked_backward = torch.library.custom_op(
+    "siglip2_packed::varlen_attention_qkvpacked_backward", _gradients_qkvpacked, mutates_args=()
+)
 
 
 @_attention.register_fake
@@ -133,7 +142,8 @@ def _attention_autograd(ctx, grad, _):
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 6
-    gradients = _attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
+    run = _attention_backward if needs_operator() else _gradients
+    gradients = run(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
     return *gradients, None, None, None
 
 
@@ -141,11 +151,34 @@ def _attention_qkvpacked_autograd(ctx, grad, _):
     qkv, cu_seqlens, out, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 4
-    return _attention_qkvpacked_backward(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None
+    run = _attention_qkvpacked_backward if needs_operator() else _gradients_qkvpacked
+    return run(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None
 
 
 _attention.register_autograd(_attention_autograd, setup_context=_save)
 _attention_qkvpacked.register_autograd(_attention_qkvpacked_autograd, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without an operator's cost, which is that of several launches."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(once_differentiable(_attention_autograd))
+
+
+class _AttentionQKVPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, *inputs):
+        output = _forward(*qkv.unbind(1), *inputs)
+        _save(ctx, (qkv, *inputs), output)
+        return output
+
+    backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))
 
 
 def _forward(
@@ -161,7 +194,7 @@ def _forward(
     q, k, v = map(aligned, (q, k, v))
     tile = forward_tile(K, q.dtype, max_seqlen, capability(q))
     blocks = max(1, triton.cdiv(max_seqlen, tile["M"]))
-    with torch.cuda.device_of(q):
+    with device_of(q):
         kernels.forward_kernel[((S + 1) * H * blocks,)](
             q,
             k,
@@ -203,7 +236,7 @@ def _backward(
         return
     grad, q, k, v, out, lse = *map(aligned, (grad, q, k, v, out)), lse.contiguous()
     common = lanes(K) | precision(q.dtype)
-    with torch.cuda.device_of(q):
+    with device_of(q):
         if tile := backward_short_tile(K, q.dtype, max_seqlen, capability(q)):
             kernels.backward_short_kernel[((S + 1) * H,)](
                 q,

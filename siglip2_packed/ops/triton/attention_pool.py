@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import LOG2_E, aligned, check, check_rows, strides
+from siglip2_packed.ops.triton.arguments import LOG2_E, aligned, check, check_rows, device_of, strides
 
 
 def varlen_attention_pool(
@@ -174,7 +174,7 @@ def _pool(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> 
     if N == 0:
         return out, lse
     k, v = aligned(k), aligned(v)
-    with torch.cuda.device_of(k):
+    with device_of(k):
         pool_kernel[(N * H,)](
             q.contiguous(),
             k,
@@ -204,7 +204,7 @@ def _pool_backward(
     if T == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
     k, v = aligned(k), aligned(v)
-    with torch.cuda.device_of(k):
+    with device_of(k):
         pool_backward_kernel[((N + 1) * H,)](
             q.contiguous(),
             k,

@@ -1,0 +1,197 @@
+"""Encoder layers with their element-wise work fused into fewer passes over memory.
+
+The same computation as the modules of `encoder`, on their parameters, where nothing has been hung on those modules
+(hooks, adapters, quantised weights, compilation): `applies` tells. `infer` runs all layers for inference; `layer` runs
+one with gradients, its backward written out, so that outputs of LayerNorm and GELU and the sum before layer_norm2 are
+made again in backward instead of being kept.
+
+Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+
+from siglip2_packed.ops.attention import varlen_attention_qkvpacked
+from siglip2_packed.ops.gelu import gelu, gelu_backward, linear_gelu
+from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
+from siglip2_packed.ops.segments import Segments
+
+GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+PLAIN = (nn.Parameter, Tensor)
+
+
+@torch.no_grad()
+def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
+    """`[T, D]` -> `[T, D]` after all layers, without gradients.
+
+    Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
+    the sum of the biases so far, which each LayerNorm adds in float32.
+    """
+    waiting = torch.stack([bias for x in layers for bias in (x.self_attn.out_proj.bias, x.mlp.fc2.bias)])
+    waiting = waiting.cumsum(0, dtype=torch.float32).unbind()
+    offset = None
+    x = hidden_states.clone()
+    for i, block in enumerate(layers):
+        norm, attention, mlp = block.layer_norm1, block.self_attn, block.mlp
+        normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
+        qkv = F.linear(normed, *_joined(attention)).unflatten(1, (3, -1, attention.head_dim))
+        x.addmm_(varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight.t())
+        norm, offset = block.layer_norm2, waiting[2 * i]
+        normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
+        x.addmm_(linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight.t())
+        offset = waiting[2 * i + 1]
+    return x if offset is None else x.add_(offset)
+
+
+def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
+    """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
+    attention, mlp = block.self_attn, block.mlp
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    x, qkv = _NormQKV.apply(
+        hidden_states, *_norm(block.layer_norm1), *(p.weight for p in projections), *(p.bias for p in projections)
+    )
+    attended = varlen_attention_qkvpacked(qkv.unflatten(1, (3, -1, attention.head_dim)), segments, backend).flatten(1)
+    linears = attention.out_proj, mlp.fc1, mlp.fc2
+    return _ProjectMLP.apply(
+        x, attended, *_norm(block.layer_norm2), *(p.weight for p in linears), *(p.bias for p in linears)
+    )
+
+
+class _NormQKV(torch.autograd.Function):
+    """x -> x itself, for the residual sum, and `[T, 3D]` = LayerNorm(x) Wᵀ + b. Passing x on saves a pass: the gradients
+    of its two uses meet in the norm's backward."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, eps, *projections):
+        weights, biases = projections[:3], projections[3:]
+        ctx.save_for_backward(x, norm_weight, norm_bias, *weights)
+        ctx.eps = eps
+        return x, F.linear(layer_norm(x, norm_weight, norm_bias, eps), torch.cat(weights), torch.cat(biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx, dqkv):
+        x, norm_weight, norm_bias, *weights = ctx.saved_tensors
+        dnormed = dqkv @ torch.cat(weights)
+        dx, normed, dnorm_weight, dnorm_bias, _ = layer_norm_backward(
+            dnormed, dx, x, None, norm_weight, norm_bias, ctx.eps
+        )
+        needs_weights, needs_biases = any(ctx.needs_input_grad[4:7]), any(ctx.needs_input_grad[7:])
+        dweights = (dqkv.t() @ normed).chunk(3) if needs_weights else [None] * 3
+        dbiases = dqkv.sum(0).chunk(3) if needs_biases else [None] * 3
+        return dx, dnorm_weight.to(x.dtype), dnorm_bias.to(x.dtype), None, *dweights, *dbiases
+
+
+class _ProjectMLP(torch.autograd.Function):
+    """h = x + attended W_oᵀ + b_o; h + fc2(gelu(fc1(LayerNorm(h))))."""
+
+    @staticmethod
+    def forward(ctx, x, attended, norm_weight, norm_bias, eps, w_out, w_fc1, w_fc2, b_out, b_fc1, b_fc2):
+        update = F.linear(attended, w_out, b_out)
+        normed, out = add_layer_norm(x, update, norm_weight, norm_bias, eps, b_fc2)
+        wide = F.linear(normed, w_fc1, b_fc1)
+        del update, normed
+        ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out)
+        ctx.eps = eps
+        return out.addmm_(gelu(wide), w_fc2.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
+        needs_w_out, needs_w_fc1, needs_w_fc2, *_ = ctx.needs_input_grad[5:]
+        dtype = x.dtype
+        dwide, active, db_fc1 = gelu_backward(dout @ w_fc2, wide)
+        dw_fc2 = dout.t() @ active if needs_w_fc2 else None
+        del active
+        update = F.linear(attended, w_out, b_out)
+        dh, normed, dnorm_weight, dnorm_bias, db_out = layer_norm_backward(
+            dwide @ w_fc1, dout, x, update, norm_weight, norm_bias, ctx.eps
+        )
+        # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
+        dw_fc1 = (normed.t() @ dwide).t() if needs_w_fc1 else None
+        del update, normed, dwide
+        dw_out = dh.t() @ attended if needs_w_out else None
+        dattended = dh @ w_out
+        dnorm = dnorm_weight.to(dtype), dnorm_bias.to(dtype)
+        dbiases = db_out.to(dtype), db_fc1.to(dtype), dout.sum(0)
+        return dh, dattended, *dnorm, None, dw_out, dw_fc1, dw_fc2, *dbiases
+
+
+def applies(block, hidden_states: Tensor) -> bool:
+    """Whether a layer is what `encoder` built, so that its parameters say all that it computes."""
+    return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
+
+
+def may_infer(layers, hidden_states: Tensor) -> bool:
+    """Whether `infer` computes what calling these layers one by one would."""
+    if torch.is_grad_enabled() and (
+        hidden_states.requires_grad or any(p.requires_grad for block in layers for p in block.parameters())
+    ):
+        return False
+    return not _watched(hidden_states) and all(
+        _pristine(block, hidden_states.dtype) and not _hooked(block) for block in layers
+    )
+
+
+def _pristine(block, dtype: torch.dtype) -> bool:
+    layer, attention, mlp = block._modules, block._modules["self_attn"], block._modules["mlp"]  # sparing __getattr__
+    linears = *attention._modules.values(), mlp._modules["fc1"], mlp._modules["fc2"]
+    activation = mlp._modules.get("activation_fn")
+    return (
+        type(activation) is GELU_TANH
+        and all(_plain(x, nn.Linear, dtype) for x in linears)
+        and _plain(layer["layer_norm1"], nn.LayerNorm, dtype)
+        and _plain(layer["layer_norm2"], nn.LayerNorm, dtype)
+        and not (_hooked(attention) or _hooked(mlp) or _hooked(activation))
+    )
+
+
+def _plain(module: nn.Module, kind: type, dtype: torch.dtype) -> bool:
+    """An unchanged module whose weight and bias are plain tensors of the stream's dtype."""
+    if type(module) is not kind or _hooked(module):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    plain = type(weight) in PLAIN and type(bias) in PLAIN
+    return plain and weight.dtype is dtype and bias.dtype is dtype
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or module._compiled_call_impl is not None
+    )
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether somebody follows the calls: autocast, torch.compile, dispatch modes, function transforms, hooks."""
+    device = x.device.type
+    return (
+        torch.compiler.is_compiling()
+        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or _has_any_global_hook()
+    )
+
+
+def _joined(attention) -> tuple[Tensor, Tensor]:
+    """Weight `[3D, D]` and bias `[3D]` of the three projections as one."""
+    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    return torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight, norm.bias, norm.eps

@@ -1,0 +1,55 @@
+"""Backward of GELU (tanh form) in Triton: one pass also gives GELU's output once more and the bias gradient.
+
+Shapes: T rows, F columns, G groups of rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip2_packed.ops.triton.arguments import device_of, multiprocessors
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and gelu(x) `[T, F]`, and the column sums of dx `[F]` in float32, of grad (of gelu(x)) and x `[T, F]`."""
+    T, F = x.shape
+    grad, x = grad.contiguous(), x.contiguous()
+    dx, out = torch.empty_like(x), torch.empty_like(x)
+    columns = 1024
+    blocks = triton.cdiv(F, columns)
+    groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
+    sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
+    with device_of(x):
+        backward_kernel[(blocks, groups)](grad, x, dx, out, sums, T, F, COLUMNS=columns, ROWS=4, num_warps=4)
+    return dx, out, sums.sum(0)
+
+
+gelu_backward_op = torch.library.custom_op("siglip2_packed::gelu_backward", gelu_backward, mutates_args=())
+
+
+@gelu_backward_op.register_fake
+def _(grad, x):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[1], dtype=torch.float32)
+
+
+@triton.jit
+def backward_kernel(grad, x, dx, out, sums, T, F, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """A block of columns, every G-th group of ROWS rows; column sums stay in registers: sums `[G, F]`."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        at = rows.to(tl.int64)[:, None] * F + columns[None, :]
+        mask = (rows < T)[:, None] & (columns < F)[None, :]
+        u = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        # gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3)
+        z = 0.7978845608028654 * (u + 0.044715 * u * u * u)
+        dz = 0.7978845608028654 * (1 + 0.134145 * u * u)
+        s = tl.sigmoid(2 * z)
+        d = g * (s + 2 * u * s * (1 - s) * dz)
+        tl.store(out + at, (u * s).to(out.dtype.element_ty), mask=mask)
+        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=mask)
+        total += tl.sum(d, 0)
+    tl.store(sums + tl.program_id(1) * F + columns, total, mask=columns < F)

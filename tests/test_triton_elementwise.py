@@ -1,0 +1,124 @@
+"""The LayerNorm and GELU kernels against float64 formulas; interpreted on CPU, compiled on CUDA."""
+
+import pytest
+import torch
+
+import kernels_ref
+from siglip2_packed.measure import relative_error
+from siglip2_packed.ops import gelu as gelu_op
+from siglip2_packed.ops import layer_norm as norm_op
+from siglip2_packed.ops.triton import gelu as gelu_kernels
+from siglip2_packed.ops.triton import layer_norm as norm_kernels
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [(1, 8), (5, 64), (13, 72), (3, 1152), (37, 200)]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Fresh buffers hold NaN, so that what a kernel leaves unwritten shows."""
+
+    def poison(make):
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+def draw(device, dtype, *shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [(3 * torch.randn(shape, generator=generator, device="cpu") + 1).to(device, dtype) for shape in shapes]
+
+
+def exact_norm(x, weight, bias, eps):
+    return kernels_ref.ops.layer_norm(x.double(), weight.double(), bias.double(), eps)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", [norm_op, norm_kernels])
+def test_layer_norm(op, shape, dtype, device):
+    x, update, weight, bias, shift = draw(device, dtype, shape, shape, shape[1:], shape[1:], shape[1:])
+    offset = draw(device, torch.float32, shape[1:])[0]
+    bound = BOUND[dtype]
+    assert relative_error(op.layer_norm(x, weight, bias, 1e-6, None), exact_norm(x, weight, bias, 1e-6)) <= bound
+    out = op.layer_norm(x, weight, bias, 1e-3, offset)
+    if op is norm_kernels or dtype == torch.float32:  # torch rounds x + offset to the dtype of x first
+        assert relative_error(out, exact_norm(x + offset.double(), weight, bias, 1e-3)) <= bound
+    out, total = op.add_layer_norm(x, update, weight, bias, 1e-6, shift)
+    assert relative_error(total, x.double() + update + shift) <= bound
+    assert relative_error(out, exact_norm(x + update, weight, bias, 1e-6)) <= bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_update", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("op", [norm_op, norm_kernels])
+def test_layer_norm_backward(op, shape, with_update, dtype, device):
+    grad, residual, x, update = draw(device, dtype, *[shape] * 4)
+    weight, bias = draw(device, dtype, shape[1:], shape[1:])
+    h = (x + update if with_update else x).double().requires_grad_()
+    w, b = weight.double().requires_grad_(), bias.double().requires_grad_()
+    out = exact_norm(h, w, b, 1e-6)
+    dh, dw, db = torch.autograd.grad(out, (h, w, b), grad.double())
+    dh = dh + residual
+    expected = dh, out.detach(), dw, db, dh.sum(0)
+    results = op.layer_norm_backward(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
+    for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), results, expected):
+        assert relative_error(result, ref) <= 2 * BOUND[dtype], name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 1000)])
+@pytest.mark.parametrize("op", [gelu_op, gelu_kernels])
+def test_gelu_backward(op, shape, dtype, device):
+    grad, x = draw(device, dtype, shape, shape)
+    exact = x.double().requires_grad_()
+    out = kernels_ref.ops.gelu_tanh(exact)
+    (dx,) = torch.autograd.grad(out, exact, grad.double())
+    for result, ref in zip(op.gelu_backward(grad, x), (dx, out.detach(), dx.sum(0))):
+        assert relative_error(result, ref) <= 2 * BOUND[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gelu_is_finite_far_from_zero(device):
+    x = torch.tensor([[-6e4, -300.0, -20.0, 0.0, 20.0, 300.0, 6e4, 1.0]], device=device)
+    dx, out, _ = gelu_kernels.gelu_backward(torch.ones_like(x), x)
+    assert torch.allclose(out, torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
+    assert dx[0, :3].abs().max() == 0 and (dx[0, 4:7] == 1).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows_and_strided_rows(device):
+    x, weight, bias = draw(device, torch.float32, (0, 72), (72,), (72,))
+    assert norm_kernels.layer_norm(x, weight, bias, 1e-6, None).shape == (0, 72)
+    sums = norm_kernels.layer_norm_backward(x, x, x, None, weight, bias, 1e-6)[2:]
+    assert all((s == 0).all() for s in sums)
+    dx, _, total = gelu_kernels.gelu_backward(x, x)
+    assert dx.shape == (0, 72) and (total == 0).all()
+
+    (wide,) = draw(device, torch.float32, (5, 3, 72))
+    x = wide[:, 1]
+    assert torch.equal(
+        norm_kernels.layer_norm(x, weight, bias, 1e-6, None),
+        norm_kernels.layer_norm(x.contiguous(), weight, bias, 1e-6, None),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_are_registered_as_torch_expects(device):
+    x, update, weight, bias = draw(device, torch.float32, (5, 64), (5, 64), (64,), (64,))
+    ops = torch.ops.siglip2_packed
+    torch.library.opcheck(ops.layer_norm, (x, weight, bias, 1e-6, bias))
+    torch.library.opcheck(ops.add_layer_norm, (x, update, weight, bias, 1e-6, bias))
+    torch.library.opcheck(ops.layer_norm_backward, (x, x, x, update, weight, bias, 1e-6))
+    torch.library.opcheck(ops.gelu_backward, (x, update))
