@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-from siglip2_packed.ops.positions import resize_positions
+from siglip2_packed.ops.layer_norm import on_triton
+from siglip2_packed.ops.positions import places, resize_positions
+from siglip2_packed.ops.tracing import traced
 
 
 class Siglip2PackedEmbeddings(nn.Module):
@@ -15,12 +18,21 @@ class Siglip2PackedEmbeddings(nn.Module):
         self.patch_embedding = nn.Linear(patch_dim(config), config.hidden_size)
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
+    @torch.compiler.disable
     def forward(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         """`[T, P]` patches (any floating dtype) and their (t, h, w) grids -> `[T, D]` in the weights' dtype."""
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(pixel_values.to(dtype))
+        if patches.dtype == dtype and on_triton(patches) and not (torch.is_grad_enabled() or traced()):
+            return self.add_positions(patches, *places(tuple(grids), patches.device))
         # the weights' dtype, not the patches': under autocast the residual stream stays in float32
         return patches + resize_positions(self.position_embedding.weight, grids).to(dtype)
+
+    def add_positions(self, patches: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
+        """In one pass on CUDA, without gradients; `images` and `image_of_row` as `ops.positions.places` gives them."""
+        from siglip2_packed.ops.triton.positions import add_positions
+
+        return add_positions(patches, self.position_embedding.weight, images, image_of_row)
 
 
 def patch_dim(config) -> int:

@@ -21,6 +21,7 @@ from siglip2_packed.ops.attention import varlen_attention_qkvpacked
 from siglip2_packed.ops.gelu import gelu, gelu_backward, linear_gelu
 from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.ops.tracing import traced
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 PLAIN = (nn.Parameter, Tensor)
@@ -33,8 +34,8 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Te
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
     the sum of the biases so far, which each LayerNorm adds in float32.
     """
-    waiting = torch.stack([bias for x in layers for bias in (x.self_attn.out_proj.bias, x.mlp.fc2.bias)])
-    waiting = waiting.cumsum(0, dtype=torch.float32).unbind()
+    biases = torch.stack([bias for x in layers for bias in (x.self_attn.out_proj.bias, x.mlp.fc2.bias)])
+    waiting = biases.cumsum(0, dtype=torch.float32).unbind()
     offset = None
     x = hidden_states.clone()
     for i, block in enumerate(layers):
@@ -52,7 +53,7 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Te
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
     attention, mlp = block.self_attn, block.mlp
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
+    projections = _projections(attention)
     x, qkv = _NormQKV.apply(
         hidden_states, *_norm(block.layer_norm1), *(p.weight for p in projections), *(p.bias for p in projections)
     )
@@ -64,21 +65,23 @@ def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Ten
 
 
 class _NormQKV(torch.autograd.Function):
-    """x -> x itself, for the residual sum, and `[T, 3D]` = LayerNorm(x) Wᵀ + b. Passing x on saves a pass: the gradients
-    of its two uses meet in the norm's backward."""
+    """x -> x itself, for the residual sum, and `[T, 3D]` = LayerNorm(x) Wᵀ + b.
+
+    Passing x on saves a pass: the gradients of its two uses meet in the norm's backward.
+    """
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, *projections):
         weights, biases = projections[:3], projections[3:]
         ctx.save_for_backward(x, norm_weight, norm_bias, *weights)
         ctx.eps = eps
-        return x, F.linear(layer_norm(x, norm_weight, norm_bias, eps), torch.cat(weights), torch.cat(biases))
+        return x, F.linear(layer_norm(x, norm_weight, norm_bias, eps), _cat(*weights), _cat(*biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dqkv):
         x, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        dnormed = dqkv @ torch.cat(weights)
+        dnormed = dqkv @ _cat(*weights)
         dx, normed, dnorm_weight, dnorm_bias, _ = layer_norm_backward(
             dnormed, dx, x, None, norm_weight, norm_bias, ctx.eps
         )
@@ -157,9 +160,8 @@ def _plain(module: nn.Module, kind: type, dtype: torch.dtype) -> bool:
     """An unchanged module whose weight and bias are plain tensors of the stream's dtype."""
     if type(module) is not kind or _hooked(module):
         return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    plain = type(weight) in PLAIN and type(bias) in PLAIN
-    return plain and weight.dtype is dtype and bias.dtype is dtype
+    parameters = module._parameters.get("weight"), module._parameters.get("bias")
+    return all(type(p) in PLAIN and p.dtype is dtype for p in parameters)  # type: ignore[union-attr]
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -176,21 +178,46 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _watched(x: Tensor) -> bool:
-    """Whether somebody follows the calls: autocast, torch.compile, dispatch modes, function transforms, hooks."""
+    """Whether somebody follows the calls, or autocast or hooks of all modules change what they compute."""
     device = x.device.type
     return (
-        torch.compiler.is_compiling()
+        traced()
         or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or _has_any_global_hook()
     )
 
 
+@torch.no_grad()
+def join_projections(layers) -> None:
+    """Moves q_proj, k_proj and v_proj of each layer side by side in memory, where one product reads all three.
+
+    They stay three parameters with their names and values. Moving the model (`.to`) separates them again, which costs
+    one copy of them a forward and no more.
+    """
+    for block in layers:
+        projections = _projections(block.self_attn)
+        if all(type(x) is nn.Linear for x in projections):
+            for parameters in zip(*((x.weight, x.bias) for x in projections)):
+                for parameter, part in zip(parameters, torch.cat(parameters).chunk(3)):
+                    parameter.data = part
+
+
+def _projections(attention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
 def _joined(attention) -> tuple[Tensor, Tensor]:
-    """Weight `[3D, D]` and bias `[3D]` of the three projections as one."""
-    projections = attention.q_proj, attention.k_proj, attention.v_proj
-    return torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections])
+    """Weight `[3D, D]` and bias `[3D]` of the three projections as one: themselves if they lie side by side."""
+    q, k, v = _projections(attention)
+    return _cat(q.weight, k.weight, v.weight), _cat(q.bias, k.bias, v.bias)
+
+
+def _cat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    step = q.numel() * q.element_size()
+    side_by_side = k.data_ptr() == q.data_ptr() + step and v.data_ptr() == k.data_ptr() + step
+    if side_by_side and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.is_contiguous():
+        return q.detach().as_strided((3 * q.shape[0], *q.shape[1:]), q.stride())
+    return torch.cat((q, k, v))
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

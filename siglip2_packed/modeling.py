@@ -22,7 +22,7 @@ from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, why_missing
 from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.packing import check_patches, make_layout
+from siglip2_packed.packing import Layout, check_patches, make_layout
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -80,6 +80,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         self.register_load_state_dict_pre_hook(_strip_prefix)
         self.post_init()
 
+    @torch.compiler.disable(recursive=False)  # its parts are compiled, not the host work on metadata
     def forward(
         self,
         pixel_values: Tensor,
@@ -115,16 +116,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: varlen attention never forms the weights it would return")
-        check_patches(pixel_values, patch_dim(self.config))
-        if temporal is not None and cu_seqlens is not None:
-            raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
-        layout = make_layout(
-            grid_thw,
-            total_patches=pixel_values.shape[0],
-            temporal=temporal or "frames",
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-        )
+        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
         backend = self._resolve_backend(pixel_values.device, layout.lengths)
         segments = Segments(layout.lengths, pixel_values.device)
 
@@ -226,6 +218,20 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
+    @torch.compiler.disable
+    def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal) -> Layout:
+        check_patches(pixel_values, patch_dim(self.config))
+        if temporal is not None and cu_seqlens is not None:
+            raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
+        return make_layout(
+            grid_thw,
+            total_patches=pixel_values.shape[0],
+            temporal=temporal or "frames",
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
+
+    @torch.compiler.disable
     def _resolve_backend(self, device: torch.device, lengths: list[int]) -> str:
         dtype = self.embeddings.patch_embedding.weight.dtype
         if torch.is_autocast_enabled(device.type):

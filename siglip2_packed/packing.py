@@ -320,7 +320,7 @@ def _to_host(grid: Tensor, cu_seqlens: Tensor | None = None) -> tuple[np.ndarray
     if cu_seqlens is None:
         return grid.cpu().numpy(), None
     cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
-    if grid.device == cu_seqlens.device:
+    if grid.device == cu_seqlens.device and grid.device.type != "cpu":
         both = torch.cat([grid.reshape(-1).long(), cu_seqlens.reshape(-1).long()]).cpu().numpy()
         return both[: grid.numel()].reshape(grid.shape), both[grid.numel() :].reshape(cu_seqlens.shape)
     return grid.cpu().numpy(), cu_seqlens.cpu().numpy()

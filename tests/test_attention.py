@@ -20,7 +20,6 @@ PACKS = [[35], [256, 1, 64, 35], [5, 5, 5], [3, 9, 3, 1, 9, 17], [1], [16, 7, 16
 
 
 def forget_imports():
-    attention._import.cache_clear()
     attention.why_missing.cache_clear()
 
 

@@ -39,9 +39,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backen
 def varlen_attention_qkvpacked(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
     """`varlen_attention` of a fused projection `[T, 3, H, K]`, whose gradient own kernels write as one tensor."""
     if backend == "triton" and qkv.shape[0]:
-        function = _import("siglip2_packed.ops.triton.attention", "varlen_attention_qkvpacked")
-        return function(qkv, segments.cu_seqlens, segments.max_seqlen)
-    return varlen_attention(*qkv.unbind(1), segments, backend)
+        from siglip2_packed.ops.triton import attention
+
+        return attention.varlen_attention_qkvpacked(qkv, segments.cu_seqlens, segments.max_seqlen)
+    q, k, v = qkv.unbind(1)
+    return varlen_attention(q, k, v, segments, backend)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -72,26 +74,32 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 def triton(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """This package's own kernels (`ops/triton`), made for head_dim 64 and 72 and segments up to about 1000 rows."""
-    function = _import("siglip2_packed.ops.triton.attention", "varlen_attention")
-    return function(q, k, v, segments.cu_seqlens, segments.max_seqlen)
+    from siglip2_packed.ops.triton import attention
+
+    return attention.varlen_attention(q, k, v, segments.cu_seqlens, segments.max_seqlen)
 
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`torch.nn.attention.varlen`: FlashAttention as CUDA builds of torch ship it."""
-    function = _import("torch.nn.attention.varlen", "varlen_attn")
+    from torch.nn.attention.varlen import varlen_attn
+
     cu, longest = segments.cu_seqlens, segments.max_seqlen
-    causal = {"is_causal": False} if "is_causal" in inspect.signature(function).parameters else {}
-    return function(q, k, v, cu, cu, longest, longest, **causal)
+    causal = {"is_causal": False} if "is_causal" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)  # type: ignore[arg-type, return-value]
 
 
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`flash_attn` 2."""
-    return _flash(_import("flash_attn", "flash_attn_varlen_func"), q, k, v, segments)
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, segments)
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`flash_attn_interface` (FlashAttention 3, Hopper)."""
-    return _flash(_import("flash_attn_interface", "flash_attn_varlen_func"), q, k, v, segments)
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, segments)
 
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -99,13 +107,14 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
 
     Where gradients are needed, head_dims are padded to 64, 96 or 128: its dQ is wrong at some between, 72 among them.
     """
-    function = _import("flash_attn.cute", "flash_attn_varlen_func")
+    from flash_attn.cute import flash_attn_varlen_func
+
     head_dim = q.shape[-1]
     width = next((width for width in (64, 96, 128) if head_dim <= width), head_dim)
     if width == head_dim or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return _flash(function, q, k, v, segments)
+        return _flash(flash_attn_varlen_func, q, k, v, segments)
     q, k, v = (F.pad(x, (0, width - head_dim)) for x in (q, k, v))
-    return _flash(function, q, k, v, segments, scale=head_dim**-0.5)[..., :head_dim]
+    return _flash(flash_attn_varlen_func, q, k, v, segments, scale=head_dim**-0.5)[..., :head_dim]
 
 
 def _flash(
@@ -148,18 +157,13 @@ ATTN_IMPLEMENTATIONS = ("auto", *BACKENDS)
 
 
 @cache
-def _import(module: str, name: str):
-    return getattr(importlib.import_module(module), name)
-
-
-@cache
 def why_missing(backend: str) -> str | None:
     """Why this backend cannot be imported here; None if it can."""
     spec = BACKENDS[backend]
     if spec.module is None:
         return None
     try:
-        _import(spec.module, spec.name)
+        getattr(importlib.import_module(spec.module), spec.name)
     except Exception as error:  # a broken binary raises OSError, an ABI mismatch ImportError, CuTe whatever it likes
         return f"{spec.module}.{spec.name} cannot be imported ({type(error).__name__}: {error})"
     return None

@@ -50,6 +50,23 @@ def resize_positions(table: Tensor, grids: Sequence[tuple[int, int, int]]) -> Te
     return distinct if patch is None else distinct[patch.to(table.device, non_blocking=True)]
 
 
+def places(grids: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """First row, h and w of each image `[N, 3]`, and the image of each row `[T]`, int32, in one copy to the device."""
+    n = len(grids)
+    places = _places(grids).to(device, non_blocking=True)
+    return places[: 3 * n], places[3 * n :]
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _places(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+    t, h, w = np.array(grids, dtype=np.int64).reshape(-1, 3).T
+    rows = t * h * w
+    images = np.stack([_starts(rows), h, w], axis=1)
+    image_of_row = np.repeat(np.arange(len(grids)), rows)
+    return torch.from_numpy(np.concatenate([images.ravel(), image_of_row]).astype(np.int32))
+
+
 def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
     taps, offsets, weights = (x.to(table.device, non_blocking=True) for x in plan)
     if len(taps) == 0:

@@ -21,11 +21,19 @@ class Segments:
         cu_seqlens: `[S+1]` int32 offsets on `device`.
     """
 
+    @torch.compiler.disable
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
         self.lengths = list(lengths)
         self.max_seqlen = max(self.lengths) if self.lengths else 0
         self.device = torch.device(device)
         self.cu_seqlens = cumulative(self.lengths).to(self.device, non_blocking=True)
+
+    @classmethod
+    def on_device(cls, cu_seqlens: Tensor, max_seqlen: int) -> Segments:
+        """Segments whose offsets only the device knows, none longer than `max_seqlen`; for Triton and flash-attn."""
+        self = cls.__new__(cls)
+        self.cu_seqlens, self.max_seqlen, self.device = cu_seqlens, max_seqlen, cu_seqlens.device
+        return self
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -83,12 +83,3 @@ def device_of(x: Tensor):
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def needs_operator() -> bool:
-    """Whether somebody watches calls to operators: torch.compile, a dispatch mode, a function transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )

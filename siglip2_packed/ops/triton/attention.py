@@ -11,8 +11,17 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from siglip2_packed.ops.tracing import traced
 from siglip2_packed.ops.triton import attention_kernels as kernels
-from siglip2_packed.ops.triton.arguments import LOG2_E, aligned, capability, check, check_rows, device_of, needs_operator, strides
+from siglip2_packed.ops.triton.arguments import (
+    LOG2_E,
+    aligned,
+    capability,
+    check,
+    check_rows,
+    device_of,
+    strides,
+)
 from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
 
 __all__ = ["varlen_attention", "varlen_attention_pool", "varlen_attention_qkvpacked"]
@@ -46,7 +55,7 @@ def varlen_attention(
     """
     check_rows(q=q, k=k, v=v)
     scale = check(q, cu_seqlens, max_seqlen, softmax_scale)
-    run = _attention if needs_operator() else _Attention.apply
+    run = _attention if traced() else _Attention.apply
     return run(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
@@ -58,7 +67,7 @@ def varlen_attention_qkvpacked(
         raise ValueError(f"qkv must be [T, 3, H, K], got {list(qkv.shape)}")
     check_rows(qkv=qkv[:, 0])
     scale = check(qkv, cu_seqlens, max_seqlen, softmax_scale)
-    run = _attention_qkvpacked if needs_operator() else _AttentionQKVPacked.apply
+    run = _attention_qkvpacked if traced() else _AttentionQKVPacked.apply
     return run(qkv, cu_seqlens, max_seqlen, scale)[0]
 
 
@@ -101,9 +110,7 @@ def _gradients_qkvpacked(
     return dqkv
 
 
-_attention_backward = torch.library.custom_op(
-    "siglip2_packed::varlen_attention_backward", _gradients, mutates_args=()
-)
+_attention_backward = torch.library.custom_op("siglip2_packed::varlen_attention_backward", _gradients, mutates_args=())
 _attention_qkvpacked_backward = torch.library.custom_op(
     "siglip2_packed::varlen_attention_qkvpacked_backward", _gradients_qkvpacked, mutates_args=()
 )
@@ -142,7 +149,7 @@ def _attention_autograd(ctx, grad, _):
     q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 6
-    run = _attention_backward if needs_operator() else _gradients
+    run = _attention_backward if traced() else _gradients
     gradients = run(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale)
     return *gradients, None, None, None
 
@@ -151,7 +158,7 @@ def _attention_qkvpacked_autograd(ctx, grad, _):
     qkv, cu_seqlens, out, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 4
-    run = _attention_qkvpacked_backward if needs_operator() else _gradients_qkvpacked
+    run = _attention_qkvpacked_backward if traced() else _gradients_qkvpacked
     return run(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None
 
 
@@ -168,7 +175,7 @@ class _Attention(torch.autograd.Function):
         _save(ctx, inputs, output)
         return output
 
-    backward = staticmethod(once_differentiable(_attention_autograd))
+    backward = staticmethod(once_differentiable(_attention_autograd))  # type: ignore[assignment]
 
 
 class _AttentionQKVPacked(torch.autograd.Function):
@@ -178,7 +185,7 @@ class _AttentionQKVPacked(torch.autograd.Function):
         _save(ctx, (qkv, *inputs), output)
         return output
 
-    backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))
+    backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))  # type: ignore[assignment]
 
 
 def _forward(

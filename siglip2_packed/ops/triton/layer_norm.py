@@ -43,7 +43,8 @@ def layer_norm_backward(
     """
     T, D = x.shape
     dx, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    grad, residual, x, update = (y if y is None else y.contiguous() for y in (grad, residual, x, update))
+    grad, residual, x = (y.contiguous() for y in (grad, residual, x))
+    update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
     sums = torch.empty((programs, 3, D), dtype=torch.float32, device=x.device)
     with device_of(x):

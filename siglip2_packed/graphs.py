@@ -1,0 +1,186 @@
+"""Inference replayed from CUDA graphs: small batches at the speed of their kernels, not of their launches.
+
+A graph is captured for each bucket: so many patches, segments and images at most, segments so long at most. A pack is
+copied into its bucket's buffers; the rows beyond it belong to no image and no segment.
+
+Shapes: N images, T patches, S segments, P patch_dim, D hidden size; a bucket's are B patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+from siglip2_packed import fused
+from siglip2_packed.attention import head_dim
+from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
+from siglip2_packed.ops.dispatch import resolve_backend
+from siglip2_packed.ops.segments import Segments
+from siglip2_packed.packing import Layout
+
+BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Bucket(NamedTuple):
+    patches: int
+    segments: int
+    images: int
+    max_seqlen: int
+
+
+class CUDAGraphs:
+    """A model that replays CUDA graphs: `CUDAGraphs(model)(**packed.to("cuda"))`.
+
+    Outputs are the caller's own, untouched by later calls. Parameters are read at every call, so updates in place
+    (an optimiser's, `load_state_dict`'s) are seen; parameters that were replaced (`model.to(...)`) have the graphs
+    captured anew. The first pack of a bucket takes seconds, for its capture. Not for use by several threads at once.
+
+    Args:
+        model: on a CUDA device, bfloat16 or float16, in its final place.
+        budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
+    """
+
+    def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS):
+        if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
+            raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
+        weight = model.embeddings.patch_embedding.weight
+        # the one backend that may leave the rows of no segment alone; raises if it cannot run here
+        resolve_backend("triton", weight.device, weight.dtype, head_dim(model.config), needs_grad=False)
+        self.model = model
+        self.budgets = sorted(budgets)
+        self._graphs: dict[Bucket, _Graph] = {}
+        self._weights: list[tuple] = []
+        fused.join_projections(model.encoder.layers)
+
+    def __call__(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Any,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        temporal: str | None = None,
+    ) -> ModelOutput:
+        """As the model's forward, for inference: `last_hidden_state` and, if it has a head, `pooler_output`.
+
+        Raises:
+            ValueError: what the model's forward raises.
+        """
+        layout = self.model._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
+        bucket = self.bucket(layout)
+        if bucket is None:
+            with torch.no_grad():
+                return self.model(pixel_values, grid_thw, cu_seqlens=cu_seqlens, temporal=temporal)
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            output = graph.replay(pixel_values, layout)
+            if self._weights_are_where_they_were():  # asked while the device works
+                return output
+            self._graphs.clear()
+        self._remember_weights()
+        graph = self._graphs[bucket] = _Graph(self.model, bucket)
+        return graph.replay(pixel_values, layout)
+
+    def _remember_weights(self) -> None:
+        self._weights = [
+            (module._parameters, name, parameter, parameter.data_ptr(), parameter.detach())
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    def _weights_are_where_they_were(self) -> bool:
+        """Whether every parameter is the tensor, and in the memory, that the graphs read (which is kept for them)."""
+        return all(
+            parameters.get(name) is parameter and parameter.data_ptr() == place
+            for parameters, name, parameter, place, _ in self._weights
+        )
+
+    def bucket(self, layout: Layout) -> Bucket | None:
+        """The smallest bucket that a pack fits; None for an empty pack and for one beyond every budget."""
+        total = sum(layout.lengths)
+        budget = next((x for x in self.budgets if total <= x), None)
+        if budget is None or not total:
+            return None
+        longest = min(max(64, _power_of_2(layout.max_seqlen)), _power_of_2(budget))
+        return Bucket(budget, _power_of_2(len(layout.lengths)), _power_of_2(len(layout.grids)), longest)
+
+
+class _Graph:
+    def __init__(self, model: Siglip2PackedVisionModel, bucket: Bucket):
+        self.model, self.bucket = model, bucket
+        weight = model.embeddings.patch_embedding.weight
+        self.pixel_values = torch.zeros(bucket.patches, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        sizes = bucket.segments + 1, bucket.images + 1, 3 * bucket.images, bucket.patches
+        self.host = torch.zeros(sum(sizes), dtype=torch.int32).pin_memory()
+        self.copied = torch.cuda.Event()
+        self.layout: Layout | None = None
+        self.metadata = self.host.to(weight.device)
+        self.host_parts = [part.numpy() for part in self.host.split(sizes)]
+        cu_seqlens, cu_images, images, self.image_of_row = self.metadata.split(sizes)
+        self.segments = Segments.on_device(cu_seqlens, bucket.max_seqlen)
+        self.image_segments = Segments.on_device(cu_images, bucket.patches)
+        self.images = images.view(-1, 3)
+
+        rows = min(bucket.max_seqlen, bucket.patches)
+        self._fill(Layout([(1, 1, rows)], [rows], rows))
+        stream = torch.cuda.Stream(weight.device)
+        stream.wait_stream(torch.cuda.current_stream(weight.device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            for _ in range(2):
+                self._run()  # compiles kernels, checks backends, sets up cuBLAS
+            stream.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.outputs = self._run()
+        torch.cuda.current_stream(weight.device).wait_stream(stream)
+
+    def _run(self) -> tuple[Tensor, Tensor | None]:
+        model = self.model
+        patches = model.embeddings.patch_embedding(self.pixel_values)
+        hidden_states = model.embeddings.add_positions(patches, self.images, self.image_of_row)
+        hidden_states, _ = model.encoder(hidden_states, self.segments, "triton")
+        if hasattr(model, "post_layernorm"):
+            hidden_states = model.post_layernorm(hidden_states)
+        return hidden_states, model.head(hidden_states, self.image_segments) if hasattr(model, "head") else None
+
+    def replay(self, pixel_values: Tensor, layout: Layout) -> ModelOutput:
+        total, images = len(pixel_values), len(layout.grids)
+        self.pixel_values[:total].copy_(pixel_values, non_blocking=True)
+        self._fill(layout)
+        self.graph.replay()
+        hidden_states, pooled = self.outputs
+        hidden_states = hidden_states[:total].clone()
+        if pooled is None:
+            return TokenOutput(hidden_states)
+        return BaseModelOutputWithPooling(hidden_states, pooled[:images].clone())
+
+    def _fill(self, layout: Layout) -> None:
+        """Copies a pack's metadata into the graph's buffers, in one piece."""
+        if layout == self.layout:
+            return
+        self.layout = layout
+        self.copied.synchronize()  # the pinned buffer may still be on its way from the last call
+        cu_seqlens, cu_images, images, image_of_row = self.host_parts
+        lengths = np.array(layout.image_lengths)
+        ends = lengths.cumsum()
+        n, total = len(lengths), ends[-1]
+        cu_seqlens[1:] = total
+        cu_seqlens[1 : len(layout.lengths) + 1] = np.cumsum(layout.lengths)
+        cu_images[1:] = total
+        cu_images[1 : n + 1] = ends
+        images = images.reshape(-1, 3)
+        images[:n, 0] = ends - lengths
+        images[:n, 1:] = [(h, w) for _, h, w in layout.grids]
+        image_of_row[:total] = np.repeat(np.arange(n), lengths)
+        image_of_row[total:] = -1
+        self.metadata.copy_(self.host, non_blocking=True)
+        self.copied.record()
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

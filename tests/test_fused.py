@@ -1,0 +1,188 @@
+"""Fused layers are the modules' layers, whatever has or has not been done to the modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
+from siglip2_packed.measure import relative_error
+
+GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
+
+
+@pytest.fixture
+def model(checkpoint):
+    return Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which fused functions ran."""
+    seen = []
+    for name in ("infer", "layer"):
+        original = getattr(fused, name)
+
+        def run(*args, name=name, original=original):
+            seen.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(fused, name, run)
+    return seen
+
+
+def plainly(monkeypatch, function):
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "applies", lambda *args: False)
+        patch.setattr(fused, "may_infer", lambda *args: False)
+        return function()
+
+
+def gradients(model, packed):
+    model.zero_grad()
+    out = model(**packed)
+    (out.last_hidden_state.square().sum() + out.pooler_output.sum()).backward()
+    return out.last_hidden_state.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_features_and_gradients_are_those_of_the_modules(model, patches, monkeypatch, calls):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    with torch.no_grad():
+        features = model(**packed).last_hidden_state
+    assert calls == ["infer"]
+    out, grads = gradients(model, packed)
+    assert calls[1:] == ["layer"] * len(model.encoder.layers)
+    expected, expected_grads = plainly(monkeypatch, lambda: gradients(model, packed))
+    assert len(calls) == 1 + len(model.encoder.layers)
+    assert relative_error(features, expected) <= 1e-6
+    assert relative_error(out, expected) <= 1e-6
+    assert grads.keys() == expected_grads.keys()
+    largest = max(g.norm() for g in expected_grads.values())
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).norm() <= 1e-5 * max(expected_grads[name].norm(), 1e-3 * largest), name
+
+
+def test_the_callers_input_is_left_alone(model):
+    from siglip2_packed.ops.segments import Segments
+
+    x = torch.randn(12, 64)
+    kept = x.clone()
+    with torch.no_grad():
+        model.encoder(x, Segments([12]), "sdpa")
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("frozen", ["all but the last layer", "all but biases", "all but fc1", "norms"])
+def test_frozen_parameters_get_no_gradient_and_others_the_right_one(model, patches, monkeypatch, frozen):
+    chosen = {
+        "all but the last layer": lambda name: "layers.2." in name,
+        "all but biases": lambda name: name.endswith("bias"),
+        "all but fc1": lambda name: "fc1" in name,
+        "norms": lambda name: "layer_norm" not in name,
+    }[frozen]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    _, grads = gradients(model, packed)
+    _, expected = plainly(monkeypatch, lambda: gradients(model, packed))
+    assert grads.keys() == expected.keys()
+    assert all(chosen(name) for name in grads)
+    largest = max(g.norm() for g in expected.values())
+    for name, grad in grads.items():
+        assert (grad - expected[name]).norm() <= 1e-5 * max(expected[name].norm(), 1e-3 * largest), name
+
+
+def hook_module(model):
+    seen = []
+    model.encoder.layers[1].mlp.fc1.register_forward_hook(lambda *args: seen.append(1))
+    return lambda: len(seen)
+
+
+def hook_layer(model):
+    seen = []
+    model.encoder.layers[1].register_forward_pre_hook(lambda *args: seen.append(1))
+    return lambda: len(seen)
+
+
+def replace_forward(model):
+    norm, seen = model.encoder.layers[1].layer_norm2, []
+    forward = norm.forward
+    norm.forward = lambda x: seen.append(1) or forward(x)
+    return lambda: len(seen)
+
+
+def wrap_linear(model):
+    class Adapted(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.seen = base, 0
+
+        def forward(self, x):
+            self.seen += 1
+            return self.base(x)
+
+    attention = model.encoder.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    return lambda: attention.q_proj.seen
+
+
+@pytest.mark.parametrize("change", [hook_module, hook_layer, replace_forward, wrap_linear])
+def test_what_hangs_on_a_module_runs(model, patches, change):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    expected = model(**packed).last_hidden_state
+    seen = change(model)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            before = seen()
+            out = model(**packed).last_hidden_state
+        assert seen() == before + 1
+        assert relative_error(out, expected) <= 1e-6
+
+
+def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    with torch.no_grad():
+        expected = model(**packed).last_hidden_state
+    parameters = dict(model.named_parameters())
+    fused.join_projections(model.encoder.layers)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    attention = model.encoder.layers[0].self_attn
+    weight, _ = fused._joined(attention)
+    assert weight.data_ptr() == attention.q_proj.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(model(**packed).last_hidden_state, expected)
+        attention.k_proj.weight.data.mul_(2)
+        changed = model(**packed).last_hidden_state
+        assert not torch.equal(changed, expected)
+
+    model.save_pretrained(tmp_path / "joined")
+    again = Siglip2PackedVisionModel.from_pretrained(tmp_path / "joined")
+    with torch.no_grad():
+        assert torch.equal(again(**packed).last_hidden_state, changed)
+    moved = model.to(torch.float64).to(torch.float32)
+    weight, _ = fused._joined(moved.encoder.layers[0].self_attn)
+    assert weight.data_ptr() != moved.encoder.layers[0].self_attn.q_proj.weight.data_ptr()
+    with torch.no_grad():
+        assert torch.equal(moved(**packed).last_hidden_state, changed)
+
+
+def test_training_keeps_no_output_of_norm_or_gelu(model):
+    """Of a layer's activations autograd holds the stream, attention's inputs and output, and fc1's output."""
+    block, rows = model.encoder.layers[0], 21
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = []
+
+    def keep(x):
+        if x.data_ptr() not in parameters:
+            kept.append(x)
+        return x
+
+    x = torch.randn(rows, 64, requires_grad=True)
+    q, k, v = fused._projections(block.self_attn)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        fused._NormQKV.apply(x, *fused._norm(block.layer_norm1), *(p.weight for p in (q, k, v)), q.bias, k.bias, v.bias)
+        assert [x.shape[1] for x in kept] == [64]
+        kept.clear()
+        linears = block.self_attn.out_proj, block.mlp.fc1, block.mlp.fc2
+        weights, biases = (p.weight for p in linears), (p.bias for p in linears)
+        fused._ProjectMLP.apply(x, torch.randn(rows, 64), *fused._norm(block.layer_norm2), *weights, *biases)
+        assert [x.shape[1] for x in kept] == [64, 64, block.mlp.fc1.out_features]
