@@ -3,7 +3,9 @@
 Without a CUDA device the kernels run in Triton's interpreter (float32 and float16; its bfloat16 products are wrong).
 """
 
+import functools
 import itertools
+import sys
 
 import pytest
 import torch
@@ -307,8 +309,8 @@ def test_checkpointing():
     assert any(calls)
 
 
-GPU_PACKS = [[64] * 20, [1, 15, 16, 17, 63, 64], [128, 100, 1, 65], [256, 252, 1, 15, 16, 17, 63, 65, 200],
-              [1024, 1000, 256, 64]]  # fmt: skip
+GPU_PACKS = [[64] * 20, [1, 15, 16, 17, 63, 64], [128, 100, 1, 65], [144, 192, 1, 63, 129, 16, 65], [144] * 60,
+              [256, 252, 1, 15, 16, 17, 63, 65, 200], [1024, 1000, 256, 64], [35, 0, 577, 129, 0, 1]]  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -331,6 +333,8 @@ def test_half_precision_against_torch(lengths, K, dtype):
             lambda q, k, v: ((q @ k.mT) * K**-0.5).softmax(-1) @ v, inputs, grad[begin:end].transpose(0, 1)
         )
         for name, ours, theirs, e in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
+            if begin == end:
+                continue
             e = e[begin:end]
             error = (ours[begin:end] - e).norm() / e.norm()
             bound = 2 * (theirs.transpose(0, 1) - e).norm() / e.norm() + 1e-3
@@ -385,3 +389,140 @@ def test_rows_that_are_not_there_stay_out_of_gradients(lengths, dtype):
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = varlen_attention(*inputs, offsets(lengths), max(lengths))
     assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), inputs)))
+
+
+@pytest.fixture
+def hopper():
+    try:
+        from siglip2_packed.ops.triton import attention_hopper
+    except Exception as error:  # an older or a newer Gluon
+        pytest.skip(f"no Gluon as the Hopper forward needs it: {error}")
+    return attention_hopper
+
+
+def test_where_the_hopper_forward_fits(hopper):
+    def warpgroups(max_seqlen, K=72, dtype=torch.bfloat16, make=lambda qkv: qkv.unbind(1)):
+        return hopper.warpgroups(*make(torch.zeros(40, 3, 2, K, dtype=dtype)), max_seqlen)
+
+    assert [warpgroups(n) for n in (0, 64, 65, 128, 129, 192, 193, 256, 4096)] == [0, 0, 2, 2, 3, 3, 2, 2, 2]
+    assert warpgroups(256, 64, torch.float16) == 2
+    assert warpgroups(256, 80) == warpgroups(256, 128) == warpgroups(256, dtype=torch.float32) == 0
+    shifted = torch.zeros(40 * 3 * 2 * 72 + 4, dtype=torch.bfloat16)[4:].view(40, 3, 2, 72)
+    assert warpgroups(256, make=lambda _: shifted.unbind(1)) == 0  # 8 bytes beyond a multiple of 16
+    assert warpgroups(256, make=lambda qkv: [x[:1].expand(40, 2, 72) for x in qkv.unbind(1)]) == 0
+
+
+def test_triton_runs_where_gluon_cannot_be_had(monkeypatch, caplog):
+    from siglip2_packed.ops.triton import attention
+
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
+    monkeypatch.delitem(sys.modules, "siglip2_packed.ops.triton.attention_hopper", raising=False)
+    monkeypatch.setattr(attention, "capability", lambda x: 90)
+    monkeypatch.setattr(attention, "_hopper", functools.cache(attention._hopper.__wrapped__))
+    qkv = random_qkv(40, 2, 72)
+    for _ in range(2):
+        actual = varlen_attention_qkvpacked(qkv, offsets([17, 23]), 70)
+        assert_close([actual], [loop(*qkv.unbind(1), [17, 23])], EXACT)
+    assert [record.getMessage().startswith("attention: no Hopper forward") for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("outcome", ["does not compile", "is wrong", "is NaN"])
+def test_a_hopper_forward_that_fails_its_check_is_refused(hopper, monkeypatch, caplog, outcome):
+    """Once, by name and with the reason; it is never launched."""
+
+    def attempt(*arguments):
+        if outcome == "does not compile":
+            raise RuntimeError("no such layout")
+        return "kernel", 0.5 if outcome == "is wrong" else float("nan")
+
+    monkeypatch.setattr(hopper, "_try", attempt)
+    monkeypatch.setattr(hopper, "_kernels", {})
+    monkeypatch.setattr(hopper, "_launch", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    q, k, v = random_qkv(70, 2, 72, torch.float16).unbind(1)
+    for _ in range(2):
+        assert not hopper.forward(q, k, v, torch.empty_like(q), q.new_empty(2, 70), offsets([70]), 70, 0.1)
+    reason = {"does not compile": "no such layout", "is wrong": "5.0e-01", "is NaN": "nan"}[outcome]
+    assert len(caplog.records) == 1 and reason in caplog.text and "2 heads of 72" in caplog.text
+
+
+def test_overlapping_launches_have_their_own_counters(hopper, monkeypatch):
+    slots = {False: [], True: []}
+    monkeypatch.setattr(hopper, "_checked", lambda *_: "kernel")
+    monkeypatch.setattr(hopper, "_kernels", {})
+    q, k, v = random_qkv(70, 2, 72, torch.float16).unbind(1)
+    for capturing in (True, False, True, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(hopper, "_launch", lambda *arguments: slots[capturing].append(arguments[-1]))
+        launched = hopper.forward(q, k, v, torch.empty_like(q), q.new_empty(2, 70), offsets([70]), 70, 0.1)
+        assert launched == (len(slots[False]) > 0)  # nothing is compiled during capture
+    assert len({*slots[False], *slots[True]}) == 4
+    assert max(slots[False]) < hopper.EAGER <= min(slots[True])
+
+
+@pytest.fixture
+def on_hopper(hopper, monkeypatch):
+    """Counts the launches of the Hopper forward."""
+    if not CUDA or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    launches = []
+    launch = hopper._launch
+    monkeypatch.setattr(hopper, "_launch", lambda *arguments: (launches.append(arguments[1]), launch(*arguments)))
+    return launches
+
+
+HOPPER_PACKS = [[100, 0, 128, 1, 65], [144, 192, 1, 63, 129], [256, 64, 1, 577, 0, 129, 1024, 63], [252] * 40]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("lengths", HOPPER_PACKS, ids=lambda x: f"{max(x)}x{len(x)}")
+def test_hopper_forward(on_hopper, lengths, K, dtype):
+    """It runs; NaN in other segments, repeated last offsets, rows beyond and a generous max_seqlen change no bit."""
+    rows, H, longest = sum(lengths), 3, max(lengths)
+    qkv = random_qkv(rows + 150, H, K, dtype)
+    cu = offsets(lengths)
+    varlen_attention_qkvpacked(qkv[:rows], cu, longest)  # compiled, checked
+    on_hopper.clear()
+    poison((rows + 150, H, K), dtype=dtype)
+    expected = varlen_attention_qkvpacked(qkv[:rows], cu, longest)
+    assert_close([expected], [loop(*qkv[:rows].unbind(1), lengths)], 5e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert torch.equal(expected, varlen_attention(*(x.contiguous() for x in qkv[:rows].unbind(1)), cu, longest))
+    changed = qkv.clone()
+    changed[rows:] = float("nan")
+    for first, last in list(itertools.pairwise(cu.tolist()))[1::2]:
+        changed[first:last] = float("nan")
+    padded = torch.cat([cu, cu[-1:].expand(300)])
+    poison((rows + 150, H, K), dtype=dtype)
+    actual = varlen_attention_qkvpacked(changed, padded, longest)
+    assert (actual[rows:] == 0).all()
+    for first, last in list(itertools.pairwise(cu.tolist()))[::2]:
+        assert torch.equal(actual[first:last], expected[first:last])
+    assert len(on_hopper) == 3
+    generous = varlen_attention_qkvpacked(qkv[:rows], cu, 3000)
+    assert_close([generous], [expected], 1e-6)
+
+
+@pytest.mark.gpu
+def test_hopper_forward_in_a_cuda_graph(on_hopper):
+    """Replays follow the contents of the inputs, lengths included, beside eager launches on another stream."""
+    qkv, cu = random_qkv(1200, 16, 72, torch.bfloat16), offsets([256, 300, 44, 500, 0])
+    varlen_attention_qkvpacked(qkv, cu, 600)  # compiled, checked
+    on_hopper.clear()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph):
+        outputs = [varlen_attention_qkvpacked(qkv, cu, 600) for _ in range(3)]
+    assert len(on_hopper) == 3
+    other = random_qkv(4096, 16, 72, torch.bfloat16, 1)
+    expected_other = varlen_attention_qkvpacked(other, offsets([1024] * 4), 1024)
+    for lengths in ([256, 300, 44, 500, 0], [600, 1, 2, 3, 594], [7, 0, 0, 0, 0]):
+        cu.copy_(offsets(lengths))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            others = [varlen_attention_qkvpacked(other, offsets([1024] * 4), 1024) for _ in range(5)]
+        graph.replay()
+        torch.cuda.current_stream().wait_stream(stream)
+        for output in outputs:
+            assert_close([output], [loop(*qkv.unbind(1), lengths)], 5e-3)
+        assert all(torch.equal(x, expected_other) for x in others)

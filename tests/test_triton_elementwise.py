@@ -7,10 +7,13 @@ import kernels_ref
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops import gelu as gelu_op
 from siglip2_packed.ops import layer_norm as norm_op
+from siglip2_packed.ops.positions import places, resize_positions
 from siglip2_packed.ops.triton import gelu as gelu_kernels
 from siglip2_packed.ops.triton import layer_norm as norm_kernels
+from siglip2_packed.ops.triton.positions import add_positions
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [(1, 8), (5, 64), (13, 72), (3, 1152), (37, 200)]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -122,3 +125,19 @@ def test_operators_are_registered_as_torch_expects(device):
     torch.library.opcheck(ops.add_layer_norm, (x, update, weight, bias, 1e-6, bias))
     torch.library.opcheck(ops.layer_norm_backward, (x, x, x, update, weight, bias, 1e-6))
     torch.library.opcheck(ops.gelu_backward, (x, update))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("D", [72, 1152])
+def test_positions_are_those_of_the_torch_path(D, device):
+    grids = [(1, 13, 19), (1, 8, 32), (2, 2, 3), (1, 16, 16), (1, 7, 1), (1, 1, 20), (1, 40, 2)]
+    rows = sum(t * h * w for t, h, w in grids)
+    x, table = draw(device, torch.float32, (rows + 3, D), (256, D))
+    images, image_of_row = places(tuple(grids), torch.device(device))
+    image_of_row = torch.nn.functional.pad(image_of_row, (0, 3), value=-1)
+    out = add_positions(x, table, images, image_of_row)
+    expected = x[:rows].double() + resize_positions(table, grids).double()
+    assert (out[:rows] - expected).abs().max() <= 1e-5
+    assert (out[rows:] == 0).all()
+    identity = slice(13 * 19 + 256 + 12, 13 * 19 + 512 + 12)
+    assert torch.equal(out[identity], x[identity] + table)

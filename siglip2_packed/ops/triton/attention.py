@@ -6,6 +6,10 @@ the tensors. One launch for any mix of lengths, no copy of strided inputs, no de
 Shapes: T rows, S segments, H heads, K head_dim.
 """
 
+import functools
+import importlib
+import logging
+
 import torch
 import triton
 from torch import Tensor
@@ -23,6 +27,8 @@ from siglip2_packed.ops.triton.arguments import (
     strides,
 )
 from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
+
+logger = logging.getLogger("siglip2_packed")
 
 __all__ = ["varlen_attention", "varlen_attention_pool", "varlen_attention_qkvpacked"]
 
@@ -188,6 +194,16 @@ class _AttentionQKVPacked(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))  # type: ignore[assignment]
 
 
+@functools.cache
+def _hopper():
+    """The kernels in Gluon, which came with Triton 3.6 and is not a settled language; None if they cannot be had."""
+    try:
+        return importlib.import_module("siglip2_packed.ops.triton.attention_hopper")
+    except Exception as error:
+        logger.warning("attention: no Hopper forward with Triton %s: %s", triton.__version__, error)
+        return None
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -199,9 +215,12 @@ def _forward(
     if T == 0:
         return out, lse
     q, k, v = map(aligned, (q, k, v))
-    tile = forward_tile(K, q.dtype, max_seqlen, capability(q))
-    blocks = max(1, triton.cdiv(max_seqlen, tile["M"]))
     with device_of(q):
+        hopper = _hopper() if capability(q) == 90 else None
+        if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
+            return out, lse
+        tile = forward_tile(K, q.dtype, max_seqlen, capability(q))
+        blocks = max(1, triton.cdiv(max_seqlen, tile["M"]))
         kernels.forward_kernel[((S + 1) * H * blocks,)](
             q,
             k,

@@ -60,34 +60,36 @@ def add_positions_kernel(
     place = row - tl.load(images + 3 * image)
     h = tl.load(images + 3 * image + 1)
     w = tl.load(images + 3 * image + 2)
-    y_first, y_last, y_centre, y_width, y_total = _taps(place // w % h, h, SIDE)
-    x_first, x_last, x_centre, x_width, x_total = _taps(place % w, w, SIDE)
+    y_first, y_last, y_centre, y_reach, y_total = _taps(place // w % h, h, SIDE)
+    x_first, x_last, x_centre, x_reach, x_total = _taps(place % w, w, SIDE)
     position = tl.zeros([COLUMNS], tl.float32)
     for j in range(x_first, x_last):
         resized = tl.zeros([COLUMNS], tl.float32)
         for i in range(y_first, y_last):
             entry = tl.load(table + (i * SIDE + j) * D + columns, mask=mask, other=0.0).to(tl.float32)
-            resized += _weight(i, y_centre, y_width) / y_total * entry
-        position += _weight(j, x_centre, x_width) / x_total * resized
+            resized += _weight(i, h, y_centre, y_reach) / y_total * entry
+        position += _weight(j, w, x_centre, x_reach) / x_total * resized
     patch = tl.load(x, mask=mask, other=0.0).to(tl.float32)
     tl.store(out, (patch + position.to(dtype).to(tl.float32)).to(dtype), mask=mask)
 
 
 @triton.jit
 def _taps(index, target, SIDE: tl.constexpr):
-    """First and last table index that `index` of `target` covers, its centre, half-width, and the sum of weights."""
-    scale = SIDE / target.to(tl.float32)
-    centre = (index.to(tl.float32) + 0.5) * scale
-    width = tl.maximum(scale, 1.0)
-    first = tl.maximum(tl.floor(centre - width).to(tl.int32), 0)
-    last = tl.minimum(tl.ceil(centre + width).to(tl.int32), SIDE)
+    """First and last table entry that `index` of `target` covers, and what `_weight` takes: centre, reach, sum.
+
+    In units of 1 / (2 · target) of an entry everything is an integer: entry i has its middle at (2i + 1) · target.
+    """
+    centre = (2 * index + 1) * SIDE
+    reach = 2 * tl.maximum(target, SIDE)
+    first = (tl.maximum(centre - reach - target, -2 * target) + 2 * target) // (2 * target)
+    last = tl.minimum((centre + reach + target - 1) // (2 * target), SIDE)
     total = 0.0
     for i in range(first, last):
-        total += _weight(i, centre, width)
-    return first, last, centre, width, total
+        total += _weight(i, target, centre, reach)
+    return first, last, centre, reach, total
 
 
 @triton.jit
-def _weight(i, centre, width):
+def _weight(i, target, centre, reach):
     """The triangle filter of torch's and Pillow's antialiased bilinear resize, at the middle of entry i."""
-    return tl.maximum(1.0 - tl.abs(i + 0.5 - centre) / width, 0.0)
+    return 1.0 - tl.abs((2 * i + 1) * target - centre) / reach.to(tl.float32)

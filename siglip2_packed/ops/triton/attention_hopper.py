@@ -1,0 +1,427 @@
+"""The attention's forward on Hopper (compute capability 9.0), in Gluon, for head_dim 64 and 72.
+
+Shapes: T rows, S segments, H heads, K head_dim.
+
+A work item is a block of WGS * 64 query rows of one head of one segment. Thread blocks stay resident and draw items
+from an atomic counter, long segments first, so that lengths may be mixed. In each, one warp (the producer) brings tiles
+of 64 rows through the copy engine (TMA), running ahead into the next item, and WGS warpgroups (the consumers) have 64
+query rows each: S = Q kT, softmax, O += P V, one key tile after another. While one waits for its products, others
+compute.
+
+A tile is 64 lanes and, for K = 72, a tail of 16; TMA fills lanes outside [0, K) with zeros. Odd heads then start in the
+middle of a 32-byte sector: they have the tail in front, from lane -8, so that main tiles are always whole sectors.
+A segment's last key tile is moved back to end with the segment and its first rows masked: no row of another segment
+enters a product. In segments shorter than a tile V's rows behind the end are zeroed, because 0 * NaN is NaN.
+
+Results do not depend on the order of the items: they are deterministic.
+"""
+
+import functools
+import itertools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors
+
+logger = logging.getLogger("siglip2_packed")
+
+# WGS: key tiles in flight (K = 64: one more), registers of consumers and of the launch, thread blocks a multiprocessor
+RESOURCES = {2: (3, 104, 80, 2), 3: (7, 160, 128, 1)}
+PRODUCER_REGISTERS = gl.constexpr(32)
+
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # as TMA writes it: [64 rows, 1 head, lanes]
+TILE_TAIL = gl.constexpr(gl.NVMMASharedLayout(32, 16, 3))
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+ACC_TAIL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16-byte pieces of rows
+ROWS_TAIL = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+FLAT = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
+
+# renamed after Triton 3.6
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _cut(head, K: gl.constexpr):
+    """First lanes of the main tile and of the tail."""
+    odd = head % 2 * ((K - 64) % 16)
+    return odd, 64 - odd * (K // 8)
+
+
+@gluon.jit
+def _copy(rows, rows_tail, row, head, tile, tile_tail, bar, K: gl.constexpr, pred=True):
+    """Brings 64 rows of a head into shared memory; `bar` completes when they are there."""
+    lane, lane_tail = _cut(head, K)
+    mbarrier.expect(bar, 64 * 128 + (64 * 32 if K > 64 else 0), pred=pred)
+    copy(rows, [row, head, lane], bar, tile, pred=pred)
+    if K > 64:
+        copy(rows_tail, [row, head, lane_tail], bar, tile_tail, pred=pred)
+
+
+@gluon.jit
+def _write(message, place, value):
+    message.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _read(message, place):
+    return gl.sum(message.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _producer(source, tiles, bars, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr):
+    """Numbers the items and brings Q, K and V of those that fall to this thread block."""
+    q, q_tail, k, k_tail, v, v_tail, cu_seqlens, counter, S, blocks = source
+    sq, sq_tail, sk, sk_tail, sv, sv_tail, message = tiles
+    q_full, q_empty, full, empty = bars
+    item = gl.program_id(0)
+    turn = 0  # items taken, counted for q_full and q_empty
+    count = 0  # key tiles, counted for full and empty
+    begin = 0  # number of the segment's first item
+    last = gl.load(cu_seqlens + S)
+    left = last  # rows whose items are not numbered yet
+    for late in range(2):  # the segments of more than half of max_seqlen, then the others
+        segment = 0
+        first = 0
+        while (first < last) & (left > 0):
+            length = gl.load(cu_seqlens + segment + 1) - first
+            own = (length + 64 * WGS - 1) // (64 * WGS)  # blocks of this segment
+            if (2 * own <= blocks) == (late == 1):
+                left -= length
+                end = begin + own * H
+                while item < end:
+                    head = (item - begin) // own
+                    row = (item - begin) % own * (64 * WGS)
+                    place = turn % 2
+                    mbarrier.wait(q_empty.index(place), turn // 2 % 2 ^ 1)
+                    _write(message, 4 * place, first)
+                    _write(message, 4 * place + 1, length)
+                    _write(message, 4 * place + 2, head)
+                    _write(message, 4 * place + 3, row)
+                    barrier()
+                    for w in gl.static_range(WGS):
+                        there = row + 64 * w < length
+                        _copy(q, q_tail, first + row + 64 * w, head, sq.index(WGS * place + w),
+                              sq_tail.index(WGS * place + w), q_full.index(place), K, there)  # fmt: skip
+                        mbarrier.arrive(q_full.index(place), count=1, pred=row + 64 * w >= length)
+                    for start in range(0, length, 64):
+                        at = first + gl.maximum(gl.minimum(start, length - 64), 0)
+                        slot = count % RING
+                        mbarrier.wait(empty.index(slot), count // RING % 2 ^ 1)
+                        _copy(k, k_tail, at, head, sk.index(slot), sk_tail.index(slot), full.index(slot), K)
+                        _copy(v, v_tail, at, head, sv.index(slot), sv_tail.index(slot), full.index(slot), K)
+                        count += 1
+                    turn += 1
+                    item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                begin = end
+            first += length
+            segment += 1
+    if item == gl.num_programs(0) + begin - 1:  # one number was drawn for each item, this is the last
+        gl.store(counter, 0)
+    mbarrier.wait(q_empty.index(turn % 2), turn // 2 % 2 ^ 1)
+    _write(message, turn % 2 * 4 + 1, 0)
+    barrier()
+    mbarrier.arrive(q_full.index(turn % 2), count=WGS)
+
+
+@gluon.jit
+def _consumer(
+    W: gl.constexpr, pack, tiles, bars, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr
+):
+    """Rows 64 W to 64 W + 63 of every item."""
+    out, lse, cu_seqlens, scale_log2, T, S = pack
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
+    OF_ROW_TAIL: gl.constexpr = gl.SliceLayout(1, ACC_TAIL)
+    sq, sq_tail, sk, sk_tail, sv, sv_tail, message = tiles
+    q_full, q_empty, full, empty = bars
+    rows = gl.arange(0, 64, gl.SliceLayout(1, ROWS))
+    rows_tail = gl.arange(0, 64, gl.SliceLayout(1, ROWS_TAIL))
+    lanes = gl.arange(0, 64, gl.SliceLayout(0, ROWS))
+    lanes_tail = gl.arange(0, 16, gl.SliceLayout(0, ROWS_TAIL))
+    turn = 0
+    count = 0
+    mbarrier.wait(q_full.index(0), 0)
+    length = _read(message, 1)
+    while length > 0:
+        place = turn % 2
+        first = _read(message, 4 * place)
+        head = _read(message, 4 * place + 2)
+        row = _read(message, 4 * place + 3) + 64 * W
+        if row < length:
+            q = sq.index(WGS * place + W).reshape([64, 64])
+            if K > 64:
+                q_tail = sq_tail.index(WGS * place + W).reshape([64, 16])
+            if length < 64:
+                slot = count % RING
+                mbarrier.wait(full.index(slot), count // RING % 2)
+                v = sv.index(slot).reshape([64, 64])
+                v.store(gl.where((rows < length)[:, None], v.load(ROWS), 0.0))
+                if K > 64:
+                    v_tail = sv_tail.index(slot).reshape([64, 16])
+                    v_tail.store(gl.where((rows_tail < length)[:, None], v_tail.load(ROWS_TAIL), 0.0))
+                fence_async_shared()
+                barrier()
+
+            acc = gl.zeros([64, 64], gl.float32, ACC)
+            acc_tail = gl.zeros([64, 16], gl.float32, ACC_TAIL)
+            m = gl.full([64], float("-inf"), gl.float32, OF_ROW)
+            total = gl.zeros([64], gl.float32, OF_ROW)
+            for start in range(0, length, 64):
+                slot = count % RING
+                k = sk.index(slot).reshape([64, 64])
+                v = sv.index(slot).reshape([64, 64])
+                mbarrier.wait(full.index(slot), count // RING % 2)
+                zero = gl.zeros([64, 64], gl.float32, ACC)
+                s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+                if K > 64:
+                    k_tail = sk_tail.index(slot).reshape([64, 16])
+                    s = warpgroup_mma(q_tail, k_tail.permute((1, 0)), s, is_async=True)
+                s = warpgroup_mma_wait(0, [s])
+                if start + 64 > length:  # keys of the tile before, or behind the segment
+                    keys = gl.maximum(gl.minimum(start, length - 64), 0) + gl.arange(0, 64, gl.SliceLayout(0, ACC))
+                    s = gl.where(((keys >= start) & (keys < length))[None, :], s, float("-inf"))
+
+                m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+                p = gl.exp2(s * scale_log2 - m_new[:, None])
+                alpha = gl.exp2(m - m_new)
+                total = total * alpha + gl.sum(p, 1)
+                m = m_new
+                acc = acc * alpha[:, None]
+                p = p.to(DTYPE)
+                p_main = gl.convert_layout(p, gl.DotOperandLayout(0, ACC, 2))
+                acc = warpgroup_mma(p_main, v, acc, is_async=True)
+                if K > 64:
+                    v_tail = sv_tail.index(slot).reshape([64, 16])
+                    acc_tail = acc_tail * gl.convert_layout(alpha, OF_ROW_TAIL)[:, None]
+                    p_tail = gl.convert_layout(p, gl.DotOperandLayout(0, ACC_TAIL, 2))
+                    acc_tail = warpgroup_mma(p_tail, v_tail, acc_tail, is_async=True)
+                    acc, acc_tail, p_main, p_tail = warpgroup_mma_wait(0, [acc, acc_tail, p_main, p_tail])
+                else:
+                    acc, p_main = warpgroup_mma_wait(0, [acc, p_main])
+                mbarrier.arrive(empty.index(slot), count=1)
+                count += 1
+
+            row_first = (first + row).to(gl.int64)
+            left = length - row
+            rows_acc = gl.arange(0, 64, OF_ROW)
+            gl.store(lse + head.to(gl.int64) * T + row_first + rows_acc, m + gl.log2(total), mask=rows_acc < left)
+            inverse = 1.0 / total  # through Q's place in shared memory, to store 16-byte pieces
+            q.store((acc * inverse[:, None]).to(DTYPE))
+            o = q.load(ROWS)
+            if K > 64:
+                q_tail.store((acc_tail * gl.convert_layout(inverse, OF_ROW_TAIL)[:, None]).to(DTYPE))
+                o_tail = q_tail.load(ROWS_TAIL)
+            fence_async_shared()
+            mbarrier.arrive(q_empty.index(place), count=1)
+            lane, lane_tail = _cut(head, K)
+            at = out + (row_first * H + head) * K
+            gl.store(at + rows[:, None] * (H * K) + lane + lanes[None, :], o, mask=(rows < left)[:, None])
+            if K > 64:
+                here = lane_tail + lanes_tail
+                real = (rows_tail < left)[:, None] & ((here >= 0) & (here < K))[None, :]
+                gl.store(at + rows_tail[:, None] * (H * K) + here[None, :], o_tail, mask=real)
+        else:
+            for _ in range(0, length, 64):
+                mbarrier.wait(full.index(count % RING), count // RING % 2)
+                mbarrier.arrive(empty.index(count % RING), count=1)
+                count += 1
+            mbarrier.arrive(q_empty.index(place), count=1)
+        turn += 1
+        mbarrier.wait(q_full.index(turn % 2), turn // 2 % 2)
+        length = _read(message, turn % 2 * 4 + 1)
+
+    # rows beyond the last segment, in pieces of 8 lanes
+    begin = gl.load(cu_seqlens + S).to(gl.int64) * (H * K // 8)
+    end = T.to(gl.int64) * (H * K // 8)
+    step: gl.constexpr = 128
+    for piece in range(begin + (gl.program_id(0) * WGS + W) * step, end, gl.num_programs(0) * WGS * step):
+        at = piece * 8 + gl.arange(0, 8 * step, FLAT)
+        gl.store(out + at, gl.zeros([8 * step], DTYPE, FLAT), mask=at < end * 8)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "blocks", "slot"], do_not_specialize_on_alignment=["cu_seqlens"])
+def forward_kernel(
+    q, q_tail, k, k_tail, v, v_tail, out, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot,
+    H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """out = softmax(q kT) v, contiguous, and lse; the work counter `counters[slot]` is zero before and after.
+
+    q, k, v are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at K = 64.
+    blocks: those of max_seqlen rows.
+    """
+    DTYPE: gl.constexpr = out.dtype.element_ty
+    sq = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 64], TILE)
+    sk = gl.allocate_shared_memory(DTYPE, [RING, 64, 1, 64], TILE)
+    sv = gl.allocate_shared_memory(DTYPE, [RING, 64, 1, 64], TILE)
+    sq_tail = sq
+    sk_tail = sk
+    sv_tail = sv
+    if K > 64:
+        sq_tail = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 16], TILE_TAIL)
+        sk_tail = gl.allocate_shared_memory(DTYPE, [RING, 64, 1, 16], TILE_TAIL)
+        sv_tail = gl.allocate_shared_memory(DTYPE, [RING, 64, 1, 16], TILE_TAIL)
+    message = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=WGS)
+        mbarrier.init(q_empty.index(i), count=WGS)
+    for i in gl.static_range(RING):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=WGS)
+    fence_async_shared()
+    tiles = (sq, sq_tail, sk, sk_tail, sv, sv_tail, message)
+    bars = (q_full, q_empty, full, empty)
+    pack = (out, lse, cu_seqlens, scale_log2, T, S)
+    source = (q, q_tail, k, k_tail, v, v_tail, cu_seqlens, counters + slot, S, blocks)
+    if WGS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
+                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
+                (_producer, (source, tiles, bars, H, K, WGS, RING)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
+                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
+                (_consumer, (2, pack, tiles, bars, H, K, WGS, RING)),
+                (_producer, (source, tiles, bars, H, K, WGS, RING)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale_log2: float
+) -> bool:
+    """Fills out and lse; False, with nothing done, where the kernel does not fit or has failed its check."""
+    WGS = warpgroups(q, k, v, max_seqlen)
+    if not WGS:
+        return False
+    capturing = torch.cuda.is_current_stream_capturing()
+    key = q.device, q.dtype, *q.shape[1:], WGS
+    if key not in _kernels:
+        if capturing:
+            return False  # no compilation, and no check, while a CUDA graph is captured
+        _kernels[key] = _checked(*key)
+    kernel = _kernels[key]
+    slot = EAGER + next(_captured) if capturing else next(_eager) % EAGER
+    if kernel is None or slot >= COUNTERS:
+        return False
+    _launch(kernel, WGS, q, k, v, out, lse, cu_seqlens, max_seqlen, scale_log2, slot)
+    return True
+
+
+def warpgroups(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int) -> int:
+    """How many warpgroups of 64 queries share the key tiles; 0 where the kernel does not fit. Measured on an H100."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 72) or max_seqlen <= 64:
+        return 0
+    if any(x.data_ptr() % 16 or min(x.stride()) <= 0 for x in (q, k, v)):
+        return 0  # TMA needs aligned rows, and not one row for all
+    return 3 if 128 < max_seqlen <= 192 else 2  # a third saves a second block, nearly empty
+
+
+_kernels: dict[tuple, Any] = {}
+
+# Launches that may overlap must not share a work counter: eager ones take turns; one captured in a CUDA graph, which
+# may run at any time, keeps its own for good.
+EAGER, COUNTERS = 1 << 14, 1 << 18
+_eager, _captured = itertools.count(), itertools.count()
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # launches on other streams count on the zeros
+    return counters
+
+
+class _Descriptor(TensorDescriptor):
+    def __post_init__(self):
+        """No checks of the arguments: they cost more than the rest of a launch."""
+
+
+def _arguments(descriptor, WGS: int, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale_log2: float, slot: int):
+    T, H, K = q.shape
+    boxes = []
+    for x in (q, k, v):
+        shape, strides = list(x.shape), list(x.stride())
+        boxes.append(descriptor(x, shape, strides, [64, 1, 64], TILE.value))
+        boxes.append(descriptor(x, shape, strides, [64, 1, 16], TILE_TAIL.value) if K > 64 else None)
+    S, blocks = cu_seqlens.shape[0] - 1, -(-max_seqlen // (64 * WGS))
+    counters, (ring, registers, _, _) = _counters(q.device), RESOURCES[WGS]
+    ring += K == 64
+    return *boxes, out, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot, H, K, WGS, ring, registers
+
+
+def _launch(kernel, WGS: int, q, k, v, out, lse, cu_seqlens, *numbers) -> None:
+    items = q.shape[1] * (q.shape[0] // (64 * WGS) + cu_seqlens.shape[0] - 1)  # at most
+    resident = RESOURCES[WGS][3] * multiprocessors(q.device)
+    # a compiled kernel, unlike a function, is launched without looking for a kernel that fits the arguments
+    kernel[max(1, min(items, resident)), 1, 1](*_arguments(_Descriptor, WGS, q, k, v, out, lse, cu_seqlens, *numbers))
+
+
+def _checked(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):
+    """The compiled kernel; None, after a warning, if it does not compile or is wrong."""
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
+            kernel, error = _try(device, dtype, H, K, WGS)
+        reason = None if error <= bound else f"relative error {error:.1e}"
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
+    except Exception as exception:  # whatever a compiler raises is the reason
+        reason = f"{type(exception).__name__}: {exception}"
+    if reason is None:
+        return kernel
+    logger.warning("attention: no Hopper forward for %s, %d heads of %d: %s", dtype, H, K, reason)
+    return None
+
+
+def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):
+    """The compiled kernel and its relative error, NaN if a row is missing, on segments of all kinds."""
+    lengths, tail = [64 * WGS + 37, 0, 5, 64 * WGS], 3
+    rows = sum(lengths) + tail
+    qkv = torch.randn(rows, 3, H, K, generator=torch.Generator().manual_seed(0), device="cpu").to(device, dtype)
+    q, k, v = qkv.unbind(1)
+    out = torch.full((rows, H, K), float("nan"), dtype=dtype, device=device)
+    lse = torch.full((H, rows), float("nan"), dtype=torch.float32, device=device)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    arguments = q, k, v, out, lse, cu_seqlens, max(lengths), K**-0.5 * LOG2_E, 0
+    kernel = forward_kernel.warmup(
+        *_arguments(TensorDescriptor, WGS, *arguments), grid=(1,), num_warps=4, maxnreg=RESOURCES[WGS][2]
+    )
+    _launch(kernel, WGS, *arguments)
+    exact = torch.zeros_like(out, dtype=torch.float64)
+    exact_lse = torch.zeros((H, rows - tail), dtype=torch.float64, device=device)
+    for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+        q_s, k_s, v_s = (x[begin:end].double().transpose(0, 1) for x in (q, k, v))
+        s = q_s @ k_s.mT * K**-0.5
+        exact[begin:end] = (s.softmax(-1) @ v_s).transpose(0, 1)
+        exact_lse[:, begin:end] = s.logsumexp(-1) * LOG2_E
+    error = (out.double() - exact).norm() / exact.norm()
+    error_lse = (lse[:, :-tail].double() - exact_lse).norm() / exact_lse.norm()
+    return kernel, torch.maximum(error, error_lse).item()
