@@ -1,4 +1,4 @@
-"""The command line: `siglip2-packed align | encode | doctor | random-checkpoint`.
+"""The command line: `siglip2-packed align | bench | encode | doctor | random-checkpoint`.
 
 A command is a row of `COMMANDS`. Its function is imported only when it is the one asked for; it declares the flags and
 sets `run`, which takes the parsed arguments and returns the exit code. 0: all well, 1: the command ran and has bad
@@ -21,6 +21,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 COMMANDS = (
     ("align", "compare with transformers and the padded reference", "siglip2_packed.align:configure"),
+    ("bench", "time this encoder beside transformers and others", "siglip2_packed.bench:configure"),
     ("encode", "write the features of images to a safetensors file", "siglip2_packed.encode:configure"),
     ("doctor", "attention backends of this machine and their errors", "siglip2_packed.doctor:configure"),
     ("random-checkpoint", "write a checkpoint of random weights", "siglip2_packed.cli:configure_random_checkpoint"),

@@ -55,7 +55,7 @@ class CUDAGraphs:
         self.budgets = sorted(budgets)
         self._graphs: dict[Bucket, _Graph] = {}
         self._weights: list[tuple] = []
-        fused.join_projections(model.encoder.layers)
+        fused.join_projections(layer for layer in model.encoder.layers if hasattr(layer, "self_attn"))
 
     def __call__(
         self,

@@ -40,6 +40,7 @@ class Siglip2PackedPoolingHead(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Siglip2PackedMLP(config)
 
+    @torch.compiler.disable  # nothing to fuse, and segments of its own: a graph less
     def forward(self, hidden_states: Tensor, images: Segments) -> Tensor:
         """`[T, D]` after post_layernorm -> `[N, D]`, one vector an image (all frames of a video together)."""
         pooled = self.attention(self.probe[0], hidden_states, images)

@@ -20,7 +20,7 @@ COMMANDS = [name for name, _, _ in cli.COMMANDS]
 
 
 def test_commands():
-    assert COMMANDS[:4] == ["align", "encode", "doctor", "random-checkpoint"]
+    assert COMMANDS[:5] == ["align", "bench", "encode", "doctor", "random-checkpoint"]
 
 
 def test_module_and_function_are_the_same(capsys):

@@ -1,16 +1,19 @@
 """torch.compile, selective checkpointing and FSDP2 see through the model and its attention."""
 
+import random
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, modeling
 from siglip2_packed.ops.triton.attention import varlen_attention
 
 PACKS = [[(1, 5, 7), (1, 3, 4), (1, 16, 2)], [(1, 4, 4), (2, 3, 5)]]
@@ -30,6 +33,28 @@ def test_compiled_model_gives_the_same_features(checkpoint, patches, device):
         torch.testing.assert_close(out.pooler_output, expected.pooler_output, atol=bound, rtol=0)
         out.last_hidden_state.sum().backward()
     assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if not name.startswith("head."))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_twenty_packs_take_two_graphs(checkpoint, patches, device, monkeypatch):
+    """One for the first pack, one with dynamic sizes for all others, without a break in the loop over layers."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    monkeypatch.setattr(modeling, "resolve_backend", lambda *args: "triton")  # interpreted on CPU
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), dtype=dtype).to(device)
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
+    compiled = torch.compile(model, backend=counter)
+    rng = random.Random(0)
+    for _ in range(20):
+        grids = [(1, rng.randint(1, 6), rng.randint(1, 6)) for _ in range(rng.randint(2, 5))]
+        packed = PackedPatches(patches(grids), grids).to(device)
+        with torch.no_grad():
+            expected = model(**packed).last_hidden_state
+        out = compiled(**packed).last_hidden_state
+        torch.testing.assert_close(out, expected, atol=1e-5 if device == "cpu" else 0.05, rtol=0)
+    assert counter.frame_count <= 2
+    assert not counters["graph_break"]
 
 
 class Count(TorchDispatchMode):

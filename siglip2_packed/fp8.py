@@ -1,0 +1,109 @@
+"""Inference with the encoder's linear layers in float8 (e4m3), a scale for each row of activations and of weights.
+
+    quantize_fp8(model)     # Hopper or newer; for inference only; there is no way back
+
+LayerNorm, softmax, GELU and the residual stream stay in the model's dtype and float32.
+
+Shapes: T rows, D hidden size, F MLP width, K head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from siglip2_packed.fused import GELU_TANH, _joined
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.attention import varlen_attention_qkvpacked
+from siglip2_packed.ops.segments import Segments
+
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+def quantize_fp8(model: Siglip2PackedVisionModel) -> Siglip2PackedVisionModel:
+    """Replaces the encoder's linear layers by float8 ones, in place; returns the model.
+
+    Raises:
+        ValueError: a device without float8 products, a dtype other than bfloat16, widths that are no multiples of 16,
+            an activation other than GELU's tanh form.
+    """
+    weight = model.embeddings.patch_embedding.weight
+    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (9, 0):
+        raise ValueError(f"float8 needs a CUDA device of compute capability 9.0, the model is on {weight.device}")
+    if weight.dtype != torch.bfloat16:
+        raise ValueError(f"float8 replaces bfloat16 weights, the model is in {weight.dtype}")
+    model.encoder = Float8Encoder(model.encoder.layers)  # type: ignore[assignment]
+    return model
+
+
+class Float8Linear(nn.Module):
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        super().__init__()
+        if any(size % 16 for size in weight.shape):
+            raise ValueError(f"float8 products need widths that are multiples of 16, got {list(weight.shape)}")
+        quantized, scale = quantize(weight.detach().float())
+        self.register_buffer("weight", quantized.t())  # [in, out], column-major, as the product takes it
+        self.register_buffer("scale", scale.t())
+        self.register_buffer("bias", bias.detach())
+
+    def forward(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """`[T, in]` float8 and `[T, 1]` float32 -> `[T, out]` in the bias' dtype."""
+        return torch._scaled_mm(
+            rows, self.weight, scales, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=True
+        )
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float8 rows `[R, C]` and their scales `[R, 1]`: the largest of a row becomes the largest of float8."""
+    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+class Float8Layer(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        if type(block.mlp.activation_fn) is not GELU_TANH:
+            raise ValueError(f"float8 knows GELU's tanh form only, got {type(block.mlp.activation_fn).__name__}")
+        self.norm1, self.norm2 = block.layer_norm1, block.layer_norm2
+        self.head_dim = block.self_attn.head_dim
+        self.qkv = Float8Linear(*_joined(block.self_attn))
+        self.out = Float8Linear(block.self_attn.out_proj.weight, block.self_attn.out_proj.bias)
+        self.fc1 = Float8Linear(block.mlp.fc1.weight, block.mlp.fc1.bias)
+        self.fc2 = Float8Linear(block.mlp.fc2.weight, block.mlp.fc2.bias)
+
+    def forward(self, x: Tensor, update: Tensor | None, segments: Segments, backend: str) -> tuple[Tensor, Tensor]:
+        """The stream `[T, D]` and what is still to be added to it, before and after the layer."""
+        from siglip2_packed.ops.triton.float8 import quantize_rows
+
+        rows, scales, x = quantize_rows(x, update, (self.norm1.weight, self.norm1.bias, self.norm1.eps))
+        qkv = self.qkv(rows, scales).unflatten(1, (3, -1, self.head_dim))
+        rows, scales, _ = quantize_rows(varlen_attention_qkvpacked(qkv, segments, backend).flatten(1))
+        update = self.out(rows, scales)
+        rows, scales, x = quantize_rows(x, update, (self.norm2.weight, self.norm2.bias, self.norm2.eps))
+        rows, scales, _ = quantize_rows(self.fc1(rows, scales), gelu=True)
+        return x, self.fc2(rows, scales)
+
+
+class Float8Encoder(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(Float8Layer(block) for block in layers)
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """As the encoder it replaces, without gradients."""
+        x, update = hidden_states, None
+        states = [x]
+        if len(x):
+            for layer in self.layers:
+                x, update = layer(x, update, segments, backend)
+                if output_hidden_states:
+                    states.append(x + update)
+            x = x if update is None else x + update
+        return x, tuple(states) if output_hidden_states else None

@@ -1,0 +1,48 @@
+"""The benchmark checks answers before it times them, and times what it says."""
+
+import csv
+
+import pytest
+import torch
+
+from siglip2_packed import bench, cli
+from siglip2_packed.measure import COLUMNS
+
+TINY = ["--shape", "tiny", "--workloads", "naflex256", "--images", "2", "--rounds", "1", "--device", "cpu"]
+
+
+def run(tmp_path, *flags):
+    out = tmp_path / "rows.csv"
+    code = cli.main(["bench", *TINY, *flags, "--out", str(out)])
+    return code, list(csv.DictReader(out.open()))
+
+
+def test_rows_of_every_provider_that_runs_here(tmp_path, capsys):
+    names = ["siglip2_packed", "transformers_sdpa_padded", "seed_padded", "gemm_chain", "siglip2_packed:cudagraph"]
+    code, rows = run(tmp_path, "--providers", *names)
+    assert code == 0 and list(rows[0]) == COLUMNS
+    assert {r["provider"] for r in rows if r["metric"] == "time" and r["mode"] == "forward"} == set(names[:4])
+    assert {r["provider"] for r in rows if r["metric"] == "time" and r["mode"] == "train"} == set(names[:2])
+    assert all(float(r["p50"]) < 1e-5 for r in rows if r["metric"] == "relative_error")
+    times = {r["provider"]: float(r["p50"]) for r in rows if r["metric"] == "time" and r["mode"] == "forward"}
+    speed = {r["provider"]: float(r["p50"]) for r in rows if r["metric"] == "patches_per_s" and r["mode"] == "forward"}
+    total = sum(h * w for _, h, w in bench.grids("naflex256", images=2))
+    assert speed["siglip2_packed"] == pytest.approx(total / times["siglip2_packed"] * 1e3, rel=1e-3)
+    assert "cudagraph: cannot be built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan"])
+def test_a_wrong_answer_is_refused_and_not_timed(tmp_path, monkeypatch, capsys, fault):
+    class Wrong(bench.Packed):
+        def rows(self, tokens, packed):
+            return tokens + 0.1 if fault == "wrong" else torch.full_like(tokens, float("nan"))
+
+    monkeypatch.setitem(bench.PROVIDERS, "transformers_sdpa_padded", Wrong)
+    code, rows = run(tmp_path, "--providers", "transformers_sdpa_padded", "--modes", "forward")
+    assert code == 1 and "refused" in capsys.readouterr().out
+    assert not [r for r in rows if r["metric"] == "time"]
+
+
+def test_a_checkpoint_is_timed_without_its_head(tmp_path, checkpoint):
+    code, rows = run(tmp_path, "--ckpt", str(checkpoint("tiny", full=True)), "--providers", "siglip2_packed")
+    assert code == 0 and rows

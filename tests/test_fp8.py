@@ -1,0 +1,62 @@
+"""Float8 inference: what is refused, how rows are quantised, and features near the bfloat16 model's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
+from siglip2_packed.fp8 import Float8Linear, quantize, quantize_fp8
+from siglip2_packed.measure import relative_error
+
+GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
+
+
+def test_rows_keep_their_scale():
+    x = torch.randn(5, 64) * torch.tensor([1e-6, 1e-3, 1.0, 1e3, 0.0])[:, None]
+    rows, scale = quantize(x)
+    assert rows.dtype == torch.float8_e4m3fn and scale.shape == (5, 1)
+    assert relative_error(rows[:4].float() * scale[:4], x[:4]) <= 0.04
+    for row, back in zip(x[:4], rows[:4].float() * scale[:4]):
+        assert relative_error(back, row) <= 0.04
+    assert (rows[4].float() == 0).all()
+
+
+def test_what_cannot_be_quantised_says_why(checkpoint):
+    with pytest.raises(ValueError, match="CUDA"):
+        quantize_fp8(Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        Float8Linear(torch.randn(8, 16), torch.randn(8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["plain", "norm", "gelu", "add norm"])
+def test_quantised_in_one_pass(how):
+    from siglip2_packed.ops.triton.float8 import quantize_rows
+
+    x, update = torch.randn(2, 37, 1152, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(2, 1152, device="cuda", dtype=torch.bfloat16)
+    rows, scale, total = quantize_rows(
+        x, update if "add" in how else None, (weight, bias, 1e-6) if "norm" in how else None, how == "gelu"
+    )
+    h = x + update if "add" in how else x
+    assert torch.equal(total, h)
+    exact = h.double()
+    if "norm" in how:
+        exact = F.layer_norm(exact, (1152,), weight.double(), bias.double(), 1e-6)
+    if how == "gelu":
+        exact = F.gelu(exact, approximate="tanh")
+    assert relative_error(rows.float() * scale, exact) <= 0.04
+
+
+@pytest.mark.gpu
+def test_features_are_near_the_bfloat16_models(checkpoint, patches):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=torch.bfloat16).to("cuda")
+    packed = PackedPatches(patches(GRIDS, patch_dim=768), GRIDS).to("cuda")
+    with torch.no_grad():
+        expected = model(**packed, output_hidden_states=True)
+        out = quantize_fp8(model)(**packed, output_hidden_states=True)
+    assert len(out.hidden_states) == len(expected.hidden_states)
+    for x, ref in ((out.last_hidden_state, expected.last_hidden_state), (out.pooler_output, expected.pooler_output)):
+        assert F.cosine_similarity(x.double(), ref.double(), dim=-1).min() > 0.99
+    empty = model(**PackedPatches(patches([], patch_dim=768), []).to("cuda"))
+    assert empty.last_hidden_state.shape == (0, 768)
