@@ -102,7 +102,76 @@ def plot_attention() -> None:
         figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
-TABLES = {"attention": attention, "cpu_encoder": cpu_encoder}
+ENCODERS = {
+    "siglip2_packed": "packed",
+    "transformers_sdpa_padded": "transformers, padded",
+    "timm_naflexvit": "timm, padded",
+    "transformers_cosmos3_edge": "Cosmos3Edge, packed",
+    "seed_padded": "the seed's way",
+    "gemm_chain": "its matrix products alone",
+}
+VARIANTS = {
+    "siglip2_packed:cudagraph": "CUDA graphs",
+    "siglip2_packed:compile": "compiled",
+    "siglip2_packed:fp8": "fp8",
+}
+
+
+def encoder() -> str:
+    tables = []
+    for path in sorted(RESULTS.glob("encoder_*.csv")):
+        rows = pd.read_csv(path)
+        first = rows.iloc[0]
+        values = rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
+        present = {key: label for key, label in ENCODERS.items() if key in values}
+        lines = [
+            f"{first.card}, so400m, bfloat16, token features, ms (median) and peak GiB of training; "
+            f"torch {first.torch}, triton {first.triton}, transformers {first.transformers}, {first.date}",
+            "",
+            f"| workload | {' | '.join(present.values())} | over transformers |",
+            "|---" * (len(present) + 2) + "|",
+        ]
+        for mode, metric in (("forward", "time"), ("train", "time"), ("train", "peak_memory")):
+            for workload in rows.workload.unique():
+                if (workload, mode, metric) not in values.index:
+                    continue
+                row = values.loc[(workload, mode, metric)]
+                digits = 2 if row["siglip2_packed"] < 10 else 1
+                cells = ["" if pd.isna(row[key]) else f"{row[key]:.{digits}f}" for key in present]
+                ratio = row["transformers_sdpa_padded"] / row["siglip2_packed"]
+                ratio = f"{ratio:.2f}x" if metric == "time" else f"{1 / ratio:.2f} of it"
+                unit = "GiB" if metric == "peak_memory" else mode
+                lines.append(f"| {workload}, {unit} | {' | '.join(cells)} | {ratio} |")
+        tables.append("\n".join(lines))
+        notes = []
+        for (workload, mode), times in rows[rows.metric == "time"].groupby(["workload", "mode"], sort=False):
+            times = times.set_index("provider")["p50"]
+            notes += [
+                f"{label} {workload} {mode} {times[key]:.2f} ms" for key, label in VARIANTS.items() if key in times
+            ]
+        if notes:
+            tables.append("Variants: " + "; ".join(notes) + ".")
+    return "\n\n".join(tables)
+
+
+def plot_encoder() -> None:
+    import matplotlib.pyplot as plt
+
+    for path in sorted(RESULTS.glob("encoder_*.csv")):
+        rows = pd.read_csv(path)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        for axis, mode in zip(axes, ("forward", "train")):
+            speed = rows[(rows.metric == "patches_per_s") & (rows["mode"] == mode)]
+            speed = speed.pivot(index="workload", columns="provider", values="p50").loc[speed.workload.unique()] / 1e3
+            speed = speed[[key for key in ENCODERS if key in speed]].rename(columns=ENCODERS)
+            speed.plot.bar(ax=axis, rot=0, width=0.8, legend=mode == "forward")
+            axis.set(title=mode, xlabel="", ylabel="thousand real patches/s")
+            axis.grid(axis="y", alpha=0.3)
+        figure.suptitle(f"SigLIP2 so400m encoder, bf16: {path.stem.split('_')[-1].upper()}")
+        figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+TABLES = {"attention": attention, "encoder": encoder, "cpu_encoder": cpu_encoder}
 
 
 def render(readme: str) -> str:
@@ -116,3 +185,4 @@ if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(render(path.read_text()))
     plot_attention()
+    plot_encoder()

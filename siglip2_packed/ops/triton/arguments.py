@@ -6,6 +6,7 @@ Shapes: T rows, S segments, H heads, K head_dim.
 import contextlib
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -78,6 +79,29 @@ def device_of(x: Tensor):
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, constexprs: tuple, num_warps: int) -> None:
+    """`kernel[grid](*tensors, *numbers, *constexprs)`, but looks only once for the compiled kernel that fits.
+
+    The search costs the host more than all else in a launch. It is left out where what the search goes by is the same:
+    device, dtypes, alignment to 16 bytes, constexprs. Integers among `numbers` must be marked `do_not_specialize`.
+    """
+    arguments = *tensors, *numbers, *constexprs
+    if INTERPRETED:
+        kernel[grid](*arguments, num_warps=num_warps)
+        return
+    aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
+    key = id(kernel), tensors[0].device, aligned, constexprs, tuple([x.dtype for x in tensors])
+    compiled = _compiled.get(key) if aligned else None
+    if compiled is None:
+        compiled = kernel.warmup(*arguments, grid=grid, num_warps=num_warps)
+        if aligned:
+            _compiled[key] = compiled
+    compiled[grid](*arguments)
+
+
+_compiled: dict[tuple, Any] = {}
 
 
 @functools.cache

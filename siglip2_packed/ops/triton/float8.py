@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of
+from siglip2_packed.ops.triton.arguments import device_of, launch
 from siglip2_packed.ops.triton.layer_norm import _normalise
 
 LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
@@ -34,20 +34,12 @@ def quantize_rows(
     weight, bias, eps = norm or (x, x, 0.0)
     if T:
         with device_of(x):
-            quantize_kernel[(T,)](
-                x,
-                x if update is None else update.contiguous(),
-                total,
-                weight,
-                bias,
-                out,
-                scale,
-                eps,
-                C=C,
-                COLUMNS=triton.next_power_of_2(C),
-                UPDATE=update is not None,
-                NORM=norm is not None,
-                GELU=gelu,
+            launch(
+                quantize_kernel,
+                (T, 1, 1),
+                (x, x if update is None else update.contiguous(), total, weight, bias, out, scale),
+                (eps,),
+                (C, triton.next_power_of_2(C), update is not None, norm is not None, gelu),
                 num_warps=8 if C > 2048 else 2,
             )
     return out, scale, total

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, multiprocessors
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
 
 
 def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +21,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
     with device_of(x):
-        backward_kernel[(blocks, groups)](grad, x, dx, out, sums, T, F, COLUMNS=columns, ROWS=4, num_warps=4)
+        launch(backward_kernel, (blocks, groups, 1), (grad, x, dx, out, sums), (T,), (F, columns, 4), num_warps=4)
     return dx, out, sums.sum(0)
 
 
@@ -33,8 +33,8 @@ def _(grad, x):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-@triton.jit
-def backward_kernel(grad, x, dx, out, sums, T, F, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def backward_kernel(grad, x, dx, out, sums, T, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """A block of columns, every G-th group of ROWS rows; column sums stay in registers: sums `[G, F]`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)

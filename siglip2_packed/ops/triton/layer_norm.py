@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, multiprocessors
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None) -> Tensor:
@@ -48,21 +48,12 @@ def layer_norm_backward(
     programs = min(max(1, T), 4 * multiprocessors(x.device))
     sums = torch.empty((programs, 3, D), dtype=torch.float32, device=x.device)
     with device_of(x):
-        backward_kernel[(programs,)](
-            grad,
-            residual,
-            x,
-            x if update is None else update,
-            weight,
-            bias,
-            dx,
-            out,
-            sums,
-            T,
-            eps,
-            D=D,
-            COLUMNS=triton.next_power_of_2(D),
-            UPDATE=update is not None,
+        launch(
+            backward_kernel,
+            (programs, 1, 1),
+            (grad, residual, x, x if update is None else update, weight, bias, dx, out, sums),
+            (T, eps),
+            (D, triton.next_power_of_2(D), update is not None),
             num_warps=2 if D > 512 else 1,
         )
     dweight, dbias, dx_sum = sums.sum(0)
@@ -96,21 +87,23 @@ def _launch(x, update, offset, shift, weight, bias, eps, out, total):
     if T == 0:
         return
     x, update = (y if y is None else y.contiguous() for y in (x, update))
+    tensors = (
+        x,
+        x if update is None else update,
+        weight if offset is None else offset,
+        weight if shift is None else shift,
+        weight,
+        bias,
+        out,
+        out if total is None else total,
+    )
     with device_of(x):
-        forward_kernel[(T,)](
-            x,
-            x if update is None else update,
-            weight if offset is None else offset,
-            weight if shift is None else shift,
-            weight,
-            bias,
-            out,
-            out if total is None else total,
-            eps,
-            D=D,
-            COLUMNS=triton.next_power_of_2(D),
-            OFFSET=offset is not None,
-            UPDATE=update is not None,
+        launch(
+            forward_kernel,
+            (T, 1, 1),
+            tensors,
+            (eps,),
+            (D, triton.next_power_of_2(D), offset is not None, update is not None),
             num_warps=2 if D > 512 else 1,
         )
 
@@ -149,7 +142,7 @@ def forward_kernel(
     tl.store(out + row + columns, (normed * w + b).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     grad,
     residual,

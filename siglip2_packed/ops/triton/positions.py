@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of
+from siglip2_packed.ops.triton.arguments import device_of, launch
 
 
 def add_positions(x: Tensor, table: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
@@ -28,15 +28,12 @@ def add_positions(x: Tensor, table: Tensor, images: Tensor, image_of_row: Tensor
     out = torch.empty_like(x)
     if T:
         with device_of(x):
-            add_positions_kernel[(T,)](
-                x,
-                out,
-                table,
-                images,
-                image_of_row,
-                SIDE=int(table.shape[0] ** 0.5),
-                D=D,
-                COLUMNS=triton.next_power_of_2(D),
+            launch(
+                add_positions_kernel,
+                (T, 1, 1),
+                (x, out, table, images, image_of_row),
+                (),
+                (int(table.shape[0] ** 0.5), D, triton.next_power_of_2(D)),
                 num_warps=2 if D > 512 else 1,
             )
     return out
