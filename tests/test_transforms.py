@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, modeling
+from siglip2_packed.measure import relative_error
 from siglip2_packed.ops.triton.attention import varlen_attention
 
 PACKS = [[(1, 5, 7), (1, 3, 4), (1, 16, 2)], [(1, 4, 4), (2, 3, 5)]]
@@ -52,7 +53,7 @@ def test_twenty_packs_take_two_graphs(checkpoint, patches, device, monkeypatch):
         with torch.no_grad():
             expected = model(**packed).last_hidden_state
         out = compiled(**packed).last_hidden_state
-        torch.testing.assert_close(out, expected, atol=1e-5 if device == "cpu" else 0.05, rtol=0)
+        assert relative_error(out, expected) <= (1e-5 if device == "cpu" else 1e-2)
     assert counter.frame_count <= 2
     assert not counters["graph_break"]
 
