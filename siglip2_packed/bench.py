@@ -207,6 +207,7 @@ WHERE = {
     "siglip2_packed:compile": ("uniform256", "mixed"),
     "siglip2_packed:cudagraph": ("single256",),
     "siglip2_packed:fp8": ("uniform256", "mixed"),
+    "seed_padded": ("uniform256", "naflex256", "mixed"),
 }
 """Variants that say something for some workloads only."""
 DEFAULT = ("siglip2_packed", "transformers_sdpa_padded", "gemm_chain")
@@ -435,9 +436,8 @@ def run(args: argparse.Namespace) -> int:
         packed = PackedPatches(patches.to(dtype), images).to(device)
         chosen = {name: x for name, x in providers.items() if workload in WHERE.get(name, WORKLOADS)}
         measure(rows, config, exact, workload, packed, chosen, args.modes, dtype, args.rounds)
-    if args.out:
-        rows.write(args.out)
-        print(f"wrote {args.out}")
+        if args.out:
+            rows.write(args.out)  # after every workload: a run that is stopped has kept its rows
     return 0 if any(row["metric"] == "time" for row in rows.rows) else 1
 
 
