@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [ORIENTATIONS[tag] for tag in (5, 6, 7, 8)]
 
 
 class Frame(NamedTuple):
@@ -184,10 +187,35 @@ def _not_unit(dtype: str, low: float, high: float) -> ValueError:
 
 def decode(source: Source) -> Image.Image:
     """Opens and decodes one image, upright. Mode as stored."""
+    with _opened(source) as image:
+        image.load()
+        return upright(image)
+
+
+def upright_size(source: Source) -> tuple[int, int]:
+    """(height, width) of one image as `decode` returns it, or of an array; from the header alone where that tells it.
+
+    A file whose pixels are damaged still has a size: only reading it finds that.
+    """
+    if is_array(source):
+        height, width, _ = channels_last(to_numpy(source)[0], None).shape
+        return height, width
+    with _opened(source) as image:
+        if not _header_tells(image):
+            image.load()
+            image = upright(image)
+            return image.height, image.width
+        sideways = _transposition(image) in SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """The image, not decoded yet. What Pillow raises within becomes a ValueError that states the reason."""
     try:
         if isinstance(source, Image.Image):
-            source.load()
-            return upright(source)
+            yield source
+            return
         with Image.open(_openable(source)) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
@@ -195,8 +223,7 @@ def decode(source: Source) -> Image.Image:
                     f"{image.width}x{image.height} is {image.width * image.height} pixels, more than "
                     f"PIL.Image.MAX_IMAGE_PIXELS = {limit}"
                 )
-            image.load()
-            return upright(image)
+            yield image
     except UnidentifiedImageError as error:
         raise ValueError("not an image that Pillow can identify (empty, cut short or another kind of file)") from error
     except Image.DecompressionBombError as error:  # Pillow's own, above twice the limit
@@ -205,6 +232,29 @@ def decode(source: Source) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files: OSError, SyntaxError, ...
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _header_tells(image: Image.Image) -> bool:
+    """Whether size and orientation are known before decoding. Other formats may change either as they load."""
+    if image.format != "PNG":
+        return image.format in ("BMP", "GIF", "JPEG", "MPO", "WEBP")
+    file = getattr(image, "fp", None)
+    return file is not None and not _chunks_after_pixels(file)
+
+
+def _chunks_after_pixels(file: IO[bytes]) -> bool:
+    """Whether a PNG file has chunks between its pixels and its end: the EXIF block may be one of them."""
+    position = file.tell()
+    file.seek(8)  # the signature
+    pixels = False
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IEND" or (pixels and kind != b"IDAT"):
+            break
+        pixels = kind == b"IDAT"
+        file.seek(length + 4, os.SEEK_CUR)  # and its checksum
+    file.seek(position)
+    return head[4:] != b"IEND"
 
 
 def _openable(source: Source) -> Any:
@@ -223,12 +273,17 @@ def _openable(source: Source) -> Any:
 
 def upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation. An EXIF block that cannot be read counts as none."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        method = ORIENTATIONS.get(orientation)
-    except Exception:  # a parser of untrusted bytes; the pixels are good
-        return image
+    method = _transposition(image)
     return image if method is None else image.transpose(method)
+
+
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    try:
+        # PNG's own getexif decodes the image to look for a block behind the pixels
+        exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+        return ORIENTATIONS.get(exif.get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a parser of untrusted bytes; the pixels are good
+        return None
 
 
 def to_rgb(image: Image.Image, do_convert_rgb: bool | None) -> Image.Image:

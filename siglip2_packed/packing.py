@@ -15,6 +15,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 Grid = tuple[int, int, int]
 TEMPORAL = ("frames", "joint")
+KEYS = ("pixel_values", "grid_thw", "cu_seqlens", "max_seqlen")
 
 
 class Layout(NamedTuple):
@@ -126,7 +127,7 @@ class PackedPatches(BatchFeature):
         self.kept: list[int] = []
         self.skipped: list[tuple[int, str, str]] = []
         if isinstance(pixel_values, Mapping):
-            missing = {"pixel_values", "grid_thw", "cu_seqlens", "max_seqlen"} - pixel_values.keys()
+            missing = set(KEYS) - pixel_values.keys()
             if missing:
                 raise ValueError(f"a pack needs the keys {', '.join(sorted(missing))} too; got {list(pixel_values)}")
             super().__init__(dict(pixel_values))
@@ -158,13 +159,22 @@ class PackedPatches(BatchFeature):
         return self["grid_thw"].shape[0]
 
     def to(self, *args, **kwargs) -> PackedPatches:
-        """Moves or casts `pixel_values` as `Tensor.to` does, in place; returns the pack itself."""
+        """Moves or casts `pixel_values` as `Tensor.to` does, in place; returns the pack itself.
+
+        Tensors under keys of the caller's own (labels) are moved along, never cast.
+        """
         self["pixel_values"] = self["pixel_values"].to(*args, **kwargs)
+        for name in self._own_tensors():
+            self[name] = self[name].to(self["pixel_values"].device, non_blocking=kwargs.get("non_blocking", False))
         return self
 
     def pin_memory(self) -> PackedPatches:
-        self["pixel_values"] = self["pixel_values"].pin_memory()
+        for name in ("pixel_values", *self._own_tensors()):
+            self[name] = self[name].pin_memory()
         return self
+
+    def _own_tensors(self) -> list[str]:
+        return [name for name, value in self.items() if name not in KEYS and isinstance(value, Tensor)]
 
 
 def check_patches(pixel_values: Tensor, patch_dim: int | None = None) -> None:

@@ -252,6 +252,21 @@ class Siglip2PackedImageProcessor:
 
     preprocess = __call__
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """The (h, w) patches of an image of `height` x `width` pixels, upright.
+
+        Raises:
+            ValueError: `do_resize` is off and a side is not a multiple of the patch size.
+        """
+        p = self.patch_size
+        if self.do_resize:
+            return resized_grid(height, width, p, self.max_num_patches)
+        if height % p or width % p:
+            raise ValueError(
+                f"{height}x{width} (height x width) is not a multiple of patch_size {p}, and do_resize=False"
+            )
+        return height // p, width // p
+
     def _read(self, frame: Frame, input_data_format: str | None) -> _Patches:
         image, factor = read_rgb(
             frame.source,
@@ -263,17 +278,10 @@ class Siglip2PackedImageProcessor:
         )
         height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
 
-        p = self.patch_size
+        p, (h, w) = self.patch_size, self.grid(height, width)
         if self.do_resize:
-            h, w = resized_grid(height, width, p, self.max_num_patches)
             assert isinstance(image, Image.Image)
             image = image.resize((w * p, h * p), resample=self.resample)
-        elif height % p or width % p:
-            raise ValueError(
-                f"{height}x{width} (height x width) is not a multiple of patch_size {p}, and do_resize=False"
-            )
-        else:
-            h, w = height // p, width // p
 
         patches = np.asarray(image).reshape(h, p, w, p, 3).transpose(0, 2, 1, 3, 4).reshape(h * w, p * p * 3)
         scale = factor * (self.rescale_factor if self.do_rescale else 1 / 255)
