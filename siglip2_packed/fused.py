@@ -42,10 +42,10 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Te
         norm, attention, mlp = block.layer_norm1, block.self_attn, block.mlp
         normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
         qkv = F.linear(normed, *_joined(attention)).unflatten(1, (3, -1, attention.head_dim))
-        x.addmm_(varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight.t())
+        _add_product(x, varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight)
         norm, offset = block.layer_norm2, waiting[2 * i]
         normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
-        x.addmm_(linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight.t())
+        _add_product(x, linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight)
         offset = waiting[2 * i + 1]
     return x if offset is None else x.add_(offset)
 
@@ -102,7 +102,7 @@ class _ProjectMLP(torch.autograd.Function):
         del update, normed
         ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out)
         ctx.eps = eps
-        return out.addmm_(gelu(wide), w_fc2.t())
+        return _add_product(out, gelu(wide), w_fc2)
 
     @staticmethod
     @once_differentiable
@@ -218,6 +218,14 @@ def _cat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if side_by_side and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.is_contiguous():
         return q.detach().as_strided((3 * q.shape[0], *q.shape[1:]), q.stride())
     return torch.cat((q, k, v))
+
+
+def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """x += rows Wᵀ, in place.
+
+    On the CPU in two steps: its BLAS would add the product in parts, rounding each to the size of x.
+    """
+    return x.addmm_(rows, weight.t()) if x.is_cuda else x.add_(F.linear(rows, weight))
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

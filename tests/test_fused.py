@@ -61,6 +61,21 @@ def test_features_and_gradients_are_those_of_the_modules(model, patches, monkeyp
         assert (grad - expected_grads[name]).norm() <= 1e-5 * max(expected_grads[name].norm(), 1e-3 * largest), name
 
 
+def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches, monkeypatch):
+    packed = PackedPatches(patches(GRIDS, 768), GRIDS)
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"))
+    exact = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=torch.float64)
+    with torch.no_grad():
+        expected = exact(**packed).last_hidden_state
+
+        def error(**kwargs):
+            return (model(**packed, **kwargs).last_hidden_state - expected).norm().item()
+
+        of_modules = plainly(monkeypatch, error)
+        assert 0 < error() <= 1.15 * of_modules  # infer
+        assert error(output_hidden_states=True) <= 1.15 * of_modules  # layer
+
+
 def test_the_callers_input_is_left_alone(model):
     from siglip2_packed.ops.segments import Segments
 
