@@ -49,3 +49,13 @@ def patches():
         return torch.randn(total, patch_dim, generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(function, *args)` -> what a module-level function returns on each of two ranks."""
+    from ranks import Ranks
+
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()

@@ -1,0 +1,94 @@
+"""Recipes for training on several devices, outside the model.
+
+DDP, DeepSpeed, Trainer and PEFT take the model as it is and need nothing from here.
+
+Shapes: T patches of a rank, N images of a rank, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+
+TENSOR_PARALLEL = {
+    "self_attn.q_proj": ColwiseParallel(),
+    "self_attn.k_proj": ColwiseParallel(),
+    "self_attn.v_proj": ColwiseParallel(),
+    "self_attn.out_proj": RowwiseParallel(),
+    "mlp.fc1": ColwiseParallel(),
+    "mlp.fc2": RowwiseParallel(),
+}
+
+
+def apply_fsdp(
+    model: Siglip2PackedVisionModel,
+    mesh: DeviceMesh | None = None,
+    *,
+    param_dtype: torch.dtype | None = torch.bfloat16,
+    reduce_dtype: torch.dtype | None = torch.float32,
+    reshard_after_forward: bool = True,
+) -> Siglip2PackedVisionModel:
+    """Shards a model over ranks in place (FSDP2): a unit for every encoder layer, one for all the rest.
+
+    Frozen parameters, a tower whose last layers alone are trained, `gradient_checkpointing_enable()`, two calls a
+    step, and ranks with an empty pack all work; every rank has to call the model equally often. Make the optimizer
+    after this. In a larger model, call it on the tower first, then `fully_shard` the model.
+
+    Args:
+        mesh: the ranks to shard over; all, when left out. Two dimensions: replicated over the first (HSDP).
+        param_dtype, reduce_dtype: dtypes to compute in and to reduce gradients in; None: the parameters' own.
+        reshard_after_forward: frees a layer's parameters until backward; False keeps them, for speed.
+
+    Returns:
+        `model`, its parameters now DTensors of their own dtype (float32 to train in mixed precision).
+    """
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    for unit in (*model.encoder.layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    return model
+
+
+def apply_tensor_parallel(model: Siglip2PackedVisionModel, mesh: DeviceMesh) -> Siglip2PackedVisionModel:
+    """Splits heads and MLP width of every encoder layer over a one-dimensional mesh, in place.
+
+    All ranks of the mesh take the same pack and return the same features; norms, embeddings and the pooling head stay
+    whole on each. Before `apply_fsdp` over another dimension of the mesh, where both are used.
+
+    Raises:
+        ValueError: heads or MLP width that the mesh does not divide.
+    """
+    config, size = model.config, mesh.size()
+    for name, value in {"heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}.items():
+        if value % size:
+            raise ValueError(f"{value} {name} cannot be split over {size} ranks")
+    for layer in model.encoder.layers:
+        parallelize_module(layer, mesh, TENSOR_PARALLEL)
+    return model
+
+
+def mean_over_ranks(total: Tensor, count: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """A loss for ranks that hold unequal numbers of patches or images.
+
+    DDP, FSDP and ZeRO average gradients over ranks. Averages of a rank's own mean would weigh a patch of a short pack
+    more; gradients of this value, averaged, are those of the mean over the terms of all ranks.
+
+    Args:
+        total: `[]`, the sum of this rank's loss terms; 0 of an empty pack, still attached to its graph.
+        count: how many terms that is.
+        group: the ranks that gradients are averaged over; all, when left out.
+
+    Returns:
+        `[]` total · ranks / (count of all ranks). Averaged over ranks, it is the loss to log.
+    """
+    counts = torch.tensor(count, dtype=torch.int64, device=total.device)
+    dist.all_reduce(counts, group=group)
+    return total * (dist.get_world_size(group) / counts.clamp(min=1))
+
+
+__all__ = ["apply_fsdp", "apply_tensor_parallel", "mean_over_ranks"]
