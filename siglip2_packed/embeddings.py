@@ -19,14 +19,23 @@ class Siglip2PackedEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
     @torch.compiler.disable
-    def forward(self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        """`[T, P]` patches (any floating dtype) and their (t, h, w) grids -> `[T, D]` in the weights' dtype."""
+    def forward(
+        self, pixel_values: Tensor, grids: Sequence[tuple[int, int, int]], position_ids: Tensor | None = None
+    ) -> Tensor:
+        """`[T, P]` patches (any floating dtype) and their (t, h, w) grids -> `[T, D]` in the weights' dtype.
+
+        With `position_ids [T]`, row r has the position of patch `position_ids[r]` of those that the grids cover.
+        """
         dtype = self.patch_embedding.weight.dtype
         patches = self.patch_embedding(pixel_values.to(dtype))
-        if patches.dtype == dtype and on_triton(patches) and not (torch.is_grad_enabled() or traced()):
+        in_order, untracked = position_ids is None, not (torch.is_grad_enabled() or traced())
+        if in_order and untracked and patches.dtype == dtype and on_triton(patches):
             return self.add_positions(patches, *places(tuple(grids), patches.device))
+        positions = resize_positions(self.position_embedding.weight, grids)
+        if position_ids is not None:
+            positions = positions[position_ids.to(positions.device, non_blocking=True)]
         # the weights' dtype, not the patches': under autocast the residual stream stays in float32
-        return patches + resize_positions(self.position_embedding.weight, grids).to(dtype)
+        return patches + positions.to(dtype)
 
     def add_positions(self, patches: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
         """In one pass on CUDA, without gradients; `images` and `image_of_row` as `ops.positions.places` gives them."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -33,6 +36,18 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
         self.self_attn = Siglip2PackedAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Siglip2PackedMLP(config)
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        return self.__dict__["checkpointing"]
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpointing: Any) -> None:
+        # A VLM around this model may choose reentrant checkpointing (transformers 4's default), which gives layers over
+        # frozen ones no gradients at all. transformers sets a partial of torch's `checkpoint`.
+        if isinstance(checkpointing, partial) and checkpointing.keywords.get("use_reentrant"):
+            checkpointing = partial(checkpointing, use_reentrant=False)
+        self.__dict__["checkpointing"] = checkpointing
 
     def forward(self, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
         """`[T, D]` -> `[T, D]`."""

@@ -89,6 +89,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         temporal: str | None = None,
+        position_ids: Tensor | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
     ) -> ModelOutput | tuple:
@@ -104,6 +105,9 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             max_seqlen: upper bound of the segments' lengths.
             temporal: `"frames"`: every frame attends to itself; `"joint"`: all t frames of an image to each other.
                 Not together with `cu_seqlens`: a `PackedPatches` has chosen already.
+            position_ids: `[T]` integers, for rows that are not all patches of each image in raster order (a sparse
+                video): row r has the position of patch `position_ids[r]` of those that `grid_thw` covers. `cu_seqlens`
+                then tells the segments. For models without a pooling head.
 
         Returns:
             `last_hidden_state [T, D]` (after post_layernorm), `pooler_output [N, D]` and `hidden_states`, in the
@@ -116,11 +120,11 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: varlen attention never forms the weights it would return")
-        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
+        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
         backend = self._resolve_backend(pixel_values.device, layout.lengths)
         segments = Segments(layout.lengths, pixel_values.device)
 
-        hidden_states = self.embeddings(pixel_values, layout.grids)
+        hidden_states = self.embeddings(pixel_values, layout.grids, position_ids)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         hidden_states, all_hidden_states = self.encoder(hidden_states, segments, backend, output_hidden_states)
@@ -219,16 +223,19 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         return self.embeddings.patch_embedding
 
     @torch.compiler.disable
-    def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal) -> Layout:
+    def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids=None) -> Layout:
         check_patches(pixel_values, patch_dim(self.config))
         if temporal is not None and cu_seqlens is not None:
             raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
+        if position_ids is not None and hasattr(self, "head"):
+            raise ValueError("position_ids: which rows an image pools is not known; load with vision_use_head=False")
         return make_layout(
             grid_thw,
             total_patches=pixel_values.shape[0],
             temporal=temporal or "frames",
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            position_ids=position_ids,
         )
 
     @torch.compiler.disable

@@ -40,6 +40,7 @@ def make_layout(
     temporal: str = "frames",
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    position_ids: Tensor | None = None,
 ) -> Layout:
     """Checks the metadata of a pack and brings it to the host.
 
@@ -51,13 +52,14 @@ def make_layout(
         temporal: `"frames"`: every frame is an attention segment; `"joint"`: every image (t·h·w rows) is one.
         cu_seqlens: `[S+1]` integers, segments that replace those of `temporal`.
         max_seqlen: upper bound of the segments' lengths, as the caller knows it.
+        position_ids: `[T]` integers: the rows are not the patches that the grid covers; each names its own among them.
 
     Raises:
         ValueError: a floating or misshapen grid, entries below 1, or counts that disagree (both are named).
     """
     if temporal not in TEMPORAL:
         raise ValueError(f"temporal must be one of {TEMPORAL}, got {temporal!r}")
-    grid, offsets = _to_host(_integers(grid_thw, "grid_thw"), cu_seqlens)
+    grid, offsets = _to_host(integers(grid_thw, "grid_thw"), cu_seqlens)
     if grid.shape == (0,):
         grid = grid.reshape(0, 3)
     if grid.ndim == 2 and grid.shape[1] == 2:
@@ -71,7 +73,10 @@ def make_layout(
 
     grids: list[Grid] = [(t, h, w) for t, h, w in grid.tolist()]
     covered = sum(t * h * w for t, h, w in grids)
-    if total_patches is not None and covered != total_patches:
+    if position_ids is not None:
+        _check_position_ids(position_ids, total_patches, covered, offsets)
+        covered = len(position_ids)
+    elif total_patches is not None and covered != total_patches:
         raise ValueError(f"grid_thw covers {covered} patches, pixel_values has {total_patches} rows")
 
     if offsets is not None:
@@ -235,7 +240,7 @@ def pack(
     if (grid_thw is None) == (spatial_shapes is None):
         raise ValueError("give exactly one of grid_thw [N, 3] and spatial_shapes [N, 2]")
     if grid_thw is None:
-        shapes = _to_host(_integers(spatial_shapes, "spatial_shapes"))[0]
+        shapes = _to_host(integers(spatial_shapes, "spatial_shapes"))[0]
         if shapes.ndim != 2 or shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be [N, 2] rows of (h, w), got {list(shapes.shape)}")
         grid_thw = np.insert(shapes, 0, 1, axis=1)
@@ -255,7 +260,7 @@ def pack(
         if image.ndim != 2 or image.shape[0] < length or (image.shape[0] > length and not padded):
             raise ValueError(f"image {i}: its grid {layout.grids[i]} covers {length} patches, got {list(image.shape)}")
     if pixel_attention_mask is not None:
-        _check_mask(pixel_attention_mask, pixel_values, lengths)
+        check_mask(pixel_attention_mask, pixel_values, lengths)
     if not lengths:
         if not isinstance(pixel_values, Tensor):
             raise ValueError("an empty list has no patch_dim: an empty pack is PackedPatches(torch.zeros(0, P), [])")
@@ -313,7 +318,8 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
     )
 
 
-def _integers(values: Any, name: str) -> Tensor:
+def integers(values: Any, name: str) -> Tensor:
+    """A tensor of `values`, on its own device; ValueError unless they are integers."""
     try:
         tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
     except (TypeError, ValueError) as error:
@@ -329,7 +335,7 @@ def _to_host(grid: Tensor, cu_seqlens: Tensor | None = None) -> tuple[np.ndarray
     """One copy for both when either lies on a device."""
     if cu_seqlens is None:
         return grid.cpu().numpy(), None
-    cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
+    cu_seqlens = integers(cu_seqlens, "cu_seqlens")
     if grid.device == cu_seqlens.device and grid.device.type != "cpu":
         both = torch.cat([grid.reshape(-1).long(), cu_seqlens.reshape(-1).long()]).cpu().numpy()
         return both[: grid.numel()].reshape(grid.shape), both[grid.numel() :].reshape(cu_seqlens.shape)
@@ -348,7 +354,21 @@ def _segment_lengths(offsets: np.ndarray, covered: int) -> list[int]:
     return lengths.tolist()
 
 
-def _check_mask(mask: Tensor, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
+def _check_position_ids(position_ids: Tensor, rows: int | None, covered: int, offsets: np.ndarray | None) -> None:
+    if integers(position_ids, "position_ids").shape != (rows,):
+        raise ValueError(f"position_ids has shape {list(position_ids.shape)}, pixel_values has {rows} rows")
+    if offsets is None:
+        raise ValueError("position_ids need cu_seqlens: the grid does not tell which rows attend to each other")
+    if offsets.size and offsets[-1] != rows:
+        raise ValueError(f"cu_seqlens ends at {offsets[-1]}, pixel_values has {rows} rows")
+    if position_ids.device.type == "cpu" and len(position_ids):  # elsewhere, a look would be a sync
+        low, high = position_ids.min().item(), position_ids.max().item()
+        if low < 0 or high >= covered:
+            raise ValueError(f"position_ids lie in {low}..{high}, grid_thw covers {covered} patches")
+
+
+def check_mask(mask: Tensor, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
+    """Raises ValueError unless the mask `[N, max]` of a padded batch marks the first `lengths[i]` rows of image i."""
     if not isinstance(pixel_values, Tensor) or mask.shape != pixel_values.shape[:2]:
         raise ValueError(f"pixel_attention_mask {list(mask.shape)} needs a padded batch of the same [N, max]")
     expected = torch.arange(mask.shape[1])[None, :] < torch.tensor(lengths)[:, None]

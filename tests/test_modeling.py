@@ -14,6 +14,7 @@ from siglip2_packed import (
     PackedPatches,
     Siglip2NaflexPacking,
     Siglip2PackedVisionModel,
+    embeddings,
     modeling,
     pad,
 )
@@ -374,3 +375,39 @@ def test_peak_memory_is_that_of_the_images_alone(model, patches):
     rows = [h * w for _, h, w in grids]
     alone = sum(peak_bytes(model, x, [grid]) for x, grid in zip(pixel_values.split(rows), grids))
     assert 0 < peak_bytes(model, pixel_values, grids) <= 1.1 * alone
+
+
+def test_position_ids_place_rows_anywhere(checkpoint, patches, monkeypatch):
+    """Also where a kernel adds the positions of rows in raster order (CUDA, or here its interpreter)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), vision_use_head=False).to(device)
+    grids, lengths = [(1, 3, 7), (2, 2, 5)], [21, 10, 10]
+    x, ends = patches(grids).to(device), torch.tensor([0, *lengths]).cumsum(0)
+    order = torch.cat([torch.randperm(n) + end for n, end in zip(lengths, ends)])
+    expected = model(x, grids).last_hidden_state[order]
+    ids = {"cu_seqlens": ends, "position_ids": order}
+    torch.testing.assert_close(model(x[order], grids, **ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(embeddings, "on_triton", lambda x: True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.embeddings(x, grids), model(x, grids, output_hidden_states=True)[1][0])
+        torch.testing.assert_close(model.embeddings(x[order], grids, order), model.embeddings(x, grids)[order])
+        few = model(x[:9], grids, cu_seqlens=torch.tensor([0, 9]), position_ids=order[:9])
+    assert few.last_hidden_state.shape == (9, 64)
+
+
+def test_position_ids_that_do_not_fit_are_refused(checkpoint, model, patches):
+    x, grids = patches([(1, 3, 4)]), [(1, 3, 4)]
+    headless = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), vision_use_head=False)
+    ends, ids = torch.tensor([0, 12]), torch.arange(12)
+    for given, message in (
+        ({"position_ids": ids}, "need cu_seqlens"),
+        ({"position_ids": ids[:9], "cu_seqlens": ends}, r"\[9\], pixel_values has 12 rows"),
+        ({"position_ids": ids + 1, "cu_seqlens": ends}, "lie in 1..12, grid_thw covers 12"),
+        ({"position_ids": ids - 1, "cu_seqlens": ends}, "lie in -1..10"),
+        ({"position_ids": ids.float(), "cu_seqlens": ends}, "float32"),
+        ({"position_ids": ids, "cu_seqlens": ends - torch.tensor([0, 1])}, "ends at 11, pixel_values has 12 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            headless(x, grids, **given)
+    with pytest.raises(ValueError, match="vision_use_head=False"):
+        model(x, grids, position_ids=ids, cu_seqlens=ends)
