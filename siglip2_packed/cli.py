@@ -1,4 +1,4 @@
-"""The command line: `siglip2-packed align | bench | encode | doctor | random-checkpoint`.
+"""The command line: `siglip2-packed align | bench | encode | doctor | random-checkpoint | show | zero-shot`.
 
 A command is a row of `COMMANDS`. Its function is imported only when it is the one asked for; it declares the flags and
 sets `run`, which takes the parsed arguments and returns the exit code. 0: all well, 1: the command ran and has bad
@@ -25,6 +25,8 @@ COMMANDS = (
     ("encode", "write the features of images to a safetensors file", "siglip2_packed.encode:configure"),
     ("doctor", "attention backends of this machine and their errors", "siglip2_packed.doctor:configure"),
     ("random-checkpoint", "write a checkpoint of random weights", "siglip2_packed.cli:configure_random_checkpoint"),
+    ("show", "draw what the features see, and where two models differ", "siglip2_packed.show:configure"),
+    ("zero-shot", "score labels for images with the text tower", "siglip2_packed.zero_shot:configure"),
 )
 USER_ERRORS = (ValueError, OSError, ImportError, SafetensorError)
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,15 @@ def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
                 if key.startswith(prefix) and name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
                     state[name] = file.get_tensor(key)
     return state
+
+
+def read_tensors(ckpt: str | os.PathLike, names: Sequence[str], **hub) -> dict[str, Tensor]:
+    """Those of the named tensors that a checkpoint holds, by their names in the file."""
+    found = {}
+    for path, keys in _weight_files(ckpt, hub).items():
+        with open_weights(path) as file:
+            found.update({name: file.get_tensor(name) for name in names if name in keys})
+    return found
 
 
 def _weight_files(ckpt: str | os.PathLike, hub: dict) -> dict[Path, list[str]]:

@@ -1,0 +1,142 @@
+"""`siglip2-packed zero-shot`: how well each label describes an image, by the checkpoint's own text tower.
+
+Images go through the packed model, texts through transformers' `Siglip2TextModel` and the checkpoint's tokenizer. A
+label's score is `sigmoid(exp(logit_scale) * cosine + logit_bias)`, each on its own: they do not sum to one.
+
+Shapes: N images, M texts, D hidden size of the vision tower (and projection size of the text tower).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+
+from siglip2_packed.doctor import DTYPES, pick_device, write_json
+from siglip2_packed.encode import image_files
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
+from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.weights import find_file, read_tensors
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class TextTower:
+    model: Any
+    """`transformers.Siglip2TextModel`"""
+    tokenizer: Any
+    logit_scale: float
+    logit_bias: float
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """M texts -> `[M, D]`.
+
+        As the checkpoints were trained: in lower case (transformers' tokenizer does it in 5.x only), and always as long
+        as the position table, because what is pooled is the last position, padding or not.
+        """
+        tokens = self.tokenizer(
+            [text.lower() for text in texts],
+            padding="max_length",
+            max_length=self.model.config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.model(**tokens.to(self.model.device)).pooler_output
+
+
+def load_text_tower(ckpt: str, device: torch.device, dtype: torch.dtype = torch.float32) -> TextTower:
+    """The text side of a full SigLIP2 checkpoint.
+
+    Raises:
+        ValueError: no text tower, or an incomplete one; names what is missing.
+        FileNotFoundError: no tokenizer.
+    """
+    logits = read_tensors(ckpt, ("logit_scale", "logit_bias"))
+    heads = read_tensors(ckpt, ("text_model.head.weight",))
+    missing = ["text_model.*"] * (not heads) + [name for name in ("logit_scale", "logit_bias") if name not in logits]
+    if missing:
+        raise ValueError(f"{ckpt!r} cannot score text: {', '.join(missing)} missing; zero-shot takes a full checkpoint")
+    if not any(find_file(ckpt, name) for name in TOKENIZER_FILES):
+        raise FileNotFoundError(f"{ckpt!r} has a text tower but no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
+    config: Any = transformers.Siglip2Config.from_pretrained(ckpt).text_config
+    loaded: Any = transformers.Siglip2TextModel.from_pretrained(
+        ckpt, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+    )
+    model, info = loaded
+    absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
+    if absent:
+        raise ValueError(f"{ckpt!r}: {len(absent)} tensors of the text tower are missing: {', '.join(absent[:4])}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ckpt)
+    scale, bias = (float(logits[name].float().squeeze()) for name in ("logit_scale", "logit_bias"))
+    return TextTower(model.to(device).eval(), tokenizer, scale, bias)
+
+
+def cosines(images: Tensor, texts: Tensor) -> Tensor:
+    """`[N, D]` and `[M, D]` -> `[N, M]`, in float32."""
+    return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
+    parser.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what might be in the images")
+    parser.add_argument(
+        "--ckpt", required=True, help="full checkpoint, with text tower and tokenizer: folder or hub id"
+    )
+    parser.add_argument(
+        "--template", default="a photo of {}", help="text of a label ('a photo of {}'; '{}' for itself)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype to compute in (float32)")
+    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
+    parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if "{}" not in args.template:
+        raise ValueError(f"--template {args.template!r} has no {{}} for the label to go")
+    texts = [args.template.replace("{}", label) for label in args.labels]
+    files = image_files(args.images)
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+
+    tower = load_text_tower(args.ckpt, device, dtype)
+    limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
+    processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
+    model: Any = Siglip2PackedVisionModel.from_pretrained(
+        args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation
+    )
+    model.to(device).eval()
+    text_embeds, images = tower.embed(texts), []
+    for file in files:
+        packed = processor(str(file))
+        with torch.inference_mode():
+            cosine = cosines(model(**packed.to(device)).pooler_output, text_embeds)[0]
+        logit = cosine * math.exp(tower.logit_scale) + tower.logit_bias
+        numbers = zip(args.labels, texts, logit.sigmoid().tolist(), logit.tolist(), cosine.tolist())
+        image = {"file": str(file), "grid": packed["grid_thw"][0, 1:].tolist()}
+        image["scores"] = [dict(zip(("label", "text", "score", "logit", "cosine"), row)) for row in numbers]
+        print_scores(image)
+        images.append(image)
+    if args.json:
+        write_json(args.json, {"ckpt": args.ckpt, "template": args.template, "dtype": args.dtype, "images": images})
+    return 0
+
+
+def print_scores(image: dict[str, Any]) -> None:
+    """A table, the best label first."""
+    h, w = image["grid"]
+    width = max(len("label"), *(len(row["label"]) for row in image["scores"]))
+    print(f"\n{image['file']}, {h}x{w} patches\n  {'label':<{width}} {'score':>8} {'cosine':>8}")
+    for row in sorted(image["scores"], key=lambda row: -row["score"]):
+        print(f"  {row['label']:<{width}} {row['score']:8.4f} {row['cosine']:8.4f}")
