@@ -8,6 +8,7 @@ import socket
 import time
 import traceback
 from multiprocessing.connection import wait
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
+from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
 from siglip2_packed.parallel import mean_over_ranks
 
 SECONDS = 120
@@ -96,22 +97,45 @@ class Task(torch.nn.Module):
     """A tower, called once or more a step, and a trained scale over its features: there to train if it is frozen."""
 
     def __init__(
-        self, folder, *, pooled=False, calls=1, trains="all", checkpointing=False, dtype=torch.float32, **kwargs
+        self,
+        folder,
+        *,
+        pooled=False,
+        calls=1,
+        trains="all",
+        checkpointing=False,
+        llava=False,
+        dtype=torch.float32,
+        **kwargs,
     ):
         super().__init__()
-        self.tower = Siglip2PackedVisionModel.from_pretrained(folder, dtype=dtype, **kwargs).train()
+        if llava:
+            self.tower = SigLip2NaflexVisionTower(folder, SimpleNamespace(mm_tunable_parts="mm_vision_tower")).to(dtype)
+        else:
+            self.tower = Siglip2PackedVisionModel.from_pretrained(folder, dtype=dtype, **kwargs)
+        self.tower.train()
         self.scale = torch.nn.Parameter(torch.linspace(-1, 1, self.tower.config.hidden_size))
         self.pooled, self.calls = pooled, calls
-        last = f"layers.{len(self.tower.encoder.layers) - 1}."
+        last = f"layers.{len(self.model.encoder.layers) - 1}."
         for name, parameter in self.tower.named_parameters():
             parameter.requires_grad_(trains == "all" or (trains == "last layer" and last in name))
         if checkpointing:
-            self.tower.gradient_checkpointing_enable()
+            self.model.gradient_checkpointing_enable()
+
+    @property
+    def model(self):
+        """The packed model: the tower, or what a LLaVA tower holds."""
+        return getattr(self.tower, "vision_tower", self.tower)
+
+    def features(self, packed):
+        if self.model is not self.tower:
+            return self.tower(packed["pixel_values"], grid_thw=packed["grid_thw"])
+        out = self.tower(**packed)
+        return out.pooler_output if self.pooled else out.last_hidden_state
 
     def forward(self, packed):
         """-> the sum of this pack's loss terms, and their number."""
-        outs = [self.tower(**packed) for _ in range(self.calls)]
-        features = torch.cat([x.pooler_output if self.pooled else x.last_hidden_state for x in outs])
+        features = torch.cat([self.features(packed) for _ in range(self.calls)])
         return (features.float() * self.scale).tanh().sum(), len(features)
 
 

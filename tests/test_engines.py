@@ -44,8 +44,8 @@ def zero3(folder, **kwargs):
 
 @pytest.mark.parametrize(
     "kwargs",
-    [TOKENS, dict(TOKENS, checkpointing=True), dict(TOKENS, trains="last layer"), dict(select_layer=-2, calls=2)],
-    ids=["tokens", "checkpointing", "last layer", "second to last layer, called twice"],
+    [TOKENS, dict(TOKENS, checkpointing=True), dict(TOKENS, trains="last layer"), dict(llava=True, calls=2)],
+    ids=["tokens", "checkpointing", "last layer", "LLaVA, called twice"],
 )
 def test_deepspeed_zero3_trains_as_one_process(ranks, checkpoint, kwargs):
     pytest.importorskip("deepspeed")

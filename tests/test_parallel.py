@@ -23,7 +23,7 @@ def ddp(task):
 
 
 def fsdp2(task):
-    apply_fsdp(task.tower, param_dtype=None, reduce_dtype=None)
+    apply_fsdp(task.model, param_dtype=None, reduce_dtype=None)
     return fully_shard(task)
 
 
@@ -38,6 +38,8 @@ TRAINING = {
     "last layer": dict(TOKENS, trains="last layer"),
     "last layer, checkpointing": dict(TOKENS, trains="last layer", checkpointing=True),
     "frozen": dict(TOKENS, trains="nothing"),
+    "LLaVA": dict(llava=True, calls=2, checkpointing=True),
+    "LLaVA, frozen": dict(llava=True, trains="nothing"),
 }
 
 
