@@ -82,10 +82,12 @@ class SigLip2NaflexVisionTower(nn.Module):
 
         tunable_parts = getattr(vision_tower_cfg, "mm_tunable_parts", None) or ""
         trained = getattr(vision_tower_cfg, "unfreeze_mm_vision_tower", False) or "mm_vision_tower" in tunable_parts
-        if nn.LayerNorm(1).weight.is_meta:  # within `from_pretrained` of a VLM
+        # Within `from_pretrained` of a VLM, weights of modules that do not exist yet would be dropped: never delayed.
+        built_here = nn.LayerNorm(1).weight
+        if built_here.is_meta:
             config = Siglip2VisionConfig.from_dict({**self.config.to_dict(), "select_layer": self.select_layer})
             self.vision_tower: nn.Module = _AwaitingWeights(config, vision_tower)
-        elif trained or not delay_load:
+        elif trained or not delay_load or hasattr(built_here, "ds_id"):  # the latter: DeepSpeed's zero.Init
             self.load_model()
 
     @property
@@ -240,7 +242,7 @@ class _AwaitingWeights(Siglip2PackedVisionModel):
     """A model on the meta device that a VLM's `from_pretrained` fills from the VLM's checkpoint.
 
     transformers asks `_init_weights` for what is not in there, which here means the base's weights, not random ones.
-    (It drops weights of modules that do not exist yet, and what is read now would be overwritten or lost.)
+    (What is read now would be overwritten or lost.)
     """
 
     def __init__(self, config: Siglip2VisionConfig, base: str | os.PathLike):

@@ -5,8 +5,11 @@ Shapes: N images, T total patches, P patch_dim, D hidden size, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +188,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
                 raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
             config.vision_use_head = False
 
-        with torch.device("meta"):
+        with torch.device("meta"), _not_partitioned():
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         truncated = getattr(config, "select_layer", None) is not None
         weights.check_state_dict(state, expected, str(ckpt), truncated)
@@ -306,6 +309,20 @@ class Siglip2NaflexPacking(nn.Module):
     def forward(self, hidden_states: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
         """`[T, P]` patches and `[N, 3]` grids -> `[T, D]`, the last hidden state after post_layernorm."""
         return self.vision_model(hidden_states, grid_thw, **kwargs, return_dict=True).last_hidden_state
+
+
+@contextlib.contextmanager
+def _not_partitioned() -> Iterator[None]:
+    """Suspends DeepSpeed's zero.Init, where it is on."""
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if zero is None:
+        yield
+        return
+    zero.shutdown_init_context()
+    try:
+        yield
+    finally:
+        zero.restore_init_context()
 
 
 def layer_index(select_layer: int | None, num_layers: int) -> int:

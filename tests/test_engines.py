@@ -11,35 +11,48 @@ from transformers import Trainer, TrainingArguments
 from siglip2_packed.data import PatchBudgetBatchSampler, collate
 from siglip2_packed.parallel import mean_over_ranks
 
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
 
-def zero3(folder, **kwargs):
+
+def partitioned(make):
+    """What transformers builds and loads under ZeRO-3: a part of every parameter on each rank."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    keeps = HfDeepSpeedConfig(config)  # transformers partitions as it builds and loads, while this lives
-    task = Task(folder, **kwargs)
+    keeps = HfDeepSpeedConfig(ZERO3)
+    module = make()
     del keeps
-    assert all(p.ds_tensor.numel() <= -(-p.ds_numel // 2) for p in task.tower.parameters())
-    assert all(p.numel() == 0 for p in task.tower.parameters())
+    return module
+
+
+def whole(module):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        return parameters_of(module)
+
+
+def zero3(folder, **kwargs):
+    import deepspeed
+
+    task = partitioned(lambda: Task(folder, **kwargs))
+    assert all(p.numel() == 0 and p.ds_tensor.numel() <= -(-p.ds_numel // 2) for p in task.tower.parameters())
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.3)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=ZERO3)
     losses = []
     for _ in range(2):
         loss = mean_over_ranks(*engine(pack(UNEVEN[dist.get_rank()])))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    with deepspeed.zero.GatheredParameters(list(task.parameters())):
-        parameters = parameters_of(task)
-    return losses, parameters
+    return losses, whole(task)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +64,35 @@ def test_deepspeed_zero3_trains_as_one_process(ranks, checkpoint, kwargs):
     pytest.importorskip("deepspeed")
     results = ranks(zero3, checkpoint("tiny"), **kwargs)
     check(results, train_alone(checkpoint("tiny"), **kwargs))
+
+
+def load_vlm(folder, **kwargs):
+    from test_llava import Vlm
+
+    vlm = partitioned(lambda: Vlm.from_pretrained(folder, **kwargs))
+    assert vlm.vision_tower.is_loaded
+    return whole(vlm.vision_tower)
+
+
+@pytest.mark.parametrize("delay_load", [True, False])
+@pytest.mark.parametrize("tower_saved", [True, False])
+def test_a_vlm_loaded_under_zero3_keeps_its_tower(ranks, checkpoint, tmp_path, tower_saved, delay_load):
+    """Its own if its checkpoint has one, else the base: never random, never the base over its own."""
+    pytest.importorskip("deepspeed")
+    from test_llava import Vlm, VlmConfig
+
+    base = str(checkpoint("tiny"))
+    vlm = Vlm(VlmConfig(base if tower_saved else None))
+    if tower_saved:
+        with torch.no_grad():
+            for parameter in vlm.parameters():
+                parameter.add_(0.1)
+    vlm.save_pretrained(tmp_path)
+    expected = parameters_of((vlm if tower_saved else Vlm(VlmConfig(base))).vision_tower)
+    for loaded in ranks(load_vlm, str(tmp_path), mm_vision_tower=base, delay_load=delay_load):
+        assert loaded.keys() == expected.keys()
+        for name, value in expected.items():
+            assert np.array_equal(loaded[name], value), name
 
 
 SHUFFLED = [(1, 13, 19), (1, 7, 1), (1, 3, 4), (1, 8, 32), (1, 2, 3), (1, 5, 5), (1, 16, 4), (1, 1, 9)]
