@@ -25,12 +25,12 @@ import kernels_ref
 from siglip2_packed.attention import head_dim
 from siglip2_packed.compare import Row, compare, measure
 from siglip2_packed.doctor import DTYPES, environment, pick_device, write_json
-from siglip2_packed.encode import image_files
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.packing import PackedPatches, convert_to_packing_format
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.sources import image_files
 
 Stages = dict[str, Tensor]
 """What a model computed: "patches" `[T, P]`, "embeddings", "layer 1" to "layer L" and "final" `[T, D]`, and, with a

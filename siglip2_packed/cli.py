@@ -22,7 +22,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 COMMANDS = (
     ("align", "compare with transformers and the padded reference", "siglip2_packed.align:configure"),
     ("bench", "time this encoder beside transformers and others", "siglip2_packed.bench:configure"),
-    ("encode", "write the features of images to a safetensors file", "siglip2_packed.encode:configure"),
+    ("encode", "write the features of images, or of whole collections", "siglip2_packed.encode:configure"),
     ("doctor", "attention backends of this machine and their errors", "siglip2_packed.doctor:configure"),
     ("random-checkpoint", "write a checkpoint of random weights", "siglip2_packed.cli:configure_random_checkpoint"),
     ("show", "draw what the features see, and where two models differ", "siglip2_packed.show:configure"),
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    if chosen == "encode":  # a model's threads that spin while they wait take the cores that decode its next images
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for name, help_line, target in COMMANDS:
         command = commands.add_parser(name, help=help_line, description=help_line)
         if name == chosen:

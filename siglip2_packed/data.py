@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -90,48 +92,45 @@ def image_grids(
 
 
 def fill_packs(
-    lengths: Sequence[int],
-    budget: int,
-    *,
-    max_images: int | None = None,
-    order: Iterable[int] | None = None,
-    window: int = 1024,
+    lengths: Iterable[int], budget: int, *, max_images: int | None = None, window: int = 1024
 ) -> Iterator[list[int]]:
-    """Packs of at most `budget` patches and `max_images` images: lists of indices, every index in exactly one.
+    """Packs of at most `budget` patches and `max_images` images: lists of places in `lengths`, each in exactly one.
 
     A pack takes the next images in order until one does not fit, then fills what is left with the largest that fit of
     the `window` images ahead. So packs are random mixtures of a shuffled order, no image waits for long, and with the
     package's `mixed` sizes under 1% of a pack stays empty.
 
     Args:
-        lengths: patches of each image, all of them within 1..budget.
-        order: the indices in the order to pack them; as they come, when left out.
+        lengths: patches of each image, all of them within 1..budget. Read no further than the window reaches, so it
+            may be a stream.
     """
-    order = list(range(len(lengths)) if order is None else order)
-    count, most = len(order), len(order) if max_images is None else max_images
-    ahead: list[int] = []  # sorted; length · count + place in the order, of the images within the window
-    taken = bytearray(count)
-    head = tail = 0
+    coming = enumerate(lengths)
+    queue: deque[tuple[int, int]] = deque()  # (place, length) of the window, in order
+    ahead: list[tuple[int, int]] = []  # sorted (length, place) of those in the window that are in no pack
+    taken: set[int] = set()  # places in the window that are
     while True:
         pack: list[int] = []
         room = budget
-        while len(pack) < most:
-            while head < count and taken[head]:
-                head += 1
-            while tail < min(count, head + window):  # the window moves with its head
-                insort(ahead, lengths[order[tail]] * count + tail)
-                tail += 1
-            if head == count or lengths[order[head]] > room:
+        while max_images is None or len(pack) < max_images:
+            while queue and queue[0][0] in taken:
+                taken.remove(queue.popleft()[0])
+            for place, length in islice(coming, window - len(queue)):  # the window moves with its head
+                queue.append((place, length))
+                insort(ahead, (length, place))
+            if not queue or queue[0][1] > room:
                 break
-            del ahead[bisect_left(ahead, lengths[order[head]] * count + head)]
-            room -= lengths[order[head]]
-            pack.append(order[head])
-            head += 1
-        while len(pack) < most and (fits := bisect_right(ahead, room * count + count - 1)):
-            length, place = divmod(ahead.pop(fits - 1), count)
-            taken[place] = True
+            place, length = queue.popleft()
+            del ahead[bisect_left(ahead, (length, place))]
             room -= length
-            pack.append(order[place])
+            pack.append(place)
+        while max_images is None or len(pack) < max_images:
+            fits = bisect_left(ahead, (room + 1,))
+            if not fits:
+                break
+            length, place = ahead.pop(fits - 1)
+            taken.add(place)
+            room -= length
+            pack.append(place)
         if not pack:
             return
         yield pack
@@ -276,8 +275,9 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
         ranks, count = self.num_replicas, len(self._lengths)
         rng = np.random.default_rng([self.seed, self.epoch])
         order = (rng.permutation(count) if self.shuffle else np.arange(count)).tolist()
-        fill = fill_packs(self._lengths, self.budget, max_images=self.max_images, order=order, window=self.window)
-        packs = list(fill)
+        lengths = [self._lengths[i] for i in order]
+        fill = fill_packs(lengths, self.budget, max_images=self.max_images, window=self.window)
+        packs = [[order[place] for place in pack] for pack in fill]
         wanted = -(-len(packs) // ranks) * ranks
         if wanted > count and self.drop_last:
             wanted = len(packs) // ranks * ranks

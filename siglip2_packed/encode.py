@@ -1,146 +1,269 @@
-"""`siglip2-packed encode`: the features of images, packed up to a budget, into one safetensors file."""
+"""`siglip2-packed encode`: the features of images, of a few or of a whole collection.
+
+    sources -> decode -> packs -> features -> shards
+
+Every stage is a generator over the one before it. Decoding runs ahead of the model, in threads or processes, writing
+in a thread behind it. Under torchrun, rank r of w takes the shards r, r + w, ...: ranks tell each other when they are
+ready and when they are done, nothing else.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from siglip2_packed import shards
 from siglip2_packed.attention import head_dim
+from siglip2_packed.decode import DECODE_IN, ahead, cores, decoding_pool
 from siglip2_packed.doctor import DTYPES, pick_device
+from siglip2_packed.features import Meter, Row, StrictError, encode
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.ops.dispatch import resolve_backend
-from siglip2_packed.packing import unpack
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.sources import find_inputs
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+REPORTED = 20
+"""Errors said on stderr; all of them are in errors.csv."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
-    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
-    parser.add_argument("--ckpt", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument("--pooled", action="store_true", help="also the pooling head's vector of each image")
-    parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype to compute and save (float32)")
-    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
-    parser.add_argument("--patch-budget", type=int, default=16384, metavar="N", help="patches a pack (16384)")
-    parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
+    add = parser.add_argument
+    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet")
+    add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
+    add("--ckpt", required=True, help="checkpoint: a folder or a hub id")
+    add("--pooled", action="store_true", help="also the pooling head's vector of each image")
+    add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
+    add("--format", choices=shards.FORMATS, default="safetensors", help="what a shard is (safetensors)")
+    add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
+    add("--resume", action="store_true", help="go on with the run in DIR, if there is one")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
+    add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
+    add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
+    add("--device", help="device to run on (cuda if there is one, else cpu)")
+    add("--dtype", choices=list(DTYPES), default="float32", help="dtype to compute and save (float32)")
+    add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
+    add("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
+    add("--patch-budget", type=int, default=16384, metavar="N", help="patches a pack (16384)")
+    add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
-    if out.is_dir():
-        raise ValueError(f"--out {args.out!r} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files = image_files(args.images)
+    out, rank, world = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    one_file = out.suffix == ".safetensors" and not out.is_dir()
+    check_arguments(args, out, one_file, world)
+    inputs = find_inputs(args.images, args.column, but=out.resolve())
     limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
     if args.patch_budget < processor.max_num_patches:
         raise ValueError(
             f"--patch-budget {args.patch_budget} is less than the {processor.max_num_patches} patches an image may have"
         )
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    device, dtype = local_device(args.device), DTYPES[args.dtype]
     head: Any = {} if args.pooled else {"vision_use_head": False}
     model: Any = Siglip2PackedVisionModel.from_pretrained(
         args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation, **head
     )
-    model.to(device).eval()
     if args.pooled and not hasattr(model, "head"):
         raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
     # a backend that was asked for and cannot run is refused here, not in the middle
     resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
+    weights = fingerprint(model)
+    model.to(device).eval()
 
-    features, failed = encode(model, processor, files, args.patch_budget // processor.max_num_patches)
-    grids = features["grid_thw"].tolist()
-    kept = [index for index in range(len(files)) if index not in failed]
-    metadata = {
-        "images": {_key(i): {"file": str(files[i]), "grid_thw": grid} for i, grid in zip(kept, grids)},
-        "failed": {_key(i): {"file": str(files[i]), "reason": reason} for i, reason in failed.items()},
-        "model": {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches},
-    }
-    write_safetensors(out, features, {name: json.dumps(value) for name, value in metadata.items()})
-    patches = int(features["grid_thw"].prod(dim=1).sum())
-    print(f"wrote {args.out}: {len(kept)} images, {patches} patches ({args.dtype} on {device})")
-    if failed:
-        print(f"{len(failed)} of {len(files)} images could not be read", file=sys.stderr)
+    save_dtype = DTYPES[args.save_dtype or args.dtype]
+    if save_dtype == torch.bfloat16 and args.format != "safetensors":
+        save_dtype = torch.float32
+    empty = {"patches": torch.zeros(0, model.config.hidden_size, dtype=save_dtype)} if args.patches else {}
+    if args.pooled:
+        empty["pooled"] = torch.zeros(0, model.config.hidden_size, dtype=save_dtype)
+    meter = Meter(args.patch_budget)
+    workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    def rows(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[Row]:
+        wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
+        total = done + sum(stop - start for start, stop in ranges)
+        with (
+            tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress,
+            decoding_pool(device, workers, args.decode_in) as pool,
+        ):
+            found = encode(
+                model,
+                processor,
+                wanted,
+                pool,
+                pooled=args.pooled,
+                patches=args.patches,
+                patch_budget=args.patch_budget,
+                workers=workers,
+                strict=args.strict,
+                meter=meter,
+            )
+            yield from watched(found, progress, meter, args.strict)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
+            if one_file:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
+                failed, read, patches = shards.write_file(out, rows([(0, len(inputs))]), empty, described)
+            else:
+                shard_size = args.shard_size or (1024 if args.patches else 8192)
+                settings = {
+                    "inputs": len(inputs),
+                    "names": inputs.fingerprint(),
+                    "shard_size": shard_size,
+                    "format": args.format,
+                    "kept": sorted(empty),
+                    "dtype": args.dtype,
+                    "save_dtype": str(save_dtype).removeprefix("torch."),
+                    **processor.to_dict(),
+                    "checkpoint": args.ckpt,
+                    "weights": weights,
+                }
+                failed, read, patches = to_folder(out, settings, args.resume, rows, empty, rank, world)
+    except StrictError as error:
+        print(f"siglip2-packed encode: --strict: {error}", file=sys.stderr)
+        return 1
+    if rank == 0:
+        print(f"wrote {args.out}: {read} images, {patches} patches ({args.dtype} on {device})")
+        print(f"{'rank 0: ' * (world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
+        if failed:
+            print(f"{failed} of {len(inputs)} images could not be read", file=sys.stderr)
+    if world > 1:  # the first to exit with 1 has torchrun end the others: not before the lines above are out
+        barrier(world)
+        dist.destroy_process_group()
     return 1 if failed else 0
 
 
-@torch.inference_mode()
-def encode(
-    model: Siglip2PackedVisionModel, processor: Siglip2PackedImageProcessor, files: Sequence[Path], images_per_pack: int
-) -> tuple[dict[str, Tensor], dict[int, str]]:
-    """Features of all files that can be read, on the host, and (index -> reason) of those that cannot.
-
-    Returns:
-        `"00000"`, ...: `[h·w, D]` of the file of that index. `grid_thw [N, 3]` and, if the model has a head,
-        `pooled [N, D]`: a row for each file that was read, in their order.
-    """
-    features: dict[str, Tensor] = {}
-    grids, pooled, failed = [], [], {}
-    with tqdm(total=len(files), unit="image", dynamic_ncols=True) as progress:
-        for start in range(0, len(files), images_per_pack):
-            some = files[start : start + images_per_pack]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what was skipped is said below, one line each
-                packed = processor([str(file) for file in some], on_error="skip")
-            for index, name, reason in packed.skipped:
-                failed[start + index] = reason
-                progress.write(f"image {start + index} ({name}): {reason}", file=sys.stderr)
-            if packed.num_images:
-                output = model(**packed.to(model.device))
-                images = unpack(output.last_hidden_state.cpu(), packed["grid_thw"])
-                features |= {_key(start + index): image.clone() for index, image in zip(packed.kept, images)}
-                grids.append(packed["grid_thw"])
-                if hasattr(model, "head"):
-                    pooled.append(output.pooler_output.cpu())
-            progress.update(len(some))
-    features["grid_thw"] = torch.cat([torch.zeros(0, 3, dtype=torch.int64), *grids])
-    if hasattr(model, "head"):
-        nothing = torch.zeros(0, model.config.hidden_size, dtype=model.dtype)
-        features["pooled"] = torch.cat([nothing, *pooled])
-    return features, failed
+def check_arguments(args: argparse.Namespace, out: Path, one_file: bool, world: int) -> None:
+    if not (args.patches or args.pooled):
+        raise ValueError("--no-patches without --pooled: nothing to write")
+    for flag, value in (("--shard-size", args.shard_size), ("--workers", args.workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
+    if one_file:
+        for flag, given in (("--resume", args.resume), ("torchrun", world > 1), ("--shard-size", args.shard_size)):
+            if given:
+                raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
+        if args.format != "safetensors" or not args.patches:
+            raise ValueError(f"--out {args.out!r} is one safetensors file of patches: give a folder")
+    elif out.suffix[1:] in (*shards.FORMATS, "csv") and not out.is_dir():
+        raise ValueError(f"--out {args.out!r}: give a folder, and --format for what its shards are")
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out {args.out!r} is a file, not a folder")
+    elif not args.resume:
+        shards.check_run(out, {}, resume=False)
+    if world > 1 and "-" in args.images:
+        raise ValueError("standard input is one process's: write the list to a file for torchrun")
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Written beside it and renamed, so that the file is whole or not there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def to_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    resume: bool,
+    rows: Callable[..., Iterator[Row]],
+    empty: dict[str, Tensor],
+    rank: int,
+    world: int,
+) -> tuple[int, int, int]:
+    """Writes this rank's shards; rank 0, the tables. Returns how many inputs failed, were read, and their patches."""
+    total, size, fmt = settings["inputs"], settings["shard_size"], settings["format"]
+    count = -(-total // size)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        everyone: list[Any] = [None] * world
+        dist.all_gather_object(everyone, settings)
+        for other, theirs in enumerate(everyone):
+            for name in (name for name in settings if settings[name] != theirs[name]):
+                raise ValueError(f"rank {other} has {name} {theirs[name]}, rank {rank} {settings[name]}")
+    shards.check_run(folder, settings, resume)
+    barrier(world)  # all have looked
+    if rank == 0:
+        shards.start(folder, settings)
+    barrier(world)
+    mine = range(rank, count, world)
+    done = shards.shards_done(folder, fmt, mine, [*empty, "grid_thw"])
+
+    def extent(number: int) -> tuple[int, int]:
+        return number * size, min(number * size + size, total)
+
+    ranges: list[tuple[int, int]] = []
+    for start, stop in (extent(number) for number in mine if number not in done):
+        if ranges and ranges[-1][1] == start:
+            start = ranges.pop()[0]
+        ranges.append((start, stop))
+    made = shards.gather(rows(ranges, sum(stop - start for start, stop in map(extent, done))), size, total)
+    jobs = (partial(shards.write_shard, folder, number, some, fmt, empty) for number, some in made)
+    with ThreadPoolExecutor(1) as writer:
+        for _ in ahead(jobs, writer, depth=2):
+            pass
+    barrier(world)
+    counts = shards.merge(folder, count) if rank == 0 else (0, 0, 0)
+    if world > 1:
+        shared = [counts]
+        dist.broadcast_object_list(shared)  # every rank exits with the same code
+        counts = shared[0]
+    return counts
 
 
-def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Files as they are, folders walked in sorted order for files with an image's suffix.
+def watched(rows: Iterator[Row], progress: tqdm, meter: Meter, strict: bool) -> Iterator[Row]:
+    """Passes the rows on, moves the progress bar and says what went wrong."""
+    packs = faults = 0
+    for row in rows:
+        if row.error:
+            fault = f"image {row.ordinal} ({row.name}): {row.error}"
+            if strict:
+                raise StrictError(fault)
+            if faults < REPORTED:
+                progress.write(fault, file=sys.stderr)
+            faults += 1
+            if faults == REPORTED:
+                progress.write("further errors are not shown here, only written", file=sys.stderr)
+        yield row
+        if packs != meter.packs:
+            packs = meter.packs
+            progress.set_postfix_str(str(meter), refresh=False)
+        progress.update()
 
-    Raises:
-        ValueError: a folder without images.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            if not found:
-                raise ValueError(f"no images in {str(path)!r} (files that end in {', '.join(SUFFIXES)})")
-        files += found
-    return files
+
+def local_device(name: str | None) -> torch.device:
+    """The device asked for; under torchrun `cuda` is the rank's own."""
+    device = pick_device(name)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
 
 
-def _key(index: int) -> str:
-    return f"{index:05d}"
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of the beginning of every parameter: training, or another checkpoint, changes it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:1024].float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def barrier(world: int) -> None:
+    if world > 1:
+        dist.barrier()

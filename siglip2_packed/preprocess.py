@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from transformers.utils.hub import cached_file
 
-from siglip2_packed.images import Frame, image_items, read_rgb, source_name, video_items
+from siglip2_packed.images import Frame, Source, image_items, read_rgb, source_name, video_items
 from siglip2_packed.packing import PackedPatches
 
 CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -267,6 +267,24 @@ class Siglip2PackedImageProcessor:
             )
         return height // p, width // p
 
+    def read(self, source: Source) -> tuple[np.ndarray, tuple[int, int]]:
+        """One image -> (`[h·w, P]` uint8 patches, (h, w)), resized and cut; `normalize` does the rest, where it likes.
+
+        Raises:
+            ValueError: with the reason why it cannot be used.
+        """
+        frame = self._read(Frame(source, ""), None)
+        assert frame.patches.dtype == np.uint8, "read() is for processors that resize and rescale"
+        return frame.patches, frame.grid
+
+    def normalize(self, patches: torch.Tensor) -> torch.Tensor:
+        """`[T, P]` uint8 patches of `read` -> float32 on their device, bit for bit what calling the processor gives."""
+        scaled = (patches.double() * self.rescale_factor).float()
+        if not self.do_normalize:
+            return scaled
+        mean, std = (_constant(x, patches.device) for x in (self.image_mean, self.image_std))
+        return scaled.view(len(patches), -1, 3).sub_(mean).div_(std).view_as(patches)
+
     def _read(self, frame: Frame, input_data_format: str | None) -> _Patches:
         image, factor = read_rgb(
             frame.source,
@@ -336,6 +354,12 @@ def _sort_out(
         else:
             kept[index] = read
     return kept, skipped
+
+
+@lru_cache
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Once a device: such a copy waits for all that the device has been given to do."""
+    return torch.tensor(values, device=device)
 
 
 def _positive_int(name: str, value: Any) -> int:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from siglip2_packed import align, report
 from siglip2_packed.doctor import DTYPES, pick_device
-from siglip2_packed.encode import image_files
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.packing import unpack
 from siglip2_packed.pooling import Siglip2PackedPoolingHead
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.sources import image_files
 
 MAX_IMAGES = 32
 Grid = tuple[int, int]

@@ -20,10 +20,10 @@ import transformers
 from torch import Tensor
 
 from siglip2_packed.doctor import DTYPES, pick_device, write_json
-from siglip2_packed.encode import image_files
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.sources import image_files
 from siglip2_packed.weights import find_file, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")

@@ -127,7 +127,6 @@ def test_fill_packs_takes_the_next_and_then_the_largest_that_fit():
     assert list(fill_packs([5, 5, 3, 4, 1, 2], 8, window=2)) == [[0, 2], [1, 4], [3, 5]]
     assert list(fill_packs([5, 5, 3, 4, 1, 2], 8, window=1)) == [[0], [1, 2], [3, 4, 5]]
     assert list(fill_packs([1] * 5, 8, max_images=2)) == [[0, 1], [2, 3], [4]]
-    assert list(fill_packs([5, 5, 3], 8, order=[2, 1, 0])) == [[2, 1], [0]]
     assert list(fill_packs([], 8)) == []
 
 

@@ -1,4 +1,4 @@
-"""`siglip2-packed encode`: features that are the model's, whatever the files are."""
+"""`siglip2-packed encode --out FILE`: features that are the model's, whatever the files are."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, encode
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, shards
 from siglip2_packed.cli import main
 
 SIZES = [(9, 20), (31, 8), (16, 16), (5, 40), (12, 13)]
@@ -151,7 +151,7 @@ def test_the_old_file_stays_whole_when_writing_fails(checkpoint, folder, tmp_pat
         path.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(encode, "save_file", full_disk)
+    monkeypatch.setattr(shards, "save_file", full_disk)
     assert run(checkpoint(), [folder], out) == 2
     assert out.read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["features.safetensors"]
@@ -172,7 +172,12 @@ def test_the_new_file_takes_the_old_ones_place_at_once(checkpoint, folder, tmp_p
     [
         (["--patch-budget", "15"], "--patch-budget 15 is less than the 16 patches"),
         (["--max-num-patches", "0"], "max_num_patches must be a positive integer, got 0"),
-        (["--out", "{tmp}"], "is a folder"),
+        (["--out", "{tmp}/f.parquet"], "give a folder, and --format"),
+        (["--out", "{tmp}/in/notes.txt"], "is a file, not a folder"),
+        (["--resume"], "--resume needs a folder"),
+        (["--format", "npy"], "give a folder"),
+        (["--no-patches"], "nothing to write"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["{tmp}/empty"], "no images in"),
         (["--ckpt", "{tmp}/nowhere"], "nowhere"),
         (["--attn-implementation", "torch_varlen"], "needs a CUDA device"),
@@ -182,7 +187,9 @@ def test_user_errors_are_one_line(checkpoint, folder, tmp_path, capsys, flags, m
     (tmp_path / "empty").mkdir()
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     paths = [flags.pop()] if not flags[0].startswith("--") else [folder]
-    assert run(checkpoint(), paths, tmp_path / "f.safetensors", *flags) == 2
+    ckpt = checkpoint()
+    capsys.readouterr()  # what making it printed
+    assert run(ckpt, paths, tmp_path / "f.safetensors", *flags) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert message in lines[0]

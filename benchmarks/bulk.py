@@ -1,0 +1,292 @@
+"""Embedding a folder of JPEGs: `encode` beside decoding alone, the model alone and a plain loop of transformers.
+
+    python benchmarks/bulk.py                   # CPU, tiny model: decode-bound; about twelve minutes on two cores
+    python benchmarks/bulk.py --device cuda     # so400m in bfloat16: device-bound
+    python benchmarks/bulk.py --quick           # does it run?
+
+Crops of scikit-image's photographs, 0.05 to 2 megapixels, sides 1:2 to 2:1, all drawn from a seed. Every provider runs
+once a round over all files, each time in a process of its own; reading the checkpoint does not count. The vectors that
+encode wrote in each round are compared with transformers' model in float32, called on each image alone, before
+anything is reported: float32 within 1e-4 and twice the error of the padded batches, half precision within 1.1 times.
+
+    pillow:decode              JPEG -> RGB, in a thread a core
+    pillow:decode_resize       and resized to the grid and cut: all that a model's input needs of the CPU
+    siglip2_packed             encode to shards of pooled vectors: the above, packs, model, index
+    siglip2_packed:forward     the model alone, on a pack that is there already
+    transformers_sdpa_padded   for each 64 files: Image.open, Siglip2ImageProcessor, Siglip2VisionModel
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+# For every provider. The cores decode; a model's threads that spin while they wait would take them away.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed.decode import cores, decoding_pool
+from siglip2_packed.doctor import DTYPES
+from siglip2_packed.encode import to_folder
+from siglip2_packed.features import Meter, clock, encode
+from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
+from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
+from siglip2_packed.sources import find_inputs
+
+PHOTOGRAPHS = "astronaut chelsea coffee hubble_deep_field immunohistochemistry retina rocket".split()
+OURS, FORWARD, PADDED = "siglip2_packed", "siglip2_packed:forward", "transformers_sdpa_padded"
+DECODE, RESIZE, ONE_BY_ONE = "pillow:decode", "pillow:decode_resize", "transformers:one_by_one"
+BATCH, BUDGET = 64, 16384
+
+
+def make_jpeg(folder: Path, number: int, seed: int) -> None:
+    from skimage import data
+
+    rng = random.Random(f"{seed} {number}")
+    photograph = Image.fromarray(getattr(data, rng.choice(PHOTOGRAPHS))()).convert("RGB")
+    area = math.exp(rng.uniform(math.log(0.05e6), math.log(2e6)))
+    aspect = math.exp(rng.uniform(-math.log(2), math.log(2)))
+    width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    scale = min(1, photograph.width / width, photograph.height / height) * rng.uniform(0.7, 1)
+    left, top = (rng.uniform(0, side - scale * crop) for side, crop in zip(photograph.size, (width, height)))
+    box = (left, top, left + scale * width, top + scale * height)
+    image = photograph.resize((width, height), Image.Resampling.BICUBIC, box)
+    image.save(folder / f"{number:05d}.jpg", quality=rng.choice((75, 85, 92)))
+
+
+def make_folder(folder: Path, images: int, seed: int) -> list[str]:
+    """`images` JPEGs, those made that are not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:05d}.jpg" for number in range(images)]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(make_jpeg, itertools.repeat(folder), missing, itertools.repeat(seed), chunksize=16))
+    return [str(file) for file in files]
+
+
+def decode_only(files, ckpt, device, dtype):
+    def decode(file):
+        with Image.open(file) as image:
+            image.load()
+
+    return in_threads(decode, files)
+
+
+def decode_resize(files, ckpt, device, dtype):
+    return in_threads(Siglip2PackedImageProcessor.from_pretrained(ckpt).read, files)
+
+
+def in_threads(function, files):
+    with ThreadPoolExecutor(cores()) as pool:
+        start = time.perf_counter()
+        for _ in pool.map(function, files):
+            pass
+        return {"seconds": time.perf_counter() - start}
+
+
+def ours(files, ckpt, device, dtype):
+    processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
+    model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
+    warm_up(model, processor)
+    inputs = find_inputs(files)
+    settings = {"inputs": len(inputs), "shard_size": 8192, "format": "safetensors"}
+    empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
+    meter = Meter(BUDGET)
+
+    def rows(ranges, done):
+        wanted = itertools.chain.from_iterable(inputs.read(*some) for some in ranges)
+        with decoding_pool(model.device) as pool:
+            yield from encode(
+                model, processor, wanted, pool, pooled=True, patches=False, patch_budget=BUDGET, meter=meter
+            )
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        failed, _, patches = to_folder(Path(folder), settings, False, rows, empty, 0, 1)
+        seconds = time.perf_counter() - start
+        assert failed == 0
+        shards = [load_file(shard)["pooled"] for shard in sorted(Path(folder).glob("shard-*"))]
+    found = {"seconds": seconds, "patches": patches, "wait": max(0.0, 1 - meter.busy / seconds)}
+    return found | {"full": meter.patches / (meter.packs * BUDGET), "pooled": torch.cat(shards).float().numpy()}
+
+
+def forward_only(files, ckpt, device, dtype):
+    processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
+    model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
+    packed = processor(files[: BUDGET // processor.max_num_patches]).to(device, dtype)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(60 if device == "cuda" else 12):
+            stop = clock(torch.device(device))
+            model(**packed)
+            seconds.append(stop())
+    if device == "cuda":
+        torch.cuda.synchronize()
+    patches = len(packed["pixel_values"])
+    return {"seconds": float(np.median([x() for x in seconds[2:]])), "patches": patches, "images": packed.num_images}
+
+
+def padded(files, ckpt, device, dtype):
+    processor = transformers_processor(ckpt)
+    model = load(transformers.Siglip2VisionModel, ckpt, device, dtype, attn_implementation="sdpa")
+
+    def features(batch):
+        inputs = processor(images=[Image.open(file).convert("RGB") for file in batch], return_tensors="pt")
+        with torch.no_grad():
+            pooled = model(**inputs.to(device, dtype)).pooler_output.float().cpu()
+        return pooled, int(inputs["pixel_attention_mask"].sum())
+
+    features(files[:BATCH])  # warms up
+    start = time.perf_counter()
+    found = [features(files[i : i + BATCH]) for i in range(0, len(files), BATCH)]
+    seconds = time.perf_counter() - start
+    pooled = torch.cat([pooled for pooled, _ in found])
+    return {"seconds": seconds, "patches": sum(patches for _, patches in found), "pooled": pooled.numpy()}
+
+
+def one_by_one(files, ckpt, device, dtype):
+    """The reference: the model in float32 on each image alone."""
+    processor = transformers_processor(ckpt)
+    model = load(transformers.Siglip2VisionModel, ckpt, device, torch.float32, attn_implementation="sdpa")
+
+    def read(file):
+        return processor(images=[Image.open(file).convert("RGB")], return_tensors="pt")
+
+    with ThreadPoolExecutor(cores()) as pool, torch.no_grad():
+        vectors = [
+            model(**inputs.to(device)).pooler_output.cpu()
+            for i in range(0, len(files), BATCH)
+            for inputs in pool.map(read, files[i : i + BATCH])
+        ]
+    return {"pooled": torch.cat(vectors).numpy()}
+
+
+def transformers_processor(ckpt):
+    kind = getattr(transformers, "Siglip2ImageProcessorPil", None) or transformers.Siglip2ImageProcessor
+    return kind.from_pretrained(ckpt)
+
+
+def load(cls, ckpt, device, dtype, **kwargs):
+    return cls.from_pretrained(ckpt, dtype=dtype, **kwargs).to(device).eval()
+
+
+def warm_up(model, processor):
+    packed = processor([np.zeros((64, 64, 3), np.uint8)] * (BUDGET // processor.max_num_patches))
+    with torch.no_grad():
+        model(**packed.to(model.device))
+
+
+TIMED = {DECODE: decode_only, RESIZE: decode_resize, OURS: ours, FORWARD: forward_only, PADDED: padded}
+PROVIDERS = {**TIMED, ONE_BY_ONE: one_by_one}
+
+
+def measured(provider, files, ckpt, device, dtype):
+    transformers.utils.logging.disable_progress_bar()
+    found = {"images": len(files)} | PROVIDERS[provider](files, ckpt, device, DTYPES[dtype])
+    status = Path("/proc/self/status").read_text()
+    found["host"] = int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    if device == "cuda":
+        found["memory"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def alone(provider, *args):
+    """In a process of its own: its memory, its caches."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measured, provider, *args).result()
+
+
+def check(found, reference, dtype):
+    """(max abs, relative error) of ours and of the padded batches. Stops where ours are beyond design section 6."""
+    errors = {}
+    for name in (OURS, PADDED):
+        vectors = torch.from_numpy(found[name]["pooled"])
+        assert vectors.shape == reference.shape
+        errors[name] = float((vectors - reference).abs().max()), relative_error(vectors, reference)
+    (worst, relative), (their_worst, their_relative) = errors[OURS], errors[PADDED]
+    good = worst <= min(1e-4, 2 * their_worst) if dtype == "float32" else relative <= 1.1 * their_relative
+    if not good:
+        raise SystemExit(f"(max abs, relative error) {errors}: not transformers' vectors, nothing is reported")
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=5000, help="JPEGs in the folder (5000)")
+    parser.add_argument("--folder", type=Path, help="where they are kept (a temporary folder)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (cpu)")
+    parser.add_argument("--shape", choices=list(SHAPES), help="model (tiny; so400m on cuda)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="its dtype (float32; bfloat16 on cuda)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; every provider runs once a round (3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the JPEGs (0)")
+    parser.add_argument("--quick", action="store_true", help="200 images, one round, no CSV file unless --out")
+    parser.add_argument("--out", type=Path, help="CSV file (default: results/bulk_<card>.csv beside this script)")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    shape, dtype = args.shape or ("so400m" if cuda else "tiny"), args.dtype or ("bfloat16" if cuda else "float32")
+    images, repeats = (200, 1) if args.quick else (args.images, args.repeats)
+    card = card_name() if cuda else cpu_name()
+    rows, workload = Rows("bulk", torch.cuda.get_device_name() if cuda else card), f"jpegs{images}"
+
+    with tempfile.TemporaryDirectory() as temporary:
+        files = make_folder(args.folder or Path(temporary) / "jpegs", images, args.seed)
+        ckpt = save_random_checkpoint(Path(temporary) / "ckpt", shape)
+        size = sum(map(os.path.getsize, files)) / 2**20
+        print(f"{images} JPEGs, {size:.0f} MiB; {shape} in {dtype} on {card}, {cores()} cores", flush=True)
+        flags = files, ckpt, args.device, dtype
+        reference = torch.from_numpy(alone(ONE_BY_ONE, *flags)["pooled"])
+        rounds, errors = [], []
+        for _ in range(repeats):
+            found = {name: alone(name, *flags) for name in TIMED}
+            errors.append(check(found, reference, dtype))
+            rounds.append(found)
+            print("   ".join(f"{name} {x['images'] / x['seconds']:.1f}/s" for name, x in found.items()), flush=True)
+
+    for name in (OURS, PADDED):
+        for i, metric in enumerate(("max_abs_error", "relative_error")):
+            rows.add(name, workload, "encode", dtype, metric, [found[name][i] for found in errors], "")
+
+    def add(provider, metric, unit, value):
+        mode = {DECODE: "preprocess", RESIZE: "preprocess", FORWARD: "forward"}.get(provider, "encode")
+        rows.add(provider, workload, mode, dtype, metric, [value(round_) for round_ in rounds], unit)
+
+    for name in TIMED:
+        add(name, "images_per_s", "1/s", lambda r: r[name]["images"] / r[name]["seconds"])
+        if "patches" in rounds[0][name]:
+            add(name, "patches_per_s", "1/s", lambda r: r[name]["patches"] / r[name]["seconds"])
+        add(name, "peak_host_memory", "GiB", lambda r: r[name]["host"])
+        if "memory" in rounds[0][name]:
+            add(name, "peak_memory", "GiB", lambda r: r[name]["memory"])
+    add(OURS, "device_wait", "share", lambda r: r[OURS]["wait"])
+    add(OURS, "pack_utilisation", "share", lambda r: r[OURS]["full"])
+
+    def rate(found, what="images"):
+        return found[what] / found["seconds"]
+
+    for name, metric in ((DECODE, "share_of_decode"), (RESIZE, "share_of_decode_resize")):
+        add(OURS, metric, "share", lambda r: rate(r[OURS]) / rate(r[name]))
+    add(OURS, "share_of_forward", "share", lambda r: rate(r[OURS], "patches") / rate(r[FORWARD], "patches"))
+    add(OURS, "speedup_over_padded", "x", lambda r: rate(r[OURS]) / rate(r[PADDED]))
+    for row in rows.rows:
+        print(f"{row['provider']:26} {row['metric']:22} {row['p50']:>10} {row['unit']}")
+    path = args.out or (None if args.quick else Path(__file__).parent / "results" / f"bulk_{card}.csv")
+    if path:
+        rows.write(path)
+        print(f"{len(rows.rows)} rows -> {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Inputs -> rows of features: decoded ahead of the model, copied to the host beside it.
+
+N images, T patches of a pack, P patch_dim, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from siglip2_packed.decode import Decoded, Pack, cores, decode, packs, prefetch
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.sources import Input
+
+
+class Row(NamedTuple):
+    """What became of an input: features on the host, or an error."""
+
+    ordinal: int
+    name: str
+    grid: tuple[int, int] = (0, 0)
+    patches: Tensor | None = None
+    """`[h·w, D]`"""
+    pooled: Tensor | None = None
+    """`[D]`"""
+    error: str = ""
+
+
+class StrictError(Exception):
+    """An input cannot be used, and it was asked to stop at the first."""
+
+
+class Meter:
+    """Counts what passes: how much, how full the packs are, how busy the device."""
+
+    def __init__(self, patch_budget: int):
+        self.patch_budget, self.begun = patch_budget, time.perf_counter()
+        self.images = self.patches = self.packs = 0
+        self.busy = 0.0
+
+    def count(self, pack: Pack, seconds: float) -> None:
+        self.images += len(pack.images)
+        self.patches += len(pack.patches)
+        self.packs += 1
+        self.busy += seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def __str__(self) -> str:
+        full = self.patches / max(1, self.packs * self.patch_budget)
+        rate, busy = self.patches / self.seconds, self.busy / self.seconds
+        return f"{rate:.0f} patches/s, packs {full:.0%} full, device {busy:.0%} busy"
+
+
+@torch.no_grad()
+def encode(
+    model: Siglip2PackedVisionModel,
+    processor: Siglip2PackedImageProcessor,
+    inputs: Iterable[Input],
+    pool: Executor,
+    *,
+    pooled: bool = False,
+    patches: bool = True,
+    patch_budget: int = 16384,
+    workers: int | None = None,
+    strict: bool = False,
+    meter: Meter | None = None,
+) -> Iterator[Row]:
+    """The rows of all inputs, pack by pack: nearly in their order.
+
+    Args:
+        inputs: (ordinal, name, path | bytes | ValueError), the ordinal unique.
+        pool: decodes, see `decoding_pool`.
+        pooled, patches: what to compute and bring to the host.
+        patch_budget: patches a pack, at least the processor's `max_num_patches`.
+        workers: those of the pool, which has enough to do; one a core when left out.
+        strict: raise StrictError at the first input that cannot be used.
+        meter: counts what passes.
+    """
+    if not (processor.do_resize and processor.do_rescale):
+        raise ValueError(
+            "encode resizes and rescales; this checkpoint's preprocessor_config.json turns one of them off"
+        )
+    images = decode(inputs, processor, pool, workers or cores())
+    window = max(64, 2 * patch_budget // processor.max_num_patches)  # two packs, or more where a pack takes few
+    ready = packs(halted(images) if strict else images, patch_budget, window, model.device.type == "cuda")
+    meter = meter or Meter(patch_budget)
+
+    # The device gets the next pack before the last one's features are waited for.
+    finish: Callable[[], list[Row]] = list
+    for pack in prefetch(ready, 2):
+        last, finish = finish, launch(model, processor, pack, pooled, patches, meter)
+        yield from last()
+    yield from finish()
+
+
+def launch(
+    model: Siglip2PackedVisionModel,
+    processor: Siglip2PackedImageProcessor,
+    pack: Pack,
+    pooled: bool,
+    patches: bool,
+    meter: Meter,
+) -> Callable[[], list[Row]]:
+    """Starts a forward and the copies to the host. What it returns waits for them and gives the rows."""
+    rows = [Row(image.ordinal, image.name, error=image.error) for image in pack.failed]
+    if not pack.images:
+        return lambda: rows
+    stop_clock = clock(model.device)
+    output = model(
+        pixel_values=processor.normalize(pack.patches.to(model.device, non_blocking=True)),
+        grid_thw=torch.tensor([(1, *image.grid) for image in pack.images]),
+    )
+    features: dict[str, Tensor] = {"patches": output.last_hidden_state} if patches else {}
+    if pooled:
+        features["pooled"] = output.pooler_output
+    finite = {f"finite_{name}": x.isfinite().all(dim=1) for name, x in features.items()}
+    seconds = stop_clock()
+    on_host = to_host(features | finite)
+
+    def finish() -> list[Row]:
+        host = on_host()
+        meter.count(pack, seconds())
+        lengths = [image.length for image in pack.images]
+        split = {name: x.split(lengths) if name.endswith("patches") else list(x) for name, x in host.items()}
+        for i, image in enumerate(pack.images):
+            if all(bool(split[name][i].all()) for name in finite):
+                found = {name: split[name][i] for name in features}
+                rows.append(Row(image.ordinal, image.name, image.grid, **found))
+            else:
+                rows.append(Row(image.ordinal, image.name, error=f"its features are not finite in {model.dtype}"))
+        return rows
+
+    return finish
+
+
+def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Starts the copies beside whatever the device does next; the result waits for them."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return lambda: tensors
+    side = copy_stream(next(iter(tensors.values())).device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.record_stream(side)
+    copied = side.record_event()
+
+    def wait() -> dict[str, Tensor]:
+        copied.synchronize()
+        return {name: copy.clone() for name, copy in copies.items()}  # out of page-locked memory
+
+    return wait
+
+
+@lru_cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def clock(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Starts a clock on the device; stopped, it tells the seconds once the work between is done."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+
+        def stop() -> Callable[[], float]:
+            end.record()
+            return lambda: begin.elapsed_time(end) / 1e3
+    else:
+        start = time.perf_counter()
+
+        def stop() -> Callable[[], float]:
+            seconds = time.perf_counter() - start
+            return lambda: seconds
+
+    return stop
+
+
+def halted(images: Iterable[Decoded]) -> Iterator[Decoded]:
+    """Raises StrictError at the first that cannot be used."""
+    for image in images:
+        if image.error:
+            raise StrictError(f"image {image.ordinal} ({image.name}): {image.error}")
+        yield image

@@ -1,0 +1,92 @@
+"""The Ray Data actor on a local Ray: rows keep their columns, features are those of the model alone."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed.ray_data import Siglip2PackedEncoder
+
+SIZES = [(9, 20), (31, 8), (16, 16), (5, 40), (12, 13), (1, 60)]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for seed, size in enumerate(SIZES):
+        pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{seed}.png")
+    (tmp_path / "bad.png").write_text("not an image")
+    return tmp_path
+
+
+def check(rows, checkpoint, photos, patches):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint)
+    processor = Siglip2PackedImageProcessor.from_pretrained(checkpoint)
+    assert sorted(os.path.basename(row["path"]) for row in rows) == [*(f"{i}.png" for i in range(6)), "bad.png"]
+    for row in rows:
+        assert "bytes" not in row
+        if row["path"].endswith("bad.png"):
+            assert "not an image" in row["error"]
+            assert list(row["grid_thw"]) == [0, 0, 0]
+            assert np.isnan(row["pooled"]).all()
+            assert not patches or row["patches"].shape == (0, 64)
+            continue
+        assert row["error"] == ""
+        packed = processor([str(row["path"])])
+        with torch.no_grad():
+            output = model(**packed)
+        assert list(row["grid_thw"]) == packed["grid_thw"][0].tolist()
+        torch.testing.assert_close(torch.tensor(row["pooled"]), output.pooler_output[0], rtol=1e-5, atol=1e-5)
+        if patches:
+            found = torch.tensor(np.asarray(row["patches"]))
+            torch.testing.assert_close(found, output.last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_the_actor_alone(checkpoint, photos):
+    files = sorted(photos.iterdir())
+    encoder = Siglip2PackedEncoder(checkpoint(), patches=True, patch_budget=20, device="cpu", workers=2)
+    batch = {"bytes": np.array([f.read_bytes() for f in files], object), "path": np.array([str(f) for f in files])}
+    found = encoder(batch)
+    check([{name: values[i] for name, values in found.items()} for i in range(7)], checkpoint(), photos, True)
+    empty = encoder({name: values[:0] for name, values in batch.items()})
+    assert (empty["pooled"].shape, empty["grid_thw"].shape) == ((0, 64), (0, 3))
+    with pytest.raises(ValueError, match="no column 'bytes' in the batch; it has path"):
+        encoder({"path": batch["path"]})
+
+
+def test_structs_and_paths(checkpoint, photos):
+    encoder = Siglip2PackedEncoder(checkpoint(), column="image", device="cpu", patch_budget=64)
+    path = str(photos / "0.png")
+    values = [path, {"bytes": (photos / "0.png").read_bytes(), "path": None}, {"bytes": None, "path": path}, None]
+    found = encoder({"image": np.array(values, object)})
+    assert found["error"].tolist() == ["", "", "", "null: the row has no image"]
+    assert np.isnan(found["pooled"][3]).all()
+    for i in (1, 2):
+        np.testing.assert_allclose(found["pooled"][0], found["pooled"][i], rtol=1e-5, atol=1e-5)
+
+
+def test_local_ray(checkpoint, photos, monkeypatch):
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        dataset = ray.data.read_binary_files(str(photos), include_paths=True)
+        dataset = dataset.map_batches(
+            Siglip2PackedEncoder,
+            fn_constructor_kwargs={
+                "ckpt": str(checkpoint()),
+                "patches": True,
+                "device": "cpu",
+                "workers": 1,
+                "decode_in": "processes",
+            },
+            batch_size=4,
+            compute=ray.data.ActorPoolStrategy(size=1),
+        )
+        check(dataset.take_all(), checkpoint(), photos, True)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,223 @@
+"""Inputs in order, whatever holds them; damage costs what it hits and is named."""
+
+import io
+import os
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from siglip2_packed.sources import SUFFIXES, find_inputs
+
+
+def png(seed=0, size=(6, 9)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def read(paths, start=0, stop=None, **kwargs):
+    inputs = find_inputs(paths, **kwargs)
+    found = list(inputs.read(start, len(inputs) if stop is None else stop))
+    assert [item.ordinal for item in found] == list(range(start, start + len(found)))
+    return [(item.name, str(item.source) if isinstance(item.source, ValueError) else item.source) for item in found]
+
+
+def add(tar, name, data, **fields):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """A WebDataset shard: keys with an image, a caption and a label each; a long name, a folder and a link."""
+    path = tmp_path / "shard-000.tar"
+    with tarfile.open(path, "w") as tar:
+        for key in ("000", "001", "x" * 200, "002"):
+            add(tar, f"{key}.jpg", png(len(key)))
+            add(tar, f"{key}.txt", b"a caption")
+            add(tar, f"{key}.cls", b"7")
+        add(tar, "folder.png", b"", type=tarfile.DIRTYPE)
+        add(tar, "link.png", b"", type=tarfile.SYMTYPE, linkname="000.jpg")
+    return path
+
+
+def test_files_and_folders(tmp_path):
+    names = ["b/c.JPG", "a.png", "b/d/e.webp", "b-c.gif", "notes.txt", "b/x.json"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    absent, folder = str(tmp_path / "absent.jpg"), [str(tmp_path / n) for n in ("a.png", "b/c.JPG", "b/d/e.webp")]
+    folder.append(str(tmp_path / "b-c.gif"))
+    assert read([absent, tmp_path, absent]) == [(name, name) for name in (absent, *folder, absent)]
+    assert read([tmp_path], but=tmp_path / "b") == [(name, name) for name in (folder[0], folder[3])]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff\xe9.png"
+    with open(name, "wb") as file:
+        file.write(png())
+    assert read([tmp_path]) == [(os.fsdecode(name),) * 2]
+    (tmp_path / "list.txt").write_bytes(name + b"\n")
+    assert read([tmp_path / "list.txt"]) == [(os.fsdecode(name),) * 2]
+
+
+def test_lists(tmp_path, monkeypatch, shard):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "a b.png").touch()
+    text = "\ufeffone.jpg\r\n\n  \n two.png\ndeeper\nshard-000.tar\n#three.bmp"
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    expected = ["one.jpg", " two.png", "deeper/a b.png"]
+    assert [name for name, _ in read(["list.txt"])][:3] == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    names = [name for name, _ in read(["-"])]
+    assert names[:3] == expected
+    assert names[3] == "shard-000.tar#000.jpg"
+    assert names[-1] == "#three.bmp"
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match=r"no images in 'empty.txt'"):
+        find_inputs(["one.jpg", "empty.txt"])
+    with pytest.raises(FileNotFoundError):
+        find_inputs(["absent.txt"])
+
+
+def test_tar_members(shard):
+    keys = ["000", "001", "x" * 200, "002"]
+    expected = [(f"{shard}#{key}.jpg", png(len(key))) for key in keys]
+    found = read([shard])
+    assert found[:4] == expected
+    assert found[4] == (f"{shard}#link.png", "a link or a special file, not an image")
+    assert len(found) == 5
+    assert read([shard, shard], 3, 8) == [*found[3:], *found[:3]]
+
+
+@pytest.mark.parametrize("fmt", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_tar_formats_are_not_taken_for_damage(tmp_path, fmt):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=fmt, pax_headers={"comment": "git archive writes one"}) as tar:
+        add(tar, "é" * 40 + ".png", png(1))
+        add(tar, "b.png", png(2), mtime=0.5)
+    with open(path, "ab") as file, open(path, "rb") as again:
+        file.write(again.read())  # joined, with padding in between
+    assert [source for _, source in read([path])] == [png(1), png(2)] * 2
+
+
+def test_a_damaged_tar_header_costs_its_member(shard):
+    data = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        start, stop = tar.getmember("001.jpg").offset, tar.getmember("001.txt").offset
+    data[start + 150] ^= 0xFF  # in the checksum
+    shard.write_bytes(data)
+    whole, damaged = read([shard])[0], read([shard])[1]
+    assert whole == (f"{shard}#000.jpg", png(3))
+    assert damaged == (f"{shard}#bytes {start} to {stop}", "damaged tar headers: what they described is lost")
+    assert [name.rpartition("#")[2] for name, _ in read([shard])[2:]] == ["x" * 200 + ".jpg", "002.jpg", "link.png"]
+
+
+@pytest.mark.parametrize("cut", ["data", "header"])
+def test_a_tar_that_ends_too_soon(shard, cut):
+    with tarfile.open(shard) as tar:
+        member = tar.getmember("002.jpg")
+        end = member.offset_data + 10 if cut == "data" else member.offset + 100
+    shard.write_bytes(shard.read_bytes()[:end])
+    found = read([shard])
+    assert [source for _, source in found[:3]] == [png(3), png(3), png(200)]
+    assert len(found) == 4
+    if cut == "data":
+        assert found[3] == (f"{shard}#002.jpg", f"the tar file ends after 10 of its {member.size} bytes")
+    else:
+        assert "damaged tar headers" in found[3][1]
+
+
+def test_what_is_no_tar(tmp_path):
+    (tmp_path / "text.tar").write_text("not a tar file " * 100)
+    (tmp_path / "zero.tar").touch()
+    assert [reason.split(":")[0] for _, reason in read([tmp_path])] == [
+        "damaged tar headers",
+        "an empty file, not a tar file",
+    ]
+    (tmp_path / "text.tar.gz").touch()
+    with pytest.raises(ValueError, match="is compressed"):
+        find_inputs([tmp_path])
+    with pytest.raises(FileNotFoundError):
+        find_inputs([tmp_path / "absent.tar"])
+
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+IMAGES = [png(seed) for seed in range(150)]
+
+
+def write(path, columns, **kwargs):
+    pq.write_table(pa.table(columns), path, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_parquet_bytes(tmp_path, kind):
+    values = [*IMAGES[:70], None, *IMAGES[71:]]
+    columns = {"id": list(range(150)), "caption": ["image"] * 150, "jpg": pa.array(values, kind)}
+    path = write(tmp_path / "a.parquet", columns, row_group_size=40)
+    found = read([path])
+    assert found[70] == (f"{path}#70", "null: the row has no image")
+    assert [source for _, source in found[:70] + found[71:]] == IMAGES[:70] + IMAGES[71:]
+    assert read([path], 35, 125) == found[35:125]
+    assert read([path], 80, 81) == found[80:81]
+
+
+def test_parquet_of_hugging_face_datasets(tmp_path):
+    (tmp_path / "beside.png").write_bytes(png())
+    values = [{"bytes": IMAGES[0], "path": "a.jpg"}, {"bytes": None, "path": "beside.png"}, None]
+    values += [{"bytes": None, "path": None}, {"bytes": None, "path": "/elsewhere/b.jpg"}]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    path = write(tmp_path / "a.parquet", {"label": [1] * 5, "image": pa.array(values, kind)})
+    null = "null: the row has no image"
+    expected = [IMAGES[0], str(tmp_path / "beside.png"), null, null, "/elsewhere/b.jpg"]
+    assert [source for _, source in read([path])] == expected
+
+
+def test_parquet_of_paths_and_columns_to_choose(tmp_path):
+    path = write(tmp_path / "a.parquet", {"caption": ["x"], "file_name": ["b.jpg"], "n": [1]})
+    assert read([path]) == [(f"{path}#0", "b.jpg")]
+    assert read([path], column="caption") == [(f"{path}#0", "x")]
+    for column in ("n", "absent"):
+        with pytest.raises(
+            ValueError, match=f"--column '{column}' must hold bytes.*it has caption .string., file_name"
+        ):
+            find_inputs([path], column)
+    several = write(tmp_path / "b.parquet", {"left": [b"1"], "right": [b"2"]})
+    with pytest.raises(ValueError, match="2 columns that may hold images: choose with --column"):
+        find_inputs([several])
+    assert read([several], column="right") == [(f"{several}#0", b"2")]
+    with pytest.raises(ValueError, match=r"no image column.*n \(int64\)"):
+        find_inputs([write(tmp_path / "c.parquet", {"n": [1]})])
+
+
+def test_damaged_parquet(tmp_path):
+    path = write(tmp_path / "a.parquet", {"image": IMAGES}, row_group_size=50, use_dictionary=False)
+    metadata = pq.ParquetFile(path).metadata
+    data = bytearray(path.read_bytes())
+    start = metadata.row_group(1).column(0).data_page_offset
+    data[start : start + 64] = b"\xff" * 64
+    path.write_bytes(data)
+    found = read([path])
+    assert [source for _, source in found[:50] + found[100:]] == IMAGES[:50] + IMAGES[100:]
+    assert all("row group 1 cannot be read" in source for _, source in found[50:100])
+    text = tmp_path / "b.parquet"
+    text.write_text("not a Parquet file")
+    [(name, reason)] = read([text])
+    assert name == f"{text}#0"
+    assert "not a Parquet file that can be read" in reason
+    with pytest.raises(FileNotFoundError):
+        find_inputs([tmp_path / "absent.parquet"])
+
+
+def test_suffixes_are_those_pillow_reads():
+    assert set(SUFFIXES) <= Image.registered_extensions().keys()
