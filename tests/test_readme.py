@@ -73,6 +73,33 @@ def test_first_example(without_hub_or_gpu, tmp_path, monkeypatch):
     assert [len(x) for x in scope["tokens"]] == scope["packed"]["grid_thw"].prod(1).tolist()
 
 
+def test_training_example(without_hub_or_gpu, tmp_path):
+    from PIL import Image
+
+    ckpt = "google/siglip2-so400m-patch16-naflex"
+    processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (40 + 30 * i, 60)).save(file)
+    scope = dict(files=files, processor=processor, dataset=[processor(file) for file in files], epochs=1)
+    scope["model"] = Siglip2PackedVisionModel.from_pretrained(ckpt)
+    exec(example("<!-- training example -->").replace("num_workers=8", "num_workers=0"), scope)
+    assert scope["step"] == 1
+    assert len(scope["out"].pooler_output) == 3
+
+
+def test_the_tower_has_its_own_learning_rate():
+    model = torch.nn.ModuleDict({"vision_tower": torch.nn.Linear(2, 2), "mm_projector": torch.nn.Linear(2, 3)})
+    scope = dict(torch=torch, model=model)
+    exec(example("<!-- learning rates -->"), scope)
+    rates = {id(p): group["lr"] for group in scope["optimizer"].param_groups for p in group["params"]}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+        f"{part}.{name}": lr
+        for part, lr in (("vision_tower", 2e-6), ("mm_projector", 1e-5))
+        for name in ("weight", "bias")
+    }
+
+
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables = pytest.importorskip("readme_tables")
