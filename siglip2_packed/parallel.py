@@ -86,7 +86,7 @@ def mean_over_ranks(total: Tensor, count: int, group: dist.ProcessGroup | None =
     Returns:
         `[]` total · ranks / (count of all ranks). Averaged over ranks, it is the loss to log.
     """
-    counts = torch.tensor(count, dtype=torch.int64, device=total.device)
+    counts = torch.full((), count, dtype=torch.int64, device=total.device)  # no copy to the device, which would wait
     dist.all_reduce(counts, group=group)
     return total * (dist.get_world_size(group) / counts.clamp(min=1))
 
