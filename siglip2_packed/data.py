@@ -201,6 +201,7 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
         sizes = sizes.reshape(0).astype(np.int64) if sizes.size == 0 else sizes
         if sizes.dtype.kind not in "iu" or not (sizes.ndim == 1 or (sizes.ndim == 2 and sizes.shape[1] == 3)):
             raise ValueError(f"lengths must be integers [N] or [N, 3], got {sizes.dtype} {list(sizes.shape)}")
+        sizes = sizes.astype(np.int64)  # products of h and w do not fit 8 or 16 bits
         frames, frame = (sizes[:, 0], sizes[:, 1] * sizes[:, 2]) if sizes.ndim == 2 else (np.ones_like(sizes), sizes)
         patches = frames * frame
         for i in np.flatnonzero((patches < 1) | (frames < 1))[:1]:
@@ -359,7 +360,7 @@ def collate(items: Sequence[Any], temporal: str = "frames") -> PackedPatches:
             fields.append({name: value for name, value in named.items() if name not in KEYS})
             if fields[i].keys() != fields[0].keys():
                 raise ValueError(f"its fields are {list(fields[i])}, those of item 0 {list(fields[0])}")
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"item {i}: {error}") from error
         rows.append(pixel_values)
         grids += layout.grids

@@ -158,7 +158,8 @@ def _pristine(block, dtype: torch.dtype) -> bool:
 
 def _plain(module: nn.Module, kind: type, dtype: torch.dtype) -> bool:
     """An unchanged module whose weight and bias are plain tensors of the stream's dtype."""
-    if type(module) is not kind or _hooked(module):
+    # FSDP1 lays views over the parameters; in a checkpoint's recomputation it takes the parameters away as well
+    if type(module) is not kind or _hooked(module) or "weight" in module.__dict__:
         return False
     parameters = module._parameters.get("weight"), module._parameters.get("bias")
     return all(type(p) in PLAIN and p.dtype is dtype for p in parameters)  # type: ignore[union-attr]

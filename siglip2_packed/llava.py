@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,7 +54,7 @@ class SigLip2NaflexVisionTower(nn.Module):
 
     Args:
         vision_tower: checkpoint, a local folder or hub id.
-        vision_tower_cfg: LLaVA's model arguments or config. Read are `mm_vision_select_layer`,
+        vision_tower_cfg: LLaVA's model arguments or config, or a mapping. Read are `mm_vision_select_layer`,
             `mm_vision_select_feature` (only `"patch"`), and, as a tower that is trained is never delayed,
             `unfreeze_mm_vision_tower` and `mm_tunable_parts`.
         delay_load: read the configuration only; weights come with `load_model()` or a state dict that holds them.
@@ -66,6 +68,8 @@ class SigLip2NaflexVisionTower(nn.Module):
 
     def __init__(self, vision_tower: str | os.PathLike, vision_tower_cfg: Any = None, delay_load: bool = False):
         super().__init__()
+        if isinstance(vision_tower_cfg, Mapping):
+            vision_tower_cfg = SimpleNamespace(**vision_tower_cfg)
         feature = getattr(vision_tower_cfg, "mm_vision_select_feature", None) or "patch"
         if feature != "patch":
             raise ValueError(
@@ -133,16 +137,16 @@ class SigLip2NaflexVisionTower(nn.Module):
             return_spatial_dims: return `(features, h, w)`; h and w are integers, or lists if the images differ.
 
         Returns:
-            Features in the weights' dtype. A batch without images gives `[0, N, D]` or `[0, D]`, attached to the graph.
+            Features in the weights' dtype. A batch without images gives `[0, N, D]` or `[0, D]`, attached to the graph;
+            a list without images gives an empty list, so a rank that holds one calls with `torch.zeros(0, P)`.
 
         Raises:
-            RuntimeError: no weights yet.
+            RuntimeError: no weights yet, or built on the meta device and never given any.
             ValueError: images, grid and positions that do not fit each other.
         """
-        if isinstance(images, ImagePack):
-            return self._encode(images)
-        pack = self.pack(images, grid_thw, patch_positions)
-        features = pack.restore(self._encode(pack))
+        packed = isinstance(images, ImagePack)
+        pack = images if packed else self.pack(images, grid_thw, patch_positions)
+        features = self._encode(pack) if packed else pack.restore(self._encode(pack))
         if not return_spatial_dims:
             return features
         sizes = [(h, w) for _, h, w in pack.grids]
@@ -161,8 +165,13 @@ class SigLip2NaflexVisionTower(nn.Module):
     def _encode(self, pack: ImagePack) -> Tensor:
         """`[T, D]`, images end to end."""
         pixel_values, device = pack.pixel_values, self.device
-        if device.type != "meta":  # offloaded by accelerate, whose hooks move inputs
+        if device.type != "meta":
             pixel_values = pixel_values.to(device, non_blocking=True)
+        elif not any(hasattr(module, "_hf_hook") for module in self.vision_tower.modules()):
+            raise RuntimeError(
+                f"vision tower {str(self.vision_tower_name)!r} was built on the meta device and no weights came: load "
+                "a state dict with assign=True, or build it on another device"
+            )  # with hooks, weights were offloaded by accelerate, and the hooks move inputs
         features = self.vision_tower(
             pixel_values, pack.grids, cu_seqlens=pack.cu_seqlens, position_ids=pack.position_ids, return_dict=True
         ).last_hidden_state
@@ -230,6 +239,9 @@ def encode_images(
     Args:
         projector: maps every row for itself, `[T, D]` -> `[T, D_llm]`.
         images, grid_thw, patch_positions: any form that the tower takes. Padding is left out here.
+
+    A rank without images gets an empty list, which gives nothing a gradient, and ranks that train together then wait
+    for each other. It adds `0 * projector(tower(torch.zeros(0, P), [])).sum()` to its loss.
     """
     pack = tower.pack(images, grid_thw, patch_positions)
     features = projector(tower(pack))

@@ -100,6 +100,8 @@ def _pixel_values(images: Any, rows: list[Tensor] | None, counts: list[int], wid
     if rows is None:
         return images
     for i, (row, count) in enumerate(zip(rows, counts)):
+        if not row.is_floating_point():
+            raise ValueError(f"image {i}: pixel_values must be floating (normalised patches), got {row.dtype}")
         if len(row) < count:
             raise ValueError(f"image {i}: its grid covers {count} patches, it has {len(row)} rows")
         if row.shape[1] != rows[0].shape[1]:
@@ -156,7 +158,7 @@ def _host_positions(given: Any) -> list[np.ndarray | None] | None:
     """`patch_positions` -> `[n, 3]` an entry, in one device-to-host copy; None if there are none at all."""
     if given is None or (isinstance(given, (list, tuple)) and all(entry is None for entry in given)):
         return None
-    entries = list(given) if isinstance(given, (list, tuple)) or given.ndim == 3 else [given]
+    entries = list(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 3 else [given]
     tensors = [None if entry is None else integers(entry, "patch_positions").long() for entry in entries]
     for i, tensor in enumerate(tensors):
         if tensor is not None and tensor.shape != (*[1] * (tensor.ndim - 2), tensor.numel() // 3, 3):

@@ -220,7 +220,7 @@ def pack(
     pixel_values: Any,
     grid_thw: Any = None,
     *,
-    pixel_attention_mask: Tensor | None = None,
+    pixel_attention_mask: Any = None,
     spatial_shapes: Any = None,
     temporal: str = "frames",
 ) -> PackedPatches:
@@ -255,6 +255,8 @@ def pack(
     for i, (image, length) in enumerate(zip(pixel_values, lengths)):
         if not isinstance(image, Tensor):
             raise ValueError(f"image {i}: patches must be a tensor [t·h·w, P], got {type(image).__name__}")
+        if not image.is_floating_point():
+            raise ValueError(f"image {i}: pixel_values must be floating (normalised patches), got {image.dtype}")
         if image.shape[1:] != pixel_values[0].shape[1:]:
             raise ValueError(f"image {i}: patch_dim {image.shape[-1]}, image 0 has {pixel_values[0].shape[-1]}")
         if image.ndim != 2 or image.shape[0] < length or (image.shape[0] > length and not padded):
@@ -367,8 +369,9 @@ def _check_position_ids(position_ids: Tensor, rows: int | None, covered: int, of
             raise ValueError(f"position_ids lie in {low}..{high}, grid_thw covers {covered} patches")
 
 
-def check_mask(mask: Tensor, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
+def check_mask(mask: Any, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
     """Raises ValueError unless the mask `[N, max]` of a padded batch marks the first `lengths[i]` rows of image i."""
+    mask = torch.as_tensor(mask)
     if not isinstance(pixel_values, Tensor) or mask.shape != pixel_values.shape[:2]:
         raise ValueError(f"pixel_attention_mask {list(mask.shape)} needs a padded batch of the same [N, max]")
     expected = torch.arange(mask.shape[1])[None, :] < torch.tensor(lengths)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
 from siglip2_packed.parallel import mean_over_ranks
@@ -152,7 +154,8 @@ def steps(task, packed, mean):
     for _ in range(2):
         loss = mean(*task(packed))
         loss.backward()
-        assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+        # where FSDP1 keeps original parameters, those of another rank's shard are empty here
+        assert all(p.grad is not None for p in task.parameters() if p.requires_grad and p.numel())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -161,9 +164,12 @@ def steps(task, packed, mean):
 
 def parameters_of(module):
     parameters = {}
-    for name, parameter in module.named_parameters():
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        parameters[name.removeprefix("module.")] = whole.detach().double().numpy().copy()
+    fsdp1 = isinstance(module, FullyShardedDataParallel)
+    with module.summon_full_params(module) if fsdp1 else contextlib.nullcontext():
+        for name, parameter in module.named_parameters():
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            name = name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
+            parameters[name] = full.detach().double().numpy().copy()
     return parameters
 
 

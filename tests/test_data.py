@@ -196,6 +196,13 @@ def test_frames_of_a_video_are_segments():
     assert sorted(map(sorted, videos)) == [[0], [1]]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "int32", "uint64"])
+def test_small_integers_do_not_overflow(dtype):
+    for sizes in ([(1, 13, 100), (1, 16, 16), (1, 100, 120)], [100, 120]):
+        small, plain = (PatchBudgetBatchSampler(np.array(sizes, dt), 20000) for dt in (dtype, np.int64))
+        assert (small._lengths, small._costs) == (plain._lengths, plain._costs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -300,6 +307,11 @@ def test_state_without_workers_counts_what_was_handed_out_and_survives_a_second_
     sampler.set_epoch(3)  # another epoch begins at its beginning
     assert sampler.state_dict()["batch"] == 0
     assert len(list(sampler)) == len(sampler)
+    sampler.set_epoch(2)
+    over = sampler.state_dict(batch=len(sampler))
+    sampler.set_epoch(3)
+    sampler.load_state_dict(over)  # as StatefulDataLoader does, after set_epoch: what is over takes nothing back
+    assert sampler.state_dict()["epoch"] == 3 and len(list(sampler)) == len(sampler)
 
 
 def test_a_state_of_another_run_is_refused_with_both_numbers():
@@ -535,6 +547,7 @@ def test_collate_of_videos_and_of_skipped_images():
         ([(torch.ones(6, 3).int(), (1, 2, 3))], "item 0.*floating"),
         ([{"pixel_values": torch.ones(6, 3)}], "item 0: pixel_values and grid_thw are needed"),
         ([torch.ones(6, 3)], "item 0"),
+        ([(torch.ones(6, 3), (1, 2, 3)), None], "item 1"),
         (
             [{"pixel_values": torch.ones(1, 3), "grid_thw": (1, 1, 1), **more} for more in ({"label": 1}, {})],
             "item 1: its fields are",

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from ranks import TOKENS, UNEVEN, Task, check, pack, parameters_of, train_alone
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from siglip2_packed.data import PatchBudgetBatchSampler, collate
 from siglip2_packed.parallel import mean_over_ranks
@@ -114,7 +114,16 @@ class PackTrainer(Trainer):
 
     def get_train_dataloader(self):
         sampler = PatchBudgetBatchSampler([h * w for _, h, w in SHUFFLED], BUDGET, seed=1)
+        self.add_callback(SetEpoch(sampler))
         return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=collate)
+
+
+class SetEpoch(TrainerCallback):
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(round(state.epoch))
 
 
 class Images(torch.utils.data.Dataset):
@@ -128,8 +137,8 @@ class Images(torch.utils.data.Dataset):
 def with_trainer(folder, output, checkpointing):
     task = Loss(folder, **TOKENS)
     arguments = TrainingArguments(
-        output, use_cpu=True, optim="sgd", learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=0.0,
-        num_train_epochs=1, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+        output, use_cpu=True, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+        num_train_epochs=2, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         ddp_find_unused_parameters=False, gradient_checkpointing=checkpointing,
     )  # fmt: skip
     trainer = PackTrainer(model=task, args=arguments, train_dataset=Images())
@@ -146,19 +155,22 @@ def test_trainer_on_packs_of_a_budget(ranks, checkpoint, tmp_path, checkpointing
 
     task = Task(folder, dtype=torch.float64, **TOKENS).double()
     start = parameters_of(task)
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.3)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
     plans = [
         PatchBudgetBatchSampler([h * w for _, h, w in SHUFFLED], BUDGET, seed=1, num_replicas=2, rank=r) for r in (0, 1)
     ]
     losses = []
-    for batches in zip(*plans):
-        total, count = task(pack([SHUFFLED[i] for batch in batches for i in batch]).to(torch.float64))
-        loss = total / count
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert len(losses) > 1
+    for epoch in range(2):
+        for plan in plans:
+            plan.set_epoch(epoch)
+        for batches in zip(*plans):
+            total, count = task(pack([SHUFFLED[i] for batch in batches for i in batch]).to(torch.float64))
+            loss = total / count
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert len(losses) > 3
     check(
         [(np.array(logged), parameters) for logged, parameters in results[:1]],
         (start, losses, parameters_of(task)),

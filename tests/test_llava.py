@@ -89,7 +89,7 @@ def tower(checkpoint):
 # input forms
 
 
-FORMS = "packed pack batch mapping unmasked flat nested over encode_images".split()
+FORMS = "packed pack batch mapping numpy unmasked flat nested over encode_images".split()
 
 
 def run_form(tower, form, x, grids):
@@ -101,6 +101,7 @@ def run_form(tower, form, x, grids):
         "pack": PackedPatches(x, grids),
         "batch": batch["pixel_values"],
         "mapping": batch,
+        "numpy": {**batch, "pixel_attention_mask": batch["pixel_attention_mask"].numpy()},
         "unmasked": {key: batch[key] for key in ("pixel_values", "spatial_shapes")},
         "flat": list(x.split(counts)),
         "nested": [image[None] for image in x.split(counts)],
@@ -111,7 +112,7 @@ def run_form(tower, form, x, grids):
         features = encode_images(tower, nn.Identity(), images, grid)
         assert [len(image) for image in features] == counts
         return torch.cat(features)
-    features = tower(images) if form in ("pack", "mapping", "unmasked") else tower(images, grid_thw=grid)
+    features = tower(images) if form in ("pack", "mapping", "numpy", "unmasked") else tower(images, grid_thw=grid)
     if form in ("packed", "pack"):
         return features
     if form in ("flat", "nested", "over"):
@@ -205,6 +206,8 @@ def test_spatial_dims_and_images_without_a_grid(tower, patches):
     assert (features.shape, h, w) == ((1, 24, 64), 4, 6)
     features, h, w = tower(x.view(3, 24, 48), grid_thw=torch.tensor(SAME), return_spatial_dims=True)
     assert (features.shape, h, w) == ((3, 24, 64), [4, 8, 6], [6, 3, 4])
+    _, h, w = tower(tower.pack(x.view(3, 24, 48), SAME), return_spatial_dims=True)
+    assert (h, w) == ([4, 8, 6], [6, 3, 4])
     x = patches([(2, 4, 4)]).view(2, 16, 48)
     features, h, w = tower(x, return_spatial_dims=True)
     assert (h, w) == (4, 4)
@@ -247,6 +250,7 @@ def test_bad_input_names_both_numbers(tower, patches):
         (x[None, :, :40], [(1, 3, 5)], r"\[T, 48\], got \[15, 40\]"),
         ([x, x[:, :40]], [(1, 3, 5)] * 2, "patch_dim 40, image 0 has 48"),
         (x[None].int(), [(1, 3, 5)], "int32"),
+        ([x, x.int()], [(1, 3, 5)] * 2, "image 1.*int32"),
         ([x.numpy()], [(1, 3, 5)], "ndarray"),
         (x.numpy(), [(1, 3, 5)], "ndarray"),
         (x[0], [(1, 3, 5)], r"\[48\]"),
@@ -257,6 +261,8 @@ def test_bad_input_names_both_numbers(tower, patches):
     ):
         with pytest.raises(ValueError, match=message):
             tower(images, grid_thw=grid)
+    with pytest.raises(ValueError, match="patch_positions must hold integers"):
+        tower(x, grid_thw=[(1, 3, 5)], patch_positions="raster")
     with pytest.raises(TypeError):
         tower(x, grid_thw=[(1, 3, 5)], num_frames=3)
 
@@ -401,8 +407,8 @@ def test_impossible_selections_are_refused_at_construction(checkpoint, delay_loa
             SigLip2NaflexVisionTower(checkpoint("tiny"), args(mm_vision_select_layer=layer), delay_load=delay_load)
     with pytest.raises(ValueError, match="cls_patch"):
         SigLip2NaflexVisionTower(checkpoint("tiny"), args(mm_vision_select_feature="cls_patch"), delay_load=delay_load)
-    for given in (args(mm_vision_select_layer=None, mm_vision_select_feature="patch"), None):
-        assert SigLip2NaflexVisionTower(checkpoint("tiny"), given, delay_load=delay_load).select_layer == -2
+    for given, layer in ((args(mm_vision_select_layer=None), -2), (None, -2), ({"mm_vision_select_layer": -1}, -1)):
+        assert SigLip2NaflexVisionTower(checkpoint("tiny"), given, delay_load=delay_load).select_layer == layer
 
 
 def test_token_counts_of_fifty_sizes(tower):
@@ -635,6 +641,17 @@ def test_the_tower_copies_and_pickles(checkpoint, tower, patches, tmp_path):
     delayed.load_state_dict(tower.state_dict())
     for other in (copy.deepcopy(tower), torch.load(tmp_path / "tower.pt", weights_only=False), delayed):
         assert torch.equal(other(x, SAME), tower(x, SAME))
+
+
+def test_a_tower_built_on_the_meta_device_says_that_it_has_no_weights(checkpoint, tower, patches):
+    x = patches(SAME)
+    with torch.device("meta"):
+        built = SigLip2NaflexVisionTower(checkpoint("tiny"), args(), delay_load=True)
+    built.load_model()
+    with pytest.raises(RuntimeError, match="meta device and no weights came"):
+        built(x, SAME)
+    built.load_state_dict(tower.state_dict(), assign=True)
+    assert torch.equal(built(x, SAME), tower(x, SAME))
 
 
 # whose choices: requires_grad, mode, names (V2, V3, T4, T9)

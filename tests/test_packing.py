@@ -174,6 +174,8 @@ def test_wrong_round_trips_are_errors():
         pack([torch.randn(13, 48)], [(1, 3, 4)])
     with pytest.raises(ValueError, match="2 images, the grid 1"):
         pack([torch.randn(12, 48)] * 2, [(1, 3, 4)])
+    with pytest.raises(ValueError, match="image 1: pixel_values must be floating.*int64"):
+        pack([torch.zeros(6, 48), torch.zeros(6, 48, dtype=torch.int64)], [(1, 2, 3)] * 2)
     with pytest.raises(ValueError, match="image 1: patch_dim 40, image 0 has 48"):
         pack([torch.randn(12, 48), torch.randn(12, 40)], [(1, 3, 4)] * 2)
     with pytest.raises(ValueError, match="image 0: patches must be a tensor"):

@@ -1,5 +1,6 @@
 """Training on two ranks is training on one: DDP, FSDP, tensor parallelism, checkpoints, with awkward packs."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from ranks import IMAGES, NO_IMAGES, TOKENS, UNEVEN, Task, check, pack, parameters_of, steps, train, train_alone
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from siglip2_packed import Siglip2PackedVisionModel
+from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.parallel import apply_fsdp, apply_tensor_parallel, mean_over_ranks
 
 
@@ -49,6 +52,19 @@ TRAINING = {
 def test_two_ranks_train_as_one(ranks, checkpoint, engine, training, images):
     folder, kwargs = checkpoint("tiny"), TRAINING[training]
     check(ranks(train, engine, folder, images, **kwargs), train_alone(folder, **kwargs))
+
+
+def fsdp1(task):
+    """Partly frozen units need `use_orig_params`, which the optimizer then sees; else all are flat."""
+    mixed = len({p.requires_grad for p in task.parameters()}) == 2
+    policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Siglip2PackedEncoderLayer})
+    return FullyShardedDataParallel(task, auto_wrap_policy=policy, use_orig_params=mixed, device_id=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("training", ["tokens", "last layer, checkpointing", "frozen"])
+def test_fsdp1_trains_as_one(ranks, checkpoint, training):
+    folder, kwargs = checkpoint("tiny"), TRAINING[training]
+    check(ranks(train, fsdp1, folder, NO_IMAGES, **kwargs), train_alone(folder, **kwargs))
 
 
 def mixed_precision(folder, images, **kwargs):
@@ -89,6 +105,19 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32(ranks, checkpoin
         return np.sqrt(sum(np.square(parameters[name] - exact[name]).sum() for name in exact))
 
     assert 0 < error(results[0][1]) <= 1.3 * error(on_one_rank)
+
+
+def means():
+    """Losses of packs of 1 and 3 terms: over both ranks, over a group of one, and of empty packs on both."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([member]) for member in (0, 1)]
+    total, count = torch.tensor(6.0 * (rank + 1)), 1 + 2 * rank
+    means = mean_over_ranks(total, count), mean_over_ranks(total, count, groups[rank])
+    return [mean.item() for mean in (*means, mean_over_ranks(torch.zeros(()), 0))]
+
+
+def test_a_loss_is_the_mean_over_the_terms_of_its_ranks(ranks):
+    assert ranks(means) == [[3.0, 6.0, 0.0], [6.0, 4.0, 0.0]]
 
 
 def tensor_parallel(folder, **kwargs):
