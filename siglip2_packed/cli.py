@@ -2,7 +2,7 @@
 
 A command is a row of `COMMANDS`. Its function is imported only when it is the one asked for; it declares the flags and
 sets `run`, which takes the parsed arguments and returns the exit code. 0: all well, 1: the command ran and has bad
-news (a comparison failed, an image could not be read), 2: it could not run, for the reason on stderr.
+news (a comparison failed, an image could not be read), 2: it could not run, for the reason on stderr, 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_transformers()
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\nsiglip2-packed {args.command}: interrupted", file=sys.stderr)
+        return 130
     except USER_ERRORS as error:
         print(f"siglip2-packed {args.command}: error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
                 settings = {
                     "inputs": len(inputs),
                     "names": inputs.fingerprint(),
+                    "column": args.column,
                     "shard_size": shard_size,
                     "format": args.format,
                     "kept": sorted(empty),
@@ -140,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
                     "weights": weights,
                 }
                 failed, read, patches = to_folder(out, settings, args.resume, rows, empty, rank, world)
+    except BrokenExecutor as error:
+        raise OSError("a decoding process was killed (out of memory?): see --workers; --resume goes on") from error
     except StrictError as error:
         print(f"siglip2-packed encode: --strict: {error}", file=sys.stderr)
         return 1
@@ -235,9 +238,9 @@ def watched(rows: Iterator[Row], progress: tqdm, meter: Meter, strict: bool) -> 
                 raise StrictError(fault)
             if faults < REPORTED:
                 progress.write(fault, file=sys.stderr)
-            faults += 1
-            if faults == REPORTED:
+            elif faults == REPORTED:
                 progress.write("further errors are not shown here, only written", file=sys.stderr)
+            faults += 1
         yield row
         if packs != meter.packs:
             packs = meter.packs

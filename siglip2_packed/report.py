@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,8 @@ class Sheet:
         return axes
 
     def write(self, x: float, y: float, text: str, **style: Any) -> None:
-        style = {"fontsize": 8, "color": "#666666", "ha": "center", "va": "center", **style}
+        # a name between dollar signs is not mathematics
+        style = {"fontsize": 8, "color": "#666666", "ha": "center", "va": "center", "parse_math": False, **style}
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
 
 
@@ -134,7 +136,8 @@ def write_html(views: Sequence[View], path: Path, subtitle: str) -> None:
     """The same as a page: a click chooses the patch that cosines are shown to, heads can be looked at one by one."""
     found = {"heat": HEAT, "cosine": COSINE, "views": [_data(view) for view in views]}
     data = json.dumps(found, allow_nan=False).replace("<", "\\u003c")  # a name must not end the script
-    page = PAGE.replace("SUBTITLE", html.escape(f"{subtitle}; siglip2-packed {__version__}")).replace("DATA", data)
+    fill = {"SUBTITLE": html.escape(f"{subtitle}; siglip2-packed {__version__}"), "DATA": data}
+    page = re.sub("|".join(fill), lambda word: fill[word[0]], PAGE)  # at once: what is filled in may hold either word
     path.write_text(page, encoding="utf-8")
 
 

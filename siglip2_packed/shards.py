@@ -57,17 +57,17 @@ def write_file(
     Returns:
         How many inputs failed, how many were read, and their patches.
     """
-    rows = sorted(rows, key=lambda row: row.ordinal)
-    good, bad = [row for row in rows if not row.error], [row for row in rows if row.error]
-    tensors = {f"{row.ordinal:05d}": cast(row.patches, empty["patches"]) for row in good if row.patches is not None}
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # views of packs cannot be saved
-    tensors |= stacked(good, {name: x for name, x in empty.items() if name == "pooled"})
-    metadata = {
-        "images": {f"{row.ordinal:05d}": {"file": row.name, "grid_thw": [1, *row.grid]} for row in good},
-        "failed": {f"{row.ordinal:05d}": {"file": row.name, "reason": row.error} for row in bad},
-        "model": model,
-    }
-    with replacing(path) as temporary:
+    with replacing(path) as temporary:  # entered first: what cannot be written is not computed
+        rows = sorted(rows, key=lambda row: row.ordinal)
+        good, bad = [row for row in rows if not row.error], [row for row in rows if row.error]
+        tensors = {f"{row.ordinal:05d}": cast(row.patches, empty["patches"]) for row in good if row.patches is not None}
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # views of packs cannot be saved
+        tensors |= stacked(good, {name: x for name, x in empty.items() if name == "pooled"})
+        metadata = {
+            "images": {f"{row.ordinal:05d}": {"file": row.name, "grid_thw": [1, *row.grid]} for row in good},
+            "failed": {f"{row.ordinal:05d}": {"file": row.name, "reason": row.error} for row in bad},
+            "model": model,
+        }
         save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
     return len(bad), len(good), sum(h * w for h, w in (row.grid for row in good))
 
@@ -229,7 +229,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name to write to. At the end it is on the disk under its own, in one step, or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         _sync(temporary)
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs folders

@@ -259,7 +259,8 @@ def run(args: argparse.Namespace) -> int:
         elif args.against:
             other = encode(args.against, files, device, dtype, args.attn_implementation, args.max_num_patches)
             others = other.grids, other.features
-        views = make_views([file.name for file in files], encoded, args.patch, args.against or "", others)
+        names = [file.name.encode("utf-8", "replace").decode() for file in files]  # a font has no glyph for a bare byte
+        views = make_views(names, encoded, args.patch, args.against or "", others)
 
     for view in views:
         print(summary(view))

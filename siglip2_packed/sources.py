@@ -7,6 +7,7 @@ costs the inputs it hits, never the run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import os
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip2_packed.parquet import Parquet, Source
+from siglip2_packed.parquet import Parquet, Source, one_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LISTS = (".txt",)
@@ -67,9 +68,7 @@ class Tar:
                     yield ValueError(member.fault)
                     continue
                 file.seek(member.offset)
-                data = file.read(member.size)
-                short = f"the tar file ends after {len(data)} of its {member.size} bytes"
-                yield data if len(data) == member.size else ValueError(short)
+                yield file.read(member.size)
 
 
 class Member(NamedTuple):
@@ -80,7 +79,7 @@ class Member(NamedTuple):
 
 
 def tar_members(path: str) -> Iterator[Member]:
-    """Members with an image's suffix, and one faulty member for each stretch where headers are damaged.
+    """Members with an image's suffix, and a faulty member wherever more may be lost: damaged headers, a cut file.
 
     `tarfile` ends without a word at a header it cannot read. With `ignore_zeros` it looks for the next good one
     instead, and the gap shows that something was lost.
@@ -98,7 +97,7 @@ def tar_members(path: str) -> Iterator[Member]:
                 block = file.read(512)
                 if not block.strip(b"\0"):  # padding, or where tar files were joined
                     start += 512
-                elif (size := global_header(block)) is not None:  # for all members that follow (git archive)
+                elif 0 <= (size := global_header(block)) < stop - start:  # for all members that follow (git archive)
                     start += 512 + -(-size // 512) * 512
                 else:
                     yield Member(f"bytes {start} to {stop}", 0, 0, "damaged tar headers: what they described is lost")
@@ -108,30 +107,55 @@ def tar_members(path: str) -> Iterator[Member]:
         with tarfile.open(path, "r:", ignore_zeros=True) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                if member.size < 0:
+                    break
                 yield from gap(end, member.offset)
                 end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
+                there = total - member.offset_data
+                if member.isreg() and member.size > there:  # whatever it is: what came behind it is lost
+                    yield Member(member.name, 0, 0, f"the tar file ends after {there} of its {member.size} bytes")
+                    return
                 if member.name.lower().endswith(SUFFIXES) and not member.isdir():
                     fault = "" if member.isreg() else "a link or a special file, not an image"
                     yield Member(member.name, member.offset_data, member.size, fault)
-    except tarfile.TarError:
+    except Exception:  # TarError, or what an absurd size provokes when it is sought or allocated
         pass  # cut short or damaged from here on: the gap below
     yield from gap(min(end, total), total)
 
 
-def global_header(block: bytes) -> int | None:
-    """Size of what follows, or None if the block is no such header."""
+def global_header(block: bytes) -> int:
+    """Size of what follows, or -1 if the block is no such header."""
     try:
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError:
-        return None
-    return member.size if member.type == tarfile.XGLTYPE else None
+        return -1
+    return member.size if member.type == tarfile.XGLTYPE else -1
+
+
+class Unusable:
+    """A file or folder met on a walk that cannot be opened as what its name says: one input, and why."""
+
+    def __init__(self, path: str, fault: str):
+        self.path, self.fault = path, fault
+
+    def __len__(self) -> int:
+        return 1
+
+    def names(self, start: int, stop: int) -> Iterator[str]:
+        return iter([self.path])
+
+    def read(self, start: int, stop: int) -> Iterator[Source]:
+        return iter([ValueError(self.fault)])
+
+
+Part = Files | Tar | Parquet | Unusable
 
 
 class Inputs:
     """The parts end to end: N inputs with the numbers 0 to N-1."""
 
-    def __init__(self, parts: Iterable[Files | Tar | Parquet]):
-        self.parts = list(parts)
+    def __init__(self, parts: Iterable[Part]):
+        self.parts = [part for part in parts if len(part)]
         self.ends = list(itertools.accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
@@ -168,18 +192,24 @@ def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, b
         but: a folder that is not walked: the output.
 
     Raises:
-        ValueError: a path without images, a compressed tar file, no or several image columns.
-        OSError: a list, tar or Parquet file that is not there.
+        ValueError: a path without images, a compressed tar file, no or several image columns, the output as input.
+            In a folder with anything else, what is met of these is an input that says so.
+        OSError: a folder, list, tar or Parquet file that is not there.
     """
-    parts: list[Files | Tar | Parquet] = []
+    parts: list[Part] = []
     for path in (os.fspath(path) for path in paths):
         if os.path.isdir(path):
-            listed = _walk(path, but)
+            found = list(_parts(_walk(path, but), column, but, walked=True))
+        elif path == "-" or path.lower().endswith(LISTS):
+            found = list(_parts(_lines(path), column, but))
+        elif path.lower().endswith(SUFFIXES) or os.path.exists(path):
+            found = list(_parts([path], column, but))
         else:
-            listed = _lines(path) if path == "-" or path.lower().endswith(LISTS) else [path]
-        found = list(_parts(listed, column, but))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if not any(map(len, found)):
             raise ValueError(f"no images in {path!r} (files that end in {', '.join(SUFFIXES)})")
+        if isinstance(found[0], Unusable) and all(isinstance(part, Unusable) for part in found):
+            raise ValueError(found[0].fault)
         parts += found
     return Inputs(parts)
 
@@ -197,24 +227,35 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
     return files
 
 
-def _parts(paths: Iterable[str], column: str | None, but: Path | None) -> Iterator[Files | Tar | Parquet]:
-    """Runs of image files become one part; anything else stands for itself."""
+def _parts(paths: Iterable[str], column: str | None, but: Path | None, walked: bool = False) -> Iterator[Part]:
+    """Runs of image files become one part; anything else stands for itself.
+
+    What somebody named and is unfit is an error. What a walk met must not keep the rest of the folder from being read.
+    """
     for is_image, run in itertools.groupby(paths, lambda path: path.lower().endswith(SUFFIXES)):
         if is_image:
             yield Files(list(run))
             continue
         for path in run:
-            lower = path.lower()
-            if os.path.isdir(path):
-                yield from _parts(_walk(path, but), column, but)
-            elif lower.endswith(COMPRESSED):
-                raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
-            elif lower.endswith(".tar"):
-                yield Tar(path)
-            elif lower.endswith(".parquet"):
-                yield Parquet(path, column)
-            else:
-                yield Files([path])
+            try:
+                if os.path.isdir(path):
+                    more = _parts(_walk(path, but), column, but, walked=True)
+                else:
+                    more = iter([_part(path, column)])
+            except (ValueError, OSError) as error:
+                if not walked:
+                    raise
+                more = iter([Unusable(path, one_line(error))])
+            yield from more
+
+
+def _part(path: str, column: str | None) -> Part:
+    lower = path.lower()
+    if lower.endswith(COMPRESSED):
+        raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
+    if lower.endswith(".tar"):
+        return Tar(path)
+    return Parquet(path, column) if lower.endswith(".parquet") else Files([path])
 
 
 def _lines(path: str) -> list[str]:
@@ -224,14 +265,23 @@ def _lines(path: str) -> list[str]:
 
 
 def _walk(folder: str, but: Path | None = None) -> list[str]:
-    """Every image, tar and Parquet file below a folder, sorted part by part of the path."""
+    """Every image, tar and Parquet file below a folder, sorted part by part of the path. No features: outputs.
+
+    A folder below that cannot be read is listed for itself.
+    """
+    found: list[str] = []
 
     def fail(error: OSError):
-        raise error
+        if error.filename == folder:
+            raise error
+        found.append(error.filename)
 
-    found = []
     for root, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if but is None or Path(root, name).resolve() != but]
-        if but is None or Path(root).resolve() != but:
+        is_output = but is not None and Path(root).resolve() == but
+        if is_output and root == folder:
+            raise ValueError(f"--out {folder!r} is a folder of inputs: name another, which may lie in it")
+        if is_output or (root != folder and ".parts" in folders):
+            folders.clear()
+        else:
             found += [os.path.join(root, name) for name in files if name.lower().endswith((*SUFFIXES, *CONTAINERS))]
     return sorted(found, key=lambda path: path.split(os.sep))

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
             cosine = cosines(model(**packed.to(device)).pooler_output, text_embeds)[0]
         logit = cosine * math.exp(tower.logit_scale) + tower.logit_bias
         numbers = zip(args.labels, texts, logit.sigmoid().tolist(), logit.tolist(), cosine.tolist())
-        image = {"file": str(file), "grid": packed["grid_thw"][0, 1:].tolist()}
+        image = {"file": str(file).encode("utf-8", "replace").decode(), "grid": packed["grid_thw"][0, 1:].tolist()}
         image["scores"] = [dict(zip(("label", "text", "score", "logit", "cosine"), row)) for row in numbers]
         print_scores(image)
         images.append(image)

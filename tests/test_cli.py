@@ -99,6 +99,15 @@ def test_user_errors_are_a_line_and_exit_code_2(monkeypatch, capsys, error):
     assert capsys.readouterr().err == f"siglip2-packed doctor: error: {error}\n"
 
 
+def test_ctrl_c_is_a_line(monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("siglip2_packed.random_checkpoint.save_random_checkpoint", stop)
+    assert cli.main(["random-checkpoint", "x"]) == 130
+    assert capsys.readouterr().err == "\nsiglip2-packed random-checkpoint: interrupted\n"
+
+
 def test_our_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "environment", lambda device: [][0])
     with pytest.raises(IndexError):

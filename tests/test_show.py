@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -271,6 +272,17 @@ def test_features_that_are_not_finite(encoded):
     others = encoded.grids, [x]
     with pytest.raises(ValueError, match="square.png: features in other are not finite"):
         show.make_views(["square.png"], encoded._replace(features=[x.nan_to_num()]), None, "other", others)
+
+
+@pytest.mark.parametrize("name", ["$\\frac$.png", "SUBTITLE DATA.png", "\udcff.png"])
+def test_strange_names(checkpoint, files, tmp_path, name, capsys):
+    """Formulas, the page's own placeholders, bytes that are no UTF-8; in the checkpoint's path too."""
+    ckpt, file = tmp_path / "DATA", tmp_path / name
+    shutil.copytree(checkpoint("tiny"), ckpt)
+    shutil.copy(files[0], file)
+    assert run(ckpt, [str(file)], "--out", tmp_path / "p.png", "--html", tmp_path / "p.html") == 0
+    assert page_data(tmp_path / "p.html")["views"][0]["name"] == name.replace("\udcff", "?")
+    assert (tmp_path / "p.html").read_text(encoding="utf-8").count("DATA, float32;") == 1
 
 
 def test_only_the_panel_needs_matplotlib(checkpoint, files, tmp_path, monkeypatch, capsys):

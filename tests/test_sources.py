@@ -144,10 +144,99 @@ def test_what_is_no_tar(tmp_path):
         "an empty file, not a tar file",
     ]
     (tmp_path / "text.tar.gz").touch()
+    (tmp_path / "list.txt").write_text(f"a.png\n{tmp_path / 'text.tar.gz'}\n")
+    for path in (tmp_path / "text.tar.gz", tmp_path / "list.txt"):
+        with pytest.raises(ValueError, match="is compressed"):
+            find_inputs([path])
+    for name in ("absent.tar", "absent", "absent/"):
+        with pytest.raises(FileNotFoundError, match="absent"):
+            find_inputs([tmp_path / name])
+
+
+def test_what_a_walk_cannot_use_is_named_and_costs_nothing_else(tmp_path, monkeypatch):
+    for name in ("closed/a.png", "open/b.png", "z.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "open" / "a.tar.gz").touch()
+    scandir = os.scandir
+
+    def guarded(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    found = read([tmp_path])
+    assert [os.path.relpath(name, tmp_path) for name, _ in found] == ["closed", "open/a.tar.gz", "open/b.png", "z.png"]
+    assert "Permission denied" in found[0][1]
+    assert "is compressed" in found[1][1]
+    with pytest.raises(PermissionError):
+        find_inputs([tmp_path / "closed"])
+    (tmp_path / "open" / "b.png").unlink()
     with pytest.raises(ValueError, match="is compressed"):
-        find_inputs([tmp_path])
-    with pytest.raises(FileNotFoundError):
-        find_inputs([tmp_path / "absent.tar"])
+        find_inputs([tmp_path / "open"])
+
+
+def test_a_part_without_images_hides_nothing_behind_it(tmp_path):
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).touch()
+    tarfile.open(tmp_path / "b.tar", "w").close()
+    assert [name for name, _ in read([tmp_path])] == [str(tmp_path / "a.png"), str(tmp_path / "c.png")]
+
+
+def test_outputs_are_not_walked(tmp_path):
+    for folder in ("", "before", "before/.parts", "now"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "a.png").touch()
+    assert [name for name, _ in read([tmp_path], but=tmp_path / "now")] == [str(tmp_path / "a.png")]
+    (tmp_path / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "link"):
+        with pytest.raises(ValueError, match="is a folder of inputs"):
+            find_inputs([path], but=tmp_path)
+
+
+def resized(path, name, size):
+    """Gives a member a header with another size, and the checksum that makes it good."""
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        start = tar.getmember(name).offset
+    data[start + 124 : start + 136] = size
+    data[start + 148 : start + 156] = b" " * 8
+    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
+    return start
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 8 + b"\0" * 4, b"\x80" + b"\x7f" * 11, b"\x80" + b"\0" * 3 + b"\x7f" * 8])
+@pytest.mark.parametrize("name", ["001.jpg", "001.txt"])
+def test_absurd_sizes_in_a_tar(shard, name, size):
+    """Negative, beyond what Python can seek to, and as much as it just can: what is lost is named."""
+    resized(shard, name, size)
+    found = read([shard])
+    *whole, (lost, reason) = found
+    assert [source for _, source in whole] == [png(3)] * (2 if name == "001.txt" else 1)
+    if size[0] == 0xFF:
+        assert "damaged tar headers" in reason
+    else:
+        assert (lost, "ends after" in reason) == (f"{shard}#{name}", True)
+
+
+def test_an_absurd_size_in_a_global_header(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", pax_headers={"comment": "git archive writes one"}) as tar:
+        add(tar, "a.png", png())
+    data = bytearray(path.read_bytes())
+    data[124:136], data[148:156] = b"\x80" + b"\x7f" * 11, b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    assert [reason.split(":")[0] for _, reason in read([path])] == ["damaged tar headers"]
+
+
+def test_a_tar_cut_in_what_is_no_image(shard):
+    with tarfile.open(shard) as tar:
+        member = tar.getmember("001.txt")
+    shard.write_bytes(shard.read_bytes()[: member.offset_data + 3])
+    assert read([shard])[2:] == [(f"{shard}#001.txt", "the tar file ends after 3 of its 9 bytes")]
 
 
 pa = pytest.importorskip("pyarrow")
