@@ -39,9 +39,9 @@ from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.decode import cores, decoding_pool
-from siglip2_packed.doctor import DTYPES
 from siglip2_packed.encode import to_folder
 from siglip2_packed.features import Meter, clock, encode
+from siglip2_packed.flags import DTYPES
 from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
 from siglip2_packed.sources import find_inputs

@@ -24,9 +24,9 @@ from torch import Tensor
 import kernels_ref
 from siglip2_packed.attention import head_dim
 from siglip2_packed.compare import Row, compare, measure
-from siglip2_packed.doctor import DTYPES, environment, pick_device, write_json
+from siglip2_packed.doctor import environment
+from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.ops.dispatch import length_class, resolve_backend
 from siglip2_packed.packing import PackedPatches, convert_to_packing_format
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -203,16 +203,12 @@ def photographs() -> list[Path]:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ckpt", required=True, help="checkpoint: a folder or a hub id")
-    parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype of our model (float32)")
+    add_model_flags(parser, dtype="dtype of our model")
     parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="random images of one size (2)")
     parser.add_argument("--image-size", type=image_size, default="224", metavar="SIZE", help="224 or 208x304 (224)")
     parser.add_argument("--threshold", type=float, default=0.99, help="smallest cosine of any token (0.99)")
     parser.add_argument("--use-real-images", action="store_true", help="photographs that come with scikit-image")
     parser.add_argument("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
-    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
-    parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random images (0)")
     parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=run)

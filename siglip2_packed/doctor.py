@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
-import math
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.measure import cpu_name
 from siglip2_packed.ops.attention import BACKENDS, why_missing, why_not
 from siglip2_packed.ops.dispatch import LENGTH_CLASSES, resolve_backend, self_check
 from siglip2_packed.version import __version__
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_DIMS = (64, 72)
 """base and so400m."""
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "safetensors", "numpy")
@@ -114,33 +111,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or CUDA where there is one. ValueError if it is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # no such name; no such device; a torch without
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def write_json(path: str, report: Any) -> None:
-    """Writes a report, NaN and infinities as null: JSON has none."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(_finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

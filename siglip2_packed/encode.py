@@ -30,10 +30,9 @@ from tqdm import tqdm
 from siglip2_packed import shards
 from siglip2_packed.attention import head_dim
 from siglip2_packed.decode import DECODE_IN, ahead, cores, decoding_pool
-from siglip2_packed.doctor import DTYPES, pick_device
 from siglip2_packed.features import Meter, Row, StrictError, encode
+from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.ops.dispatch import resolve_backend
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.sources import find_inputs
@@ -46,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet")
     add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
-    add("--ckpt", required=True, help="checkpoint: a folder or a hub id")
+    add_model_flags(parser, dtype="dtype to compute and save")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
     add("--format", choices=shards.FORMATS, default="safetensors", help="what a shard is (safetensors)")
@@ -56,12 +55,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
     add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
     add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
-    add("--device", help="device to run on (cuda if there is one, else cpu)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="dtype to compute and save (float32)")
     add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
-    add("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
     add("--patch-budget", type=int, default=16384, metavar="N", help="patches a pack (16384)")
-    add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     parser.set_defaults(run=run)
 
 

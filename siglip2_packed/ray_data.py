@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from siglip2_packed.decode import decoding_pool
-from siglip2_packed.doctor import DTYPES, pick_device
 from siglip2_packed.features import encode
+from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.parquet import source_of
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip2_packed import align, report
-from siglip2_packed.doctor import DTYPES, pick_device
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
+from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.packing import unpack
 from siglip2_packed.pooling import Siglip2PackedPoolingHead
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -221,15 +220,11 @@ def make_views(
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
-    parser.add_argument("--ckpt", required=True, help="checkpoint: a folder or a hub id")
+    add_model_flags(parser, dtype="dtype of the model")
     parser.add_argument("--out", metavar="FILE", help="draw the panels here: .png, .pdf or .svg")
     parser.add_argument("--html", metavar="FILE", help="write a page in which patches can be clicked")
     parser.add_argument("--patch", type=patch, metavar="ROW,COL", help="cosines to this patch (the most attended)")
     parser.add_argument("--against", metavar="MODEL", help="where it differs: padded, transformers or a checkpoint")
-    parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype of the model (float32)")
-    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
-    parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     parser.set_defaults(run=run)
 
 

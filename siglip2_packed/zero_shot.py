@@ -19,9 +19,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
-from siglip2_packed.doctor import DTYPES, pick_device, write_json
+from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.sources import image_files
 from siglip2_packed.weights import find_file, read_tensors
@@ -89,17 +88,11 @@ def cosines(images: Tensor, texts: Tensor) -> Tensor:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
     parser.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what might be in the images")
-    parser.add_argument(
-        "--ckpt", required=True, help="full checkpoint, with text tower and tokenizer: folder or hub id"
-    )
+    add_model_flags(parser, ckpt="full checkpoint, with text tower and tokenizer: folder or hub id")
     parser.add_argument(
         "--template", default="a photo of {}", help="text of a label ('a photo of {}'; '{}' for itself)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
-    parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="dtype to compute in (float32)")
-    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
-    parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     parser.set_defaults(run=run)
 
 
