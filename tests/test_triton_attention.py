@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import kernels_ref
 from siglip2_packed.ops.triton.attention import (
     varlen_attention,
     varlen_attention_pool,
@@ -61,6 +62,24 @@ def assert_close(actual, expected, bound):
         assert a.shape == e.shape
         error = (a.double() - e.double()).norm() / e.double().norm()
         assert error <= bound, f"{name}: relative error {error:.2e} > {bound:.2e}"  # NaN fails
+
+
+def assert_as_good_as_torch(actual, expected, inputs, grad, lengths):
+    """At most twice the error of the same loop in torch in the same dtype, for each of out, dq, dk, dv."""
+    for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+        if begin == end:
+            continue
+        plain = with_gradients(
+            lambda q, k, v: ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1) @ v,
+            [x[begin:end].transpose(0, 1) for x in inputs],
+            grad[begin:end].transpose(0, 1),
+        )
+        for name, ours, theirs, e in zip(("out", "dq", "dk", "dv"), actual, plain, expected, strict=True):
+            e = e[begin:end]
+            error = (ours[begin:end] - e).norm() / e.norm()
+            bound = 2 * (theirs.transpose(0, 1) - e).norm() / e.norm() + 1e-3
+            if end - begin > 1 or name in ("out", "dv"):  # dq and dk of one row are zero
+                assert error <= bound, f"{name} of {end - begin} rows: {error:.2e} > {bound:.2e}"
 
 
 def poison(*shapes, dtype):
@@ -318,7 +337,6 @@ GPU_PACKS = [[64] * 20, [1, 15, 16, 17, 63, 64], [128, 100, 1, 65], [144, 192, 1
 @pytest.mark.parametrize("K", [64, 72, 80, 128])
 @pytest.mark.parametrize("lengths", GPU_PACKS, ids=lambda x: f"{max(x)}x{len(x)}")
 def test_half_precision_against_torch(lengths, K, dtype):
-    """At most twice the error of the same loop in torch in the same dtype, for each of out, dq, dk, dv."""
     rows, H = sum(lengths), 16
     qkv, grad = random_qkv(rows + 3, H, K, dtype), random_qkv(rows + 3, H, K, dtype, 1)[:, 0]
     qkv[rows:] = float("nan")
@@ -327,19 +345,7 @@ def test_half_precision_against_torch(lengths, K, dtype):
     actual = with_gradients(lambda *x: varlen_attention(*x, cu, longest), qkv.unbind(1), grad)
     assert all((x[rows:] == 0).all() for x in actual)
     exact = with_gradients(lambda *x: loop(*x, lengths), qkv[:rows].double().unbind(1), grad[:rows].double())
-    for begin, end in itertools.pairwise(cu.tolist()):
-        inputs = [x.transpose(0, 1) for x in qkv[begin:end].unbind(1)]
-        plain = with_gradients(
-            lambda q, k, v: ((q @ k.mT) * K**-0.5).softmax(-1) @ v, inputs, grad[begin:end].transpose(0, 1)
-        )
-        for name, ours, theirs, e in zip(("out", "dq", "dk", "dv"), actual, plain, exact, strict=True):
-            if begin == end:
-                continue
-            e = e[begin:end]
-            error = (ours[begin:end] - e).norm() / e.norm()
-            bound = 2 * (theirs.transpose(0, 1) - e).norm() / e.norm() + 1e-3
-            if end - begin > 1 or name in ("out", "dv"):  # dq and dk of one row are zero
-                assert error <= bound, f"{name} of {end - begin} rows: {error:.2e} > {bound:.2e}"
+    assert_as_good_as_torch(actual, exact, qkv.unbind(1), grad, lengths)
 
 
 @pytest.mark.gpu
@@ -461,14 +467,117 @@ def test_overlapping_launches_have_their_own_counters(hopper, monkeypatch):
 
 
 @pytest.fixture
-def on_hopper(hopper, monkeypatch):
-    """Counts the launches of the Hopper forward."""
+def hopper_backward(hopper):
+    from siglip2_packed.ops.triton import attention_hopper_backward
+
+    return attention_hopper_backward
+
+
+def test_where_the_hopper_backward_fits(hopper_backward):
+    def warpgroups(max_seqlen=256, K=72, dtype=torch.bfloat16, segments=3, packed=True, **changes):
+        tensors = {
+            name: torch.zeros(40, 2, K, dtype=dtype) for name in ("grad", "q", "k", "v", "out", "dq", "dk", "dv")
+        }
+        if packed:
+            tensors |= zip(("dq", "dk", "dv"), torch.zeros(40, 3, 2, K, dtype=dtype).unbind(1))
+        tensors |= {"lse": torch.zeros(2, 40), "delta": torch.zeros(2, 40)} | changes
+        inputs = [tensors[name] for name in ("grad", "q", "k", "v", "out")]
+        results = [tensors[name] for name in ("lse", "delta", "dq", "dk", "dv")]
+        return hopper_backward.warpgroups(inputs, results, torch.zeros(1).expand(segments + 1), max_seqlen)
+
+    assert [warpgroups(n) for n in (0, 64, 128, 129, 192, 193, 256, 4096)] == [0, 0, 0, 3, 3, 2, 2, 2]
+    assert warpgroups(K=64, dtype=torch.float16) == warpgroups(packed=False) == 2
+    assert warpgroups(K=80) == warpgroups(K=128) == warpgroups(dtype=torch.float32) == 0
+    flat = torch.zeros(40 * 2 * 72 + 4, dtype=torch.bfloat16)
+    for name in ("grad", "q", "out", "dk"):
+        assert warpgroups(packed=False, **{name: flat[4:].view(40, 2, 72)}) == 0  # 8 bytes beyond a multiple of 16
+    assert warpgroups(lse=torch.zeros(81)[1:].view(2, 40)) == 0
+    assert warpgroups(grad=flat[:72].expand(40, 2, 72)) == 0
+    for name in ("grad", "v", "out"):
+        assert warpgroups(**{name: torch.zeros(40, 2, 72)}) == 0  # float32
+    assert warpgroups(grad=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1)) == 2
+    assert warpgroups(dq=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1), packed=False) == 0  # no such kernel
+    assert warpgroups(segments=10**6, max_seqlen=10**5) == warpgroups(max_seqlen=2**30) == 0  # beyond 32 bits
+
+
+@pytest.mark.parametrize("outcome", ["cannot be imported", "does not compile", "is wrong", "is NaN"])
+def test_triton_runs_where_the_hopper_backward_fails(hopper_backward, monkeypatch, caplog, outcome):
+    """The reason is logged once; the gradients are Triton's, and the kernels are never launched."""
+    from siglip2_packed.ops.triton import attention
+
+    def attempt(*arguments):
+        if outcome == "does not compile":
+            raise RuntimeError("no such layout")
+        return "kernels", 0.5 if outcome == "is wrong" else float("nan")
+
+    qkv, grad = random_qkv(22, 1, 72, torch.float16), random_qkv(22, 1, 72, torch.float16, 1)[:, 0]
+    plain = with_gradients(lambda x: varlen_attention_qkvpacked(x, offsets([5, 17]), 130), [qkv], grad)[1]
+    if outcome == "cannot be imported":
+        monkeypatch.setitem(sys.modules, "siglip2_packed.ops.triton.attention_hopper_backward", None)
+    monkeypatch.setattr(attention, "_hopper", functools.cache(attention._hopper.__wrapped__))
+    monkeypatch.setattr(hopper_backward, "_try", attempt)
+    monkeypatch.setattr(hopper_backward, "_kernels", {})
+    monkeypatch.setattr(hopper_backward, "_launch", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for _ in range(2):
+        x = qkv.detach().requires_grad_()
+        out = varlen_attention_qkvpacked(x, offsets([5, 17]), 130)
+        with monkeypatch.context() as context:
+            context.setattr(attention, "capability", lambda x: 90)
+            actual = torch.autograd.grad(out, x, grad)[0]
+        assert_close([actual], [plain], 1e-3)
+        assert_close(actual.unbind(1), with_gradients(lambda *x: loop(*x, [5, 17]), qkv.unbind(1), grad)[1:], 2e-3)
+    reason = {"does not compile": "no such layout", "is wrong": "5.0e-01", "is NaN": "nan"}.get(outcome, "Triton")
+    (message,) = [x.getMessage() for x in caplog.records if x.name == "siglip2_packed"]
+    assert message.startswith("attention: no Hopper backward") and reason in message
+
+
+def test_the_hopper_backward_gets_the_tensors_as_they_are(hopper_backward, monkeypatch):
+    """Views of the projection and of its gradient, no copies; nothing is compiled while a graph is captured."""
+    from siglip2_packed.ops.triton import attention
+
+    launches, checks = [], []
+    monkeypatch.setattr(hopper_backward, "_checked", lambda *key: checks.append(key) or "kernels")
+    monkeypatch.setattr(hopper_backward, "_kernels", {})
+    monkeypatch.setattr(hopper_backward, "_launch", lambda *arguments: launches.append(arguments))
+    qkv, grad = random_qkv(57, 2, 72, torch.float16), random_qkv(57, 2, 72, torch.float16, 1)[:, 0]
+    dqkv = torch.empty_like(qkv)
+    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
+    out, lse = attention._forward(q, k, v, offsets([17, 40]), 130, 0.1)
+    monkeypatch.setattr(attention, "capability", lambda x: 90)
+    for capturing in (True, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        attention._backward(grad, q, k, v, out, lse, dq, dk, dv, offsets([17, 40]), 130, 0.1)
+        attention._backward(grad, q, k, v, out, lse, dq, dk, dv, offsets([17, 40]), 128, 0.1)  # Triton's
+    assert checks == [(q.device, q.dtype, 2, 72, 3 * 2 * 72, 3)]
+    assert len(launches) == 2
+    kernels, WGS, *tensors, _, max_seqlen, scale = launches[0]
+    assert (kernels, WGS, max_seqlen, scale) == ("kernels", 3, 130, 0.1)
+    for x, y in zip(tensors, (grad, q, k, v, out, lse, None, dq, dk, dv), strict=True):
+        assert y is None or (x.data_ptr() == y.data_ptr() and x.stride() == y.stride())
+    delta = tensors[6]
+    assert delta.shape == lse.shape and delta.is_contiguous() and delta.dtype == lse.dtype == torch.float32
+
+
+def count_launches(module, monkeypatch):
     if not CUDA or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     launches = []
-    launch = hopper._launch
-    monkeypatch.setattr(hopper, "_launch", lambda *arguments: (launches.append(arguments[1]), launch(*arguments)))
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", lambda *arguments: (launches.append(arguments[1]), launch(*arguments)))
     return launches
+
+
+@pytest.fixture
+def on_hopper(hopper, monkeypatch):
+    """Counts the launches of the Hopper forward."""
+    return count_launches(hopper, monkeypatch)
+
+
+@pytest.fixture
+def backward_on_hopper(hopper_backward, monkeypatch):
+    """Counts the launches of the Hopper backward."""
+    return count_launches(hopper_backward, monkeypatch)
 
 
 HOPPER_PACKS = [[100, 0, 128, 1, 65], [144, 192, 1, 63, 129], [256, 64, 1, 577, 0, 129, 1024, 63], [252] * 40]
@@ -526,3 +635,114 @@ def test_hopper_forward_in_a_cuda_graph(on_hopper):
         for output in outputs:
             assert_close([output], [loop(*qkv.unbind(1), lengths)], 5e-3)
         assert all(torch.equal(x, expected_other) for x in others)
+
+
+HOPPER_BACKWARD_PACKS = [
+    [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 257, 1024],
+    [129, 0, 192, 1, 63, 144],
+    [256, 64, 1, 577, 0, 129, 1024, 63],
+    [252] * 40,
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("lengths", HOPPER_BACKWARD_PACKS, ids=lambda x: f"{max(x)}x{len(x)}")
+def test_hopper_backward(backward_on_hopper, lengths, K, dtype):
+    """It runs; NaN in other segments, repeated last offsets, rows beyond and layouts change no bit."""
+    rows, H, longest, cu = sum(lengths), 3, max(lengths), offsets(lengths)
+    qkv, grad = random_qkv(rows + 150, H, K, dtype), random_qkv(rows + 150, H, K, dtype, 1)[:, 0].contiguous()
+
+    def run(qkv, grad, cu=cu, longest=longest):
+        poison(qkv.shape, grad.shape, dtype=dtype)
+        return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, longest), [qkv], grad)
+
+    for bound in (longest, 3000):
+        run(qkv[:rows], grad[:rows], longest=bound)  # compiled, checked
+    backward_on_hopper.clear()
+    out, dqkv = run(qkv[:rows], grad[:rows])
+    exact = with_gradients(
+        lambda *x: kernels_ref.attention(*x, cu), qkv[:rows].double().unbind(1), grad[:rows].double()
+    )
+    assert_as_good_as_torch([out, *dqkv.unbind(1)], exact, qkv.unbind(1), grad, lengths)
+    assert torch.equal(run(qkv[:rows], grad[:rows])[1], dqkv)
+    changed, changed_grad = qkv.clone(), grad.clone()
+    for first, last in [*list(itertools.pairwise(cu.tolist()))[1::2], (rows, rows + 150)]:
+        changed[first:last], changed_grad[first:last] = float("nan"), float("nan")
+    actual = run(changed, changed_grad, torch.cat([cu, cu[-1:].expand(300)]))[1]
+    assert (actual[rows:] == 0).all()
+    for first, last in list(itertools.pairwise(cu.tolist()))[::2]:
+        assert torch.equal(actual[first:last], dqkv[first:last])
+    assert len(backward_on_hopper) == 3
+    assert_close(run(qkv[:rows], grad[:rows], longest=3000)[1].unbind(1), dqkv.unbind(1), 1e-3)
+    assert len(backward_on_hopper) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [64, 72])
+def test_hopper_backward_strides(backward_on_hopper, K):
+    """Separate tensors, heads first, gaps between rows: read in place, to the same bits. One row for all: Triton's."""
+    lengths, H, dtype = [200, 1, 65, 144, 17], 3, torch.bfloat16
+    rows, cu = sum(lengths), offsets(lengths)
+    qkv, grad = random_qkv(rows, H, K, dtype), random_qkv(rows, H, K, dtype, 1)[:, 0].contiguous()
+
+    def run(q, k, v, grad):
+        poison(q.shape, qkv.shape, dtype=dtype)
+        return with_gradients(lambda *x: varlen_attention(*x, cu, 200), (q, k, v), grad)
+
+    def heads_first(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def gaps(x):
+        return torch.stack([x, x * float("nan")], 1)[:, 0]
+
+    run(*qkv.unbind(1), grad)  # compiled, checked
+    backward_on_hopper.clear()
+    expected = run(*qkv.unbind(1), grad)
+    for change in (torch.Tensor.contiguous, heads_first, gaps):
+        for actual in (run(*map(change, qkv.unbind(1)), grad), run(*qkv.unbind(1), change(grad))):
+            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+    assert len(backward_on_hopper) == 7
+    for one in (grad[:1].expand(rows, H, K), grad[:, :1].expand(rows, H, K), grad.new_ones(1, 1, 1).expand(rows, H, K)):
+        actual = run(*qkv.unbind(1), one)
+        assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), one), 6e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [0, 5, 200])
+def test_hopper_backward_without_segments(backward_on_hopper, rows):
+    def run(rows, cu):
+        qkv, grad = random_qkv(rows, 3, 72, torch.bfloat16), random_qkv(rows, 3, 72, torch.bfloat16, 1)[:, 0]
+        poison(qkv.shape, dtype=qkv.dtype)
+        return qkv, with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, 256), [qkv], grad)[1]
+
+    run(17, offsets([17]))  # compiled, checked
+    backward_on_hopper.clear()
+    for cu in (offsets([]), offsets([0]), offsets([0, 0, 0])):
+        qkv, dqkv = run(rows, cu)
+        assert dqkv.shape == qkv.shape and (dqkv == 0).all()
+    assert len(backward_on_hopper) == (3 if rows else 0)
+
+
+@pytest.mark.gpu
+def test_hopper_backward_in_a_cuda_graph(backward_on_hopper):
+    """Replays follow the contents of the inputs, lengths included."""
+    qkv, grad = random_qkv(1200, 16, 72, torch.bfloat16), random_qkv(1200, 16, 72, torch.bfloat16, 1)[:, 0]
+    cu = offsets([256, 300, 44, 500, 0])
+
+    def run():
+        return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, 600), [qkv], grad)[1]
+
+    run()  # compiled, checked
+    backward_on_hopper.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dqkv = run()
+    assert len(backward_on_hopper) == 1
+    for lengths in ([256, 300, 44, 500, 0], [600, 1, 2, 3, 594], [7, 0, 0, 0, 0]):
+        cu.copy_(offsets(lengths))
+        dqkv.fill_(float("nan"))
+        graph.replay()
+        expected = with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad)[1:]
+        assert_close(dqkv.unbind(1), expected, 6e-3)

@@ -195,12 +195,13 @@ class _AttentionQKVPacked(torch.autograd.Function):
 
 
 @functools.cache
-def _hopper():
+def _hopper(direction: str):
     """The kernels in Gluon, which came with Triton 3.6 and is not a settled language; None if they cannot be had."""
+    module = {"forward": "attention_hopper", "backward": "attention_hopper_backward"}[direction]
     try:
-        return importlib.import_module("siglip2_packed.ops.triton.attention_hopper")
+        return importlib.import_module(f"siglip2_packed.ops.triton.{module}")
     except Exception as error:
-        logger.warning("attention: no Hopper forward with Triton %s: %s", triton.__version__, error)
+        logger.warning("attention: no Hopper %s with Triton %s: %s", direction, triton.__version__, error)
         return None
 
 
@@ -216,7 +217,7 @@ def _forward(
         return out, lse
     q, k, v = map(aligned, (q, k, v))
     with device_of(q):
-        hopper = _hopper() if capability(q) == 90 else None
+        hopper = _hopper("forward") if capability(q) == 90 else None
         if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
             return out, lse
         tile = forward_tile(K, q.dtype, max_seqlen, capability(q))
@@ -285,6 +286,9 @@ def _backward(
             )
             return
         delta = torch.empty_like(lse)
+        hopper = _hopper("backward") if capability(q) == 90 else None
+        if hopper and hopper.backward(grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale):
+            return
         tile_q, tile_kv = backward_tiles(K, q.dtype, capability(q))
         blocks = max(1, triton.cdiv(max_seqlen, tile_q["M"]))
         kernels.backward_q_kernel[((S + 1) * H * blocks,)](

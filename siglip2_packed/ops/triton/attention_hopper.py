@@ -8,8 +8,6 @@ of 64 rows through the copy engine (TMA), running ahead into the next item, and 
 query rows each: S = Q kT, softmax, O += P V, one key tile after another. While one waits for its products, others
 compute.
 
-A tile is 64 lanes and, for K = 72, a tail of 16; TMA fills lanes outside [0, K) with zeros. Odd heads then start in the
-middle of a 32-byte sector: they have the tail in front, from lane -8, so that main tiles are always whole sectors.
 A segment's last key tile is moved back to end with the segment and its first rows masked: no row of another segment
 enters a product. In segments shorter than a tile V's rows behind the end are zeroed, because 0 * NaN is NaN.
 
@@ -18,7 +16,6 @@ Results do not depend on the order of the items: they are deterministic.
 
 import functools
 import itertools
-import logging
 from typing import Any
 
 import torch
@@ -28,44 +25,26 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from siglip2_packed.ops.triton import hopper
 from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors
-
-logger = logging.getLogger("siglip2_packed")
+from siglip2_packed.ops.triton.hopper import ACC, ACC_TAIL, ROWS, ROWS_TAIL, TILE, TILE_TAIL, barrier, copy, cut
 
 # WGS: key tiles in flight (K = 64: one more), registers of consumers and of the launch, thread blocks a multiprocessor
 RESOURCES = {2: (3, 104, 80, 2), 3: (7, 160, 128, 1)}
 PRODUCER_REGISTERS = gl.constexpr(32)
 
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # as TMA writes it: [64 rows, 1 head, lanes]
-TILE_TAIL = gl.constexpr(gl.NVMMASharedLayout(32, 16, 3))
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-ACC_TAIL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16-byte pieces of rows
-ROWS_TAIL = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 FLAT = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
-
-# renamed after Triton 3.6
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _cut(head, K: gl.constexpr):
-    """First lanes of the main tile and of the tail."""
-    odd = head % 2 * ((K - 64) % 16)
-    return odd, 64 - odd * (K // 8)
 
 
 @gluon.jit
 def _copy(rows, rows_tail, row, head, tile, tile_tail, bar, K: gl.constexpr, pred=True):
     """Brings 64 rows of a head into shared memory; `bar` completes when they are there."""
-    lane, lane_tail = _cut(head, K)
+    lane, lane_tail = cut(head, K)
     mbarrier.expect(bar, 64 * 128 + (64 * 32 if K > 64 else 0), pred=pred)
     copy(rows, [row, head, lane], bar, tile, pred=pred)
     if K > 64:
@@ -228,7 +207,7 @@ def _consumer(
                 o_tail = q_tail.load(ROWS_TAIL)
             fence_async_shared()
             mbarrier.arrive(q_empty.index(place), count=1)
-            lane, lane_tail = _cut(head, K)
+            lane, lane_tail = cut(head, K)
             at = out + (row_first * H + head) * K
             gl.store(at + rows[:, None] * (H * K) + lane + lanes[None, :], o, mask=(rows < left)[:, None])
             if K > 64:
@@ -337,10 +316,8 @@ def forward(
 
 def warpgroups(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int) -> int:
     """How many warpgroups of 64 queries share the key tiles; 0 where the kernel does not fit. Measured on an H100."""
-    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] not in (64, 72) or max_seqlen <= 64:
+    if max_seqlen <= 64 or not hopper.fits(q, k, v):
         return 0
-    if any(x.data_ptr() % 16 or min(x.stride()) <= 0 for x in (q, k, v)):
-        return 0  # TMA needs aligned rows, and not one row for all
     return 3 if 128 < max_seqlen <= 192 else 2  # a third saves a second block, nearly empty
 
 
@@ -359,46 +336,25 @@ def _counters(device: torch.device) -> Tensor:
     return counters
 
 
-class _Descriptor(TensorDescriptor):
-    def __post_init__(self):
-        """No checks of the arguments: they cost more than the rest of a launch."""
-
-
 def _arguments(descriptor, WGS: int, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale_log2: float, slot: int):
     T, H, K = q.shape
-    boxes = []
-    for x in (q, k, v):
-        shape, strides = list(x.shape), list(x.stride())
-        boxes.append(descriptor(x, shape, strides, [64, 1, 64], TILE.value))
-        boxes.append(descriptor(x, shape, strides, [64, 1, 16], TILE_TAIL.value) if K > 64 else None)
     S, blocks = cu_seqlens.shape[0] - 1, -(-max_seqlen // (64 * WGS))
     counters, (ring, registers, _, _) = _counters(q.device), RESOURCES[WGS]
     ring += K == 64
-    return *boxes, out, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot, H, K, WGS, ring, registers
+    numbers = scale_log2, T, S, blocks, slot, H, K, WGS, ring, registers
+    return *hopper.descriptors(descriptor, q, k, v), out, lse, cu_seqlens, counters, *numbers
 
 
 def _launch(kernel, WGS: int, q, k, v, out, lse, cu_seqlens, *numbers) -> None:
     items = q.shape[1] * (q.shape[0] // (64 * WGS) + cu_seqlens.shape[0] - 1)  # at most
     resident = RESOURCES[WGS][3] * multiprocessors(q.device)
     # a compiled kernel, unlike a function, is launched without looking for a kernel that fits the arguments
-    kernel[max(1, min(items, resident)), 1, 1](*_arguments(_Descriptor, WGS, q, k, v, out, lse, cu_seqlens, *numbers))
+    arguments = _arguments(hopper.UncheckedDescriptor, WGS, q, k, v, out, lse, cu_seqlens, *numbers)
+    kernel[max(1, min(items, resident)), 1, 1](*arguments)
 
 
-def _checked(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):
-    """The compiled kernel; None, after a warning, if it does not compile or is wrong."""
-    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
-    try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
-            kernel, error = _try(device, dtype, H, K, WGS)
-        reason = None if error <= bound else f"relative error {error:.1e}"
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel
-    except Exception as exception:  # whatever a compiler raises is the reason
-        reason = f"{type(exception).__name__}: {exception}"
-    if reason is None:
-        return kernel
-    logger.warning("attention: no Hopper forward for %s, %d heads of %d: %s", dtype, H, K, reason)
-    return None
+def _checked(*key):
+    return hopper.checked("forward", _try, *key)
 
 
 def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):

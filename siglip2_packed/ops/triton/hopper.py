@@ -1,0 +1,81 @@
+"""What the attention kernels for Hopper (compute capability 9.0, in Gluon) share.
+
+Shapes: T rows, H heads, K head_dim.
+
+A tile is 64 rows of a head: 64 lanes and, for K = 72, a tail of 16. The copy engine (TMA) brings it into shared memory
+and fills lanes outside [0, K) and rows outside [0, T) with zeros. Odd heads of K = 72 start in the middle of a 32-byte
+sector: they have the tail in front, from lane -8, so that main tiles are always whole sectors.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+logger = logging.getLogger("siglip2_packed")
+
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # as TMA writes it: [64 rows, 1 head, lanes]
+TILE_TAIL = gl.constexpr(gl.NVMMASharedLayout(32, 16, 3))
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+ACC_TAIL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16-byte pieces of rows
+ROWS_TAIL = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+
+# renamed after Triton 3.6
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def cut(head, K: gl.constexpr):
+    """First lanes of the main tile and of the tail."""
+    odd = head % 2 * ((K - 64) % 16)
+    return odd, 64 - odd * (K // 8)
+
+
+class UncheckedDescriptor(TensorDescriptor):
+    def __post_init__(self):
+        """No checks of the arguments: they cost more than the rest of a launch."""
+
+
+def descriptors(kind: type[TensorDescriptor], *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Of each `[T, H, K]`, those of its tiles and of their tails, or None at K = 64."""
+    found: list[TensorDescriptor | None] = []
+    for x in tensors:
+        shape, strides = list(x.shape), list(x.stride())
+        found.append(kind(x, shape, strides, [64, 1, 64], TILE.value))
+        found.append(kind(x, shape, strides, [64, 1, 16], TILE_TAIL.value) if shape[-1] > 64 else None)
+    return found
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether TMA can bring tiles of `arguments.aligned` tensors, for which there is a kernel."""
+    dtype, K = tensors[0].dtype, tensors[0].shape[-1]
+    if dtype not in (torch.bfloat16, torch.float16) or K not in (64, 72):
+        return False
+    # rows that begin at a multiple of 16 bytes, and not one row for all
+    return not any(x.dtype != dtype or x.data_ptr() % 16 or min(x.stride()) <= 0 for x in tensors)
+
+
+def checked(what: str, attempt, device: torch.device, dtype: torch.dtype, H: int, K: int, *rest):
+    """What `attempt`, given the other arguments, has compiled; None, after a warning, if that fails or is wrong.
+
+    It returns the compiled and the relative error of its results, NaN if some are missing.
+    """
+    bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
+            compiled, error = attempt(device, dtype, H, K, *rest)
+        reason = None if error <= bound else f"relative error {error:.1e}"
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
+    except Exception as exception:  # whatever a compiler raises is the reason
+        reason = f"{type(exception).__name__}: {exception}"
+    if reason is None:
+        return compiled
+    logger.warning("attention: no Hopper %s for %s, %d heads of %d: %s", what, dtype, H, K, reason)
+    return None
