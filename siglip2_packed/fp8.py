@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from siglip2_packed.fused import GELU_TANH, _joined
+from siglip2_packed import fused
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.attention import varlen_attention_qkvpacked
 from siglip2_packed.ops.segments import Segments
@@ -40,6 +40,7 @@ class Float8Linear(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor
+    one: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor):
         super().__init__()
@@ -49,12 +50,21 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight", quantized.t())  # [in, out], column-major, as the product takes it
         self.register_buffer("scale", scale.t())
         self.register_buffer("bias", bias.detach())
+        self.register_buffer("one", torch.ones((), device=weight.device), persistent=False)
 
     def forward(self, rows: Tensor, scales: Tensor) -> Tensor:
         """`[T, in]` float8 and `[T, 1]` float32 -> `[T, out]` in the bias' dtype."""
         return torch._scaled_mm(
             rows, self.weight, scales, self.scale, bias=self.bias, out_dtype=self.bias.dtype, use_fast_accum=True
         )
+
+    def unscaled(self, rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `quantize_rows` adds as an update: the product alone, in a quarter less time for long rows, and what it
+        still lacks, both scales and the bias."""
+        product = torch._scaled_mm(
+            rows, self.weight, self.one, self.one, out_dtype=self.bias.dtype, use_fast_accum=True
+        )
+        return product, scales, self.scale, self.bias
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,26 +76,26 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 class Float8Layer(nn.Module):
     def __init__(self, block):
         super().__init__()
-        if type(block.mlp.activation_fn) is not GELU_TANH:
+        if type(block.mlp.activation_fn) is not fused.GELU_TANH:
             raise ValueError(f"float8 knows GELU's tanh form only, got {type(block.mlp.activation_fn).__name__}")
         self.norm1, self.norm2 = block.layer_norm1, block.layer_norm2
         self.head_dim = block.self_attn.head_dim
-        self.qkv = Float8Linear(*_joined(block.self_attn))
+        self.qkv = Float8Linear(*fused._joined(block.self_attn))
         self.out = Float8Linear(block.self_attn.out_proj.weight, block.self_attn.out_proj.bias)
         self.fc1 = Float8Linear(block.mlp.fc1.weight, block.mlp.fc1.bias)
         self.fc2 = Float8Linear(block.mlp.fc2.weight, block.mlp.fc2.bias)
 
-    def forward(self, x: Tensor, update: Tensor | None, segments: Segments, backend: str) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, update: tuple | None, segments: Segments, backend: str) -> tuple[Tensor, tuple]:
         """The stream `[T, D]` and what is still to be added to it, before and after the layer."""
         from siglip2_packed.ops.triton.float8 import quantize_rows
 
         rows, scales, x = quantize_rows(x, update, (self.norm1.weight, self.norm1.bias, self.norm1.eps))
         qkv = self.qkv(rows, scales).unflatten(1, (3, -1, self.head_dim))
         rows, scales, _ = quantize_rows(varlen_attention_qkvpacked(qkv, segments, backend).flatten(1))
-        update = self.out(rows, scales)
+        update = self.out.unscaled(rows, scales)
         rows, scales, x = quantize_rows(x, update, (self.norm2.weight, self.norm2.bias, self.norm2.eps))
         rows, scales, _ = quantize_rows(self.fc1(rows, scales), gelu=True)
-        return x, self.fc2(rows, scales)
+        return x, self.fc2.unscaled(rows, scales)
 
 
 class Float8Encoder(nn.Module):
@@ -98,12 +108,14 @@ class Float8Encoder(nn.Module):
         self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """As the encoder it replaces, without gradients."""
+        from siglip2_packed.ops.triton.float8 import quantize_rows
+
         x, update = hidden_states, None
         states = [x]
         if len(x):
             for layer in self.layers:
                 x, update = layer(x, update, segments, backend)
                 if output_hidden_states:
-                    states.append(x + update)
-            x = x if update is None else x + update
+                    states.append(quantize_rows(x, update)[2])
+            x = quantize_rows(x, update)[2]
         return x, tuple(states) if output_hidden_states else None

@@ -18,8 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
 from siglip2_packed.ops.attention import varlen_attention_qkvpacked
-from siglip2_packed.ops.gelu import gelu, gelu_backward, linear_gelu
-from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward
+from siglip2_packed.ops.columns import column_sums, transposed
+from siglip2_packed.ops.gelu import gelu, gelu_backward_, linear_gelu
+from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward_
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.ops.tracing import traced
 
@@ -34,20 +35,18 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Te
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
     the sum of the biases so far, which each LayerNorm adds in float32.
     """
-    biases = torch.stack([bias for x in layers for bias in (x.self_attn.out_proj.bias, x.mlp.fc2.bias)])
-    waiting = biases.cumsum(0, dtype=torch.float32).unbind()
-    offset = None
+    waiting = bias = None  # the sum `[D]` of the biases before the last one, and the last
     x = hidden_states.clone()
-    for i, block in enumerate(layers):
+    for block in layers:
         norm, attention, mlp = block.layer_norm1, block.self_attn, block.mlp
-        normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
+        normed, waiting = layer_norm(x, norm.weight, norm.bias, norm.eps, waiting, bias)
         qkv = F.linear(normed, *_joined(attention)).unflatten(1, (3, -1, attention.head_dim))
         _add_product(x, varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight)
-        norm, offset = block.layer_norm2, waiting[2 * i]
-        normed = layer_norm(x, norm.weight, norm.bias, norm.eps, offset)
+        norm, bias = block.layer_norm2, attention.out_proj.bias
+        normed, waiting = layer_norm(x, norm.weight, norm.bias, norm.eps, waiting, bias)
         _add_product(x, linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight)
-        offset = waiting[2 * i + 1]
-    return x if offset is None else x.add_(offset)
+        bias = mlp.fc2.bias
+    return x if bias is None else x.add_(waiting + bias)
 
 
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -75,20 +74,19 @@ class _NormQKV(torch.autograd.Function):
         weights, biases = projections[:3], projections[3:]
         ctx.save_for_backward(x, norm_weight, norm_bias, *weights)
         ctx.eps = eps
-        return x, F.linear(layer_norm(x, norm_weight, norm_bias, eps), _cat(*weights), _cat(*biases))
+        normed, _ = layer_norm(x, norm_weight, norm_bias, eps)
+        return x, F.linear(normed, _cat(*weights), _cat(*biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx, dqkv):
         x, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        dnormed = dqkv @ _cat(*weights)
-        dx, normed, dnorm_weight, dnorm_bias, _ = layer_norm_backward(
-            dnormed, dx, x, None, norm_weight, norm_bias, ctx.eps
-        )
+        grad = dqkv @ _cat(*weights)  # of the norm, then of x
+        normed, sums = layer_norm_backward_(grad, dx, x, None, norm_weight, norm_bias, ctx.eps)
         needs_weights, needs_biases = any(ctx.needs_input_grad[4:7]), any(ctx.needs_input_grad[7:])
         dweights = (dqkv.t() @ normed).chunk(3) if needs_weights else [None] * 3
-        dbiases = dqkv.sum(0).chunk(3) if needs_biases else [None] * 3
-        return dx, dnorm_weight.to(x.dtype), dnorm_bias.to(x.dtype), None, *dweights, *dbiases
+        dbiases = column_sums(dqkv).chunk(3) if needs_biases else [None] * 3
+        return grad, *sums[:2], None, *dweights, *dbiases
 
 
 class _ProjectMLP(torch.autograd.Function):
@@ -108,23 +106,22 @@ class _ProjectMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
-        needs_w_out, needs_w_fc1, needs_w_fc2, *_ = ctx.needs_input_grad[5:]
-        dtype = x.dtype
-        dwide, active, db_fc1 = gelu_backward(dout @ w_fc2, wide)
+        needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
+        dwide = dout @ w_fc2  # after GELU, then before
+        active, db_fc1 = gelu_backward_(dwide, wide)
         dw_fc2 = dout.t() @ active if needs_w_fc2 else None
         del active
         update = F.linear(attended, w_out, b_out)
-        dh, normed, dnorm_weight, dnorm_bias, db_out = layer_norm_backward(
-            dwide @ w_fc1, dout, x, update, norm_weight, norm_bias, ctx.eps
-        )
+        dh = dwide @ w_fc1  # after the norm, then before
+        normed, sums = layer_norm_backward_(dh, dout, x, update, norm_weight, norm_bias, ctx.eps)
         # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
-        dw_fc1 = (normed.t() @ dwide).t() if needs_w_fc1 else None
+        dw_fc1 = transposed(normed.t() @ dwide) if needs_w_fc1 else None
         del update, normed, dwide
         dw_out = dh.t() @ attended if needs_w_out else None
         dattended = dh @ w_out
-        dnorm = dnorm_weight.to(dtype), dnorm_bias.to(dtype)
-        dbiases = db_out.to(dtype), db_fc1.to(dtype), dout.sum(0)
-        return dh, dattended, *dnorm, None, dw_out, dw_fc1, dw_fc2, *dbiases
+        dnorm_weight, dnorm_bias, db_out = sums
+        db_fc2 = column_sums(dout) if needs_b_fc2 else None
+        return dh, dattended, dnorm_weight, dnorm_bias, None, dw_out, dw_fc1, dw_fc2, db_out, db_fc1, db_fc2
 
 
 def applies(block, hidden_states: Tensor) -> bool:

@@ -398,11 +398,13 @@ def test_rows_that_are_not_there_stay_out_of_gradients(lengths, dtype):
 
 
 @pytest.fixture
-def hopper():
+def hopper(monkeypatch):
+    """The Hopper forward, for small packs too."""
     try:
-        from siglip2_packed.ops.triton import attention_hopper
+        from siglip2_packed.ops.triton import attention, attention_hopper
     except Exception as error:  # an older or a newer Gluon
         pytest.skip(f"no Gluon as the Hopper forward needs it: {error}")
+    monkeypatch.setattr(attention, "few_rows", lambda *_: False)
     return attention_hopper
 
 
@@ -424,6 +426,7 @@ def test_triton_runs_where_gluon_cannot_be_had(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon", None)
     monkeypatch.delitem(sys.modules, "siglip2_packed.ops.triton.attention_hopper", raising=False)
     monkeypatch.setattr(attention, "capability", lambda x: 90)
+    monkeypatch.setattr(attention, "few_rows", lambda *_: False)
     monkeypatch.setattr(attention, "_hopper", functools.cache(attention._hopper.__wrapped__))
     qkv = random_qkv(40, 2, 72)
     for _ in range(2):
@@ -452,25 +455,35 @@ def test_a_hopper_forward_that_fails_its_check_is_refused(hopper, monkeypatch, c
     assert len(caplog.records) == 1 and reason in caplog.text and "2 heads of 72" in caplog.text
 
 
-def test_overlapping_launches_have_their_own_counters(hopper, monkeypatch):
-    slots = {False: [], True: []}
-    monkeypatch.setattr(hopper, "_checked", lambda *_: "kernel")
-    monkeypatch.setattr(hopper, "_kernels", {})
-    q, k, v = random_qkv(70, 2, 72, torch.float16).unbind(1)
-    for capturing in (True, False, True, False, True):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-        monkeypatch.setattr(hopper, "_launch", lambda *arguments: slots[capturing].append(arguments[-1]))
-        launched = hopper.forward(q, k, v, torch.empty_like(q), q.new_empty(2, 70), offsets([70]), 70, 0.1)
-        assert launched == (len(slots[False]) > 0)  # nothing is compiled during capture
-    assert len({*slots[False], *slots[True]}) == 4
-    assert max(slots[False]) < hopper.EAGER <= min(slots[True])
-
-
 @pytest.fixture
 def hopper_backward(hopper):
     from siglip2_packed.ops.triton import attention_hopper_backward
 
     return attention_hopper_backward
+
+
+def test_overlapping_launches_have_their_own_counters(hopper, hopper_backward, monkeypatch):
+    """Of the forward and of the backward, eager or captured in a graph, until graphs have taken all."""
+    from siglip2_packed.ops.triton import hopper as shared
+
+    q, k, v = random_qkv(130, 2, 72, torch.float16).unbind(1)
+    (dq, dk, dv), (lse, delta) = torch.empty(130, 3, 2, 72, dtype=q.dtype).unbind(1), torch.empty(2, 2, 130)
+    cu, out, slots = offsets([130]), torch.empty_like(q), {False: [], True: []}
+    calls = {
+        hopper: lambda: hopper.forward(q, k, v, out, lse, cu, 130, 0.1),
+        hopper_backward: lambda: hopper_backward.backward(out, q, k, v, out, lse, delta, dq, dk, dv, cu, 130, 0.1),
+    }
+    for module in calls:
+        monkeypatch.setattr(module, "_checked", lambda *_: "kernel")
+        monkeypatch.setattr(module, "_kernels", {})
+        monkeypatch.setattr(module, "_launch", lambda *arguments: slots[capturing].append(arguments[-1]))
+    for turn, capturing in enumerate((True, False, True, False, True)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        assert [call() for call in calls.values()] == [turn > 0] * 2  # nothing is compiled during capture
+    assert len({*slots[False], *slots[True]}) == 8
+    assert max(slots[False]) < shared.EAGER <= min(slots[True])
+    monkeypatch.setattr(shared, "_captured", itertools.count(shared.COUNTERS - shared.EAGER))
+    assert not any(call() for call in calls.values()) and len(slots[True]) == 4
 
 
 def test_where_the_hopper_backward_fits(hopper_backward):
@@ -497,7 +510,8 @@ def test_where_the_hopper_backward_fits(hopper_backward):
         assert warpgroups(**{name: torch.zeros(40, 2, 72)}) == 0  # float32
     assert warpgroups(grad=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1)) == 2
     assert warpgroups(dq=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1), packed=False) == 0  # no such kernel
-    assert warpgroups(segments=10**6, max_seqlen=10**5) == warpgroups(max_seqlen=2**30) == 0  # beyond 32 bits
+    assert warpgroups(segments=10**6, max_seqlen=10**5) == warpgroups(max_seqlen=2**30) == 2
+    assert warpgroups(segments=2**30) == 0  # beyond 32 bits
 
 
 @pytest.mark.parametrize("outcome", ["cannot be imported", "does not compile", "is wrong", "is NaN"])
@@ -551,7 +565,7 @@ def test_the_hopper_backward_gets_the_tensors_as_they_are(hopper_backward, monke
         attention._backward(grad, q, k, v, out, lse, dq, dk, dv, offsets([17, 40]), 128, 0.1)  # Triton's
     assert checks == [(q.device, q.dtype, 2, 72, 3 * 2 * 72, 3)]
     assert len(launches) == 2
-    kernels, WGS, *tensors, _, max_seqlen, scale = launches[0]
+    kernels, WGS, *tensors, _, max_seqlen, scale, _ = launches[0]
     assert (kernels, WGS, max_seqlen, scale) == ("kernels", 3, 130, 0.1)
     for x, y in zip(tensors, (grad, q, k, v, out, lse, None, dq, dk, dv), strict=True):
         assert y is None or (x.data_ptr() == y.data_ptr() and x.stride() == y.stride())
@@ -642,6 +656,7 @@ HOPPER_BACKWARD_PACKS = [
     [129, 0, 192, 1, 63, 144],
     [256, 64, 1, 577, 0, 129, 1024, 63],
     [252] * 40,
+    [4096, *range(64, 1024, 60)],
 ]
 
 
@@ -677,6 +692,37 @@ def test_hopper_backward(backward_on_hopper, lengths, K, dtype):
     assert len(backward_on_hopper) == 3
     assert_close(run(qkv[:rows], grad[:rows], longest=3000)[1].unbind(1), dqkv.unbind(1), 1e-3)
     assert len(backward_on_hopper) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("lengths", [[144] * 60, [256] * 40, [129, 0, 192, 1, 63, 144] * 8], ids=lambda x: str(max(x)))
+def test_hopper_repeats_to_the_bit(on_hopper, backward_on_hopper, lengths, K, dtype):
+    """Warps that run into each other's shared memory show in some of many runs."""
+    qkv = random_qkv(sum(lengths), 16, K, dtype)
+    grad, cu, longest = random_qkv(sum(lengths), 16, K, dtype, 1)[:, 0], offsets(lengths), max(lengths)
+
+    def run():
+        return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, longest), [qkv], grad)
+
+    expected = run()
+    assert on_hopper and backward_on_hopper
+    differing = sum(sum((a != b).sum() for a, b in zip(run(), expected, strict=True)) for _ in range(300))
+    assert differing == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[256], [100, 0, 156, 1], [7] * 30])
+@pytest.mark.parametrize("K", [64, 72])
+def test_few_rows(lengths, K):
+    from siglip2_packed.ops.triton import attention
+
+    qkv, cu = random_qkv(sum(lengths), 16, K, torch.bfloat16), offsets(lengths)
+    assert attention.few_rows(qkv[:, 0], max(lengths)) and not attention.few_rows(qkv[:, 0], 257)
+    assert not attention.few_rows(qkv[:1, 0].expand(2000, 16, K), 256)
+    actual = varlen_attention_qkvpacked(qkv, cu, max(lengths))
+    assert_close([actual], [loop(*qkv.unbind(1), lengths)], 5e-3)
 
 
 @pytest.mark.gpu
@@ -726,23 +772,60 @@ def test_hopper_backward_without_segments(backward_on_hopper, rows):
 
 
 @pytest.mark.gpu
+def test_hopper_launches_leave_their_counter_at_zero(on_hopper, backward_on_hopper, monkeypatch):
+    """Those of one stream, which do not overlap, could share one; more items than thread blocks, or fewer."""
+    from siglip2_packed.ops.triton import hopper as shared
+
+    packs = [[4096, *range(64, 1024, 60)], [252] * 40, [200, 0, 1], [0, 130]]
+
+    def run():
+        for lengths in packs:
+            qkv = random_qkv(sum(lengths) + 70, 3, 72, torch.bfloat16)
+            yield from with_gradients(
+                lambda x: varlen_attention_qkvpacked(x, offsets(lengths), max(lengths)), [qkv], qkv[:, 0]
+            )
+
+    expected = list(run())
+    on_hopper.clear(), backward_on_hopper.clear()
+    monkeypatch.setattr(shared, "_eager", itertools.repeat(5))
+    for _ in range(3):
+        assert all(torch.equal(actual, e) for actual, e in zip(run(), expected, strict=True))
+    assert len(on_hopper) == len(backward_on_hopper) == 3 * len(packs)
+    assert not shared.counters(expected[0].device).any()
+
+
+@pytest.mark.gpu
 def test_hopper_backward_in_a_cuda_graph(backward_on_hopper):
-    """Replays follow the contents of the inputs, lengths included."""
+    """Replays follow the contents of the inputs, lengths included, beside eager launches on another stream."""
     qkv, grad = random_qkv(1200, 16, 72, torch.bfloat16), random_qkv(1200, 16, 72, torch.bfloat16, 1)[:, 0]
     cu = offsets([256, 300, 44, 500, 0])
 
     def run():
         return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu, 600), [qkv], grad)[1]
 
+    other, cu_other = random_qkv(6144, 16, 72, torch.bfloat16, 2), offsets([1024, 2048, 64, 512, 1472, 1024])
+    before = torch.ones_like(other[:, 0])
+
+    def run_other():
+        return with_gradients(lambda x: varlen_attention_qkvpacked(x, cu_other, 2048), [other], before)[1]
+
     run()  # compiled, checked
+    expected_other = run_other()
     backward_on_hopper.clear()
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph):
-        dqkv = run()
-    assert len(backward_on_hopper) == 1
+        gradients = [run() for _ in range(3)]
+    assert len(backward_on_hopper) == 3
     for lengths in ([256, 300, 44, 500, 0], [600, 1, 2, 3, 594], [7, 0, 0, 0, 0]):
         cu.copy_(offsets(lengths))
-        dqkv.fill_(float("nan"))
+        for dqkv in gradients:
+            dqkv.fill_(float("nan"))
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            others = [run_other() for _ in range(5)]
         graph.replay()
+        torch.cuda.current_stream().wait_stream(stream)
         expected = with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad)[1:]
-        assert_close(dqkv.unbind(1), expected, 6e-3)
+        for dqkv in gradients:
+            assert_close(dqkv.unbind(1), expected, 6e-3)
+        assert all(torch.equal(x, expected_other) for x in others)

@@ -5,9 +5,11 @@ import torch
 
 import kernels_ref
 from siglip2_packed.measure import relative_error
+from siglip2_packed.ops import columns as columns_op
 from siglip2_packed.ops import gelu as gelu_op
 from siglip2_packed.ops import layer_norm as norm_op
 from siglip2_packed.ops.positions import places, resize_positions
+from siglip2_packed.ops.triton import columns as column_kernels
 from siglip2_packed.ops.triton import gelu as gelu_kernels
 from siglip2_packed.ops.triton import layer_norm as norm_kernels
 from siglip2_packed.ops.triton.positions import add_positions
@@ -49,12 +51,17 @@ def exact_norm(x, weight, bias, eps):
 @pytest.mark.parametrize("op", [norm_op, norm_kernels])
 def test_layer_norm(op, shape, dtype, device):
     x, update, weight, bias, shift = draw(device, dtype, shape, shape, shape[1:], shape[1:], shape[1:])
-    offset = draw(device, torch.float32, shape[1:])[0]
     bound = BOUND[dtype]
-    assert relative_error(op.layer_norm(x, weight, bias, 1e-6, None), exact_norm(x, weight, bias, 1e-6)) <= bound
-    out = op.layer_norm(x, weight, bias, 1e-3, offset)
-    if op is norm_kernels or dtype == torch.float32:  # torch rounds x + offset to the dtype of x first
-        assert relative_error(out, exact_norm(x + offset.double(), weight, bias, 1e-3)) <= bound
+    out = op.layer_norm(x, weight, bias, 1e-6)
+    assert relative_error(out if op is norm_kernels else out[0], exact_norm(x, weight, bias, 1e-6)) <= bound
+    late_norm = norm_kernels.late_layer_norm if op is norm_kernels else op.layer_norm
+    (carry,) = draw(device, torch.float32, shape[1:])
+    for waiting in (None, carry):
+        out, total = late_norm(x, weight, bias, 1e-3, waiting, shift)
+        expected = shift.double() if waiting is None else shift.double() + waiting
+        assert total.dtype == torch.float32 and relative_error(total, expected) <= 1e-6
+        if op is norm_kernels or dtype == torch.float32:  # torch rounds x + total to the dtype of x first
+            assert relative_error(out, exact_norm(x + expected, weight, bias, 1e-3)) <= bound
     out, total = op.add_layer_norm(x, update, weight, bias, 1e-6, shift)
     assert relative_error(total, x.double() + update + shift) <= bound
     assert relative_error(out, exact_norm(x + update, weight, bias, 1e-6)) <= bound
@@ -74,9 +81,9 @@ def test_layer_norm_backward(op, shape, with_update, dtype, device):
     dh, dw, db = torch.autograd.grad(out, (h, w, b), grad.double())
     dh = dh + residual
     expected = dh, out.detach(), dw, db, dh.sum(0)
-    results = op.layer_norm_backward(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
-    for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), results, expected):
-        assert relative_error(result, ref) <= 2 * BOUND[dtype], name
+    out, sums = op.layer_norm_backward_(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
+    for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), (grad, out, *sums), expected):
+        assert result.dtype == dtype and relative_error(result, ref) <= 2 * BOUND[dtype], name
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -88,14 +95,30 @@ def test_gelu_backward(op, shape, dtype, device):
     exact = x.double().requires_grad_()
     out = kernels_ref.ops.gelu_tanh(exact)
     (dx,) = torch.autograd.grad(out, exact, grad.double())
-    for result, ref in zip(op.gelu_backward(grad, x), (dx, out.detach(), dx.sum(0))):
-        assert relative_error(result, ref) <= 2 * BOUND[dtype]
+    for result, ref in zip((*op.gelu_backward_(grad, x), grad), (out.detach(), dx.sum(0), dx)):
+        assert result.dtype == dtype and relative_error(result, ref) <= 2 * BOUND[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 1000), (2100, 130)])
+@pytest.mark.parametrize("op", [columns_op, column_kernels])
+def test_columns(op, shape, dtype, device):
+    (x,) = draw(device, dtype, shape)
+    sums = op.column_sums(x)
+    assert sums.dtype == dtype and relative_error(sums, x.double().sum(0)) <= BOUND[dtype]
+    out = op.transposed(x)
+    assert out.is_contiguous() and torch.equal(out, x.t())
+    wide = torch.cat((x, x), 1)
+    assert torch.equal(op.column_sums(wide[:, : shape[1]]), sums)
+    assert torch.equal(op.transposed(wide[:, : shape[1]]), out)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gelu_is_finite_far_from_zero(device):
     x = torch.tensor([[-6e4, -300.0, -20.0, 0.0, 20.0, 300.0, 6e4, 1.0]], device=device)
-    dx, out, _ = gelu_kernels.gelu_backward(torch.ones_like(x), x)
+    dx = torch.ones_like(x)
+    out, _ = gelu_kernels.gelu_backward_(dx, x)
     assert torch.allclose(out, torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
     assert dx[0, :3].abs().max() == 0 and (dx[0, 4:7] == 1).all()
 
@@ -103,17 +126,19 @@ def test_gelu_is_finite_far_from_zero(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows_and_strided_rows(device):
     x, weight, bias = draw(device, torch.float32, (0, 72), (72,), (72,))
-    assert norm_kernels.layer_norm(x, weight, bias, 1e-6, None).shape == (0, 72)
-    sums = norm_kernels.layer_norm_backward(x, x, x, None, weight, bias, 1e-6)[2:]
-    assert all((s == 0).all() for s in sums)
-    dx, _, total = gelu_kernels.gelu_backward(x, x)
-    assert dx.shape == (0, 72) and (total == 0).all()
+    assert norm_kernels.layer_norm(x, weight, bias, 1e-6).shape == (0, 72)
+    out, total = norm_kernels.late_layer_norm(x, weight, bias, 1e-6, weight, bias)
+    assert out.shape == (0, 72) and torch.equal(total, weight + bias)
+    assert (norm_kernels.layer_norm_backward_(x, x, x, None, weight, bias, 1e-6)[1] == 0).all()
+    out, total = gelu_kernels.gelu_backward_(x, x)
+    assert out.shape == (0, 72) and (total == 0).all()
+    assert (column_kernels.column_sums(x) == 0).all() and column_kernels.transposed(x).shape == (72, 0)
 
     (wide,) = draw(device, torch.float32, (5, 3, 72))
     x = wide[:, 1]
     assert torch.equal(
-        norm_kernels.layer_norm(x, weight, bias, 1e-6, None),
-        norm_kernels.layer_norm(x.contiguous(), weight, bias, 1e-6, None),
+        norm_kernels.layer_norm(x, weight, bias, 1e-6),
+        norm_kernels.layer_norm(x.contiguous(), weight, bias, 1e-6),
     )
 
 
@@ -121,10 +146,12 @@ def test_no_rows_and_strided_rows(device):
 def test_operators_are_registered_as_torch_expects(device):
     x, update, weight, bias = draw(device, torch.float32, (5, 64), (5, 64), (64,), (64,))
     ops = torch.ops.siglip2_packed
-    torch.library.opcheck(ops.layer_norm, (x, weight, bias, 1e-6, bias))
+    torch.library.opcheck(ops.layer_norm, (x, weight, bias, 1e-6))
+    torch.library.opcheck(ops.late_layer_norm, (x, weight, bias, 1e-6, None, bias))
+    torch.library.opcheck(ops.late_layer_norm, (x, weight, bias, 1e-6, weight, bias))
     torch.library.opcheck(ops.add_layer_norm, (x, update, weight, bias, 1e-6, bias))
-    torch.library.opcheck(ops.layer_norm_backward, (x, x, x, update, weight, bias, 1e-6))
-    torch.library.opcheck(ops.gelu_backward, (x, update))
+    torch.library.opcheck(ops.layer_norm_backward_, (x.clone(), x, x, update, weight, bias, 1e-6))
+    torch.library.opcheck(ops.gelu_backward_, (x, update))
 
 
 @pytest.mark.parametrize("device", DEVICES)

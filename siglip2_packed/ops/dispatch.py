@@ -43,9 +43,9 @@ _IMAGES = ("triton", *_OTHERS)
 _LONG = ("flash_attention_4", "triton", *_OTHERS)
 MEASURED = {
     ((9, 0), 64, False): Preference(1536, _IMAGES, _LONG),
-    ((9, 0), 64, True): Preference(384, _IMAGES, _LONG),
-    ((9, 0), 72, False): Preference(1536, _IMAGES, _LONG),
-    ((9, 0), 72, True): Preference(1536, _IMAGES, _LONG),
+    ((9, 0), 64, True): Preference(768, _IMAGES, _LONG),
+    ((9, 0), 72, False): Preference(3072, _IMAGES, _IMAGES),
+    ((9, 0), 72, True): Preference(3072, _IMAGES, _IMAGES),
 }
 
 

@@ -24,11 +24,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of grad `[T, F]`, the gradient of gelu(x): dx `[T, F]`, gelu(x) once more, and the column sums of dx `[F]`."""
+def gelu_backward_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """grad `[T, F]`, of gelu(x), contiguous, becomes dx. Returns gelu(x) `[T, F]` and dx's column sums `[F]`."""
     if on_triton(x):
-        from siglip2_packed.ops.triton.gelu import gelu_backward
+        from siglip2_packed.ops.triton.gelu import gelu_backward_
 
-        return gelu_backward(grad, x)
-    dx = torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
-    return dx, gelu(x), dx.sum(0)
+        return gelu_backward_(grad, x)
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
+    return gelu(x), grad.sum(0)

@@ -13,11 +13,27 @@ from torch import Tensor
 from siglip2_packed.ops.attention import why_missing
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None = None) -> Tensor:
-    """LayerNorm of x + offset, statistics in float32 at least. x `[T, D]`, offset `[D]` -> `[T, D]` in x's dtype."""
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, waiting: Tensor | None = None, late: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """LayerNorm of x + (waiting + late), statistics in float32 at least.
+
+    Args:
+        x: `[T, D]`.
+        waiting, late: `[D]`, or None; `waiting` in float32 at least, not without `late`.
+
+    Returns:
+        `[T, D]` in x's dtype; waiting + late `[D]` in float32 at least, None if both are.
+    """
     if on_triton(x):
-        return _triton().layer_norm(x, weight, bias, eps, offset)
-    return F.layer_norm(x if offset is None else (x + offset).to(x.dtype), x.shape[-1:], weight, bias, eps)
+        if late is None:
+            return _triton().layer_norm(x, weight, bias, eps), None
+        return _triton().late_layer_norm(x, weight, bias, eps, waiting, late)
+    if late is not None:
+        late = late.to(torch.promote_types(late.dtype, torch.float32))
+        waiting = late if waiting is None else waiting + late
+        x = (x + waiting).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps), waiting
 
 
 def add_layer_norm(
@@ -30,28 +46,27 @@ def add_layer_norm(
     return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total.add_(shift)
 
 
-def layer_norm_backward(
+def layer_norm_backward_(
     grad: Tensor, residual: Tensor, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Backward of out = LayerNorm(h), h = x + update (or x), where h also goes on past the norm.
 
     Args:
-        grad: `[T, D]`, of out.
+        grad: `[T, D]`, contiguous, of out; becomes the whole gradient of h.
         residual: `[T, D]`, of h on its way past the norm.
 
     Returns:
-        The whole gradient of h `[T, D]`; out `[T, D]` once more; the gradients of weight and bias, and the column sums
-        of the first result, `[D]` each, in float32 on CUDA.
+        out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of h's.
     """
     if on_triton(x):
-        return _triton().layer_norm_backward(grad, residual, x, update, weight, bias, eps)
+        return _triton().layer_norm_backward_(grad, residual, x, update, weight, bias, eps)
     h = x if update is None else x + update
     out, mean, scale = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad, h, h.shape[-1:], mean, scale, weight, bias, [True, True, True]
     )
-    dx = dx + residual
-    return dx, out, dweight, dbias, dx.sum(0)
+    torch.add(dx, residual, out=grad)
+    return out, torch.stack((dweight, dbias, grad.sum(0)))
 
 
 def on_triton(x: Tensor) -> bool:

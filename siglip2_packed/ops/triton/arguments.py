@@ -91,14 +91,20 @@ def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, con
     if INTERPRETED:
         kernel[grid](*arguments, num_warps=num_warps)
         return
-    aligned = all(x.data_ptr() % 16 == 0 for x in tensors)
-    key = id(kernel), tensors[0].device, aligned, constexprs, tuple([x.dtype for x in tensors])
-    compiled = _compiled.get(key) if aligned else None
+    key = id(kernel), tensors[0].get_device(), constexprs, *[x.dtype for x in tensors]
+    compiled = None if sum([x.data_ptr() % 16 for x in tensors]) else _compiled.get(key)
     if compiled is None:
         compiled = kernel.warmup(*arguments, grid=grid, num_warps=num_warps)
-        if aligned:
+        if not any(x.data_ptr() % 16 for x in tensors):
             _compiled[key] = compiled
-    compiled[grid](*arguments)
+    run_compiled(compiled, grid, arguments)
+
+
+def run_compiled(compiled, grid: tuple, arguments: tuple) -> None:
+    """`compiled[grid](*arguments)` on the current device and stream, without what Triton does for launch hooks."""
+    driver = triton.runtime.driver.active
+    stream = driver.get_current_stream(driver.get_current_device())
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
 _compiled: dict[tuple, Any] = {}

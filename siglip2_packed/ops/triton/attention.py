@@ -24,6 +24,7 @@ from siglip2_packed.ops.triton.arguments import (
     check,
     check_rows,
     device_of,
+    multiprocessors,
     strides,
 )
 from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
@@ -61,7 +62,7 @@ def varlen_attention(
     """
     check_rows(q=q, k=k, v=v)
     scale = check(q, cu_seqlens, max_seqlen, softmax_scale)
-    run = _attention if traced() else _Attention.apply
+    run = _attention if traced() else _Attention.apply if torch.is_grad_enabled() else _forward
     return run(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
@@ -73,6 +74,9 @@ def varlen_attention_qkvpacked(
         raise ValueError(f"qkv must be [T, 3, H, K], got {list(qkv.shape)}")
     check_rows(qkv=qkv[:, 0])
     scale = check(qkv, cu_seqlens, max_seqlen, softmax_scale)
+    if not (traced() or torch.is_grad_enabled()):
+        q, k, v = qkv.unbind(1)
+        return _forward(q, k, v, cu_seqlens, max_seqlen, scale)[0]
     run = _attention_qkvpacked if traced() else _AttentionQKVPacked.apply
     return run(qkv, cu_seqlens, max_seqlen, scale)[0]
 
@@ -217,10 +221,11 @@ def _forward(
         return out, lse
     q, k, v = map(aligned, (q, k, v))
     with device_of(q):
-        hopper = _hopper("forward") if capability(q) == 90 else None
+        few = few_rows(q, max_seqlen)
+        hopper = _hopper("forward") if capability(q) == 90 and not few else None
         if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
             return out, lse
-        tile = forward_tile(K, q.dtype, max_seqlen, capability(q))
+        tile = forward_tile(K, q.dtype, max_seqlen, capability(q), few)
         blocks = max(1, triton.cdiv(max_seqlen, tile["M"]))
         kernels.forward_kernel[((S + 1) * H * blocks,)](
             q,
@@ -352,11 +357,18 @@ def precision(dtype: torch.dtype) -> dict[str, str]:
 # reads shared memory out of bounds. maxnreg buys a second or third resident block for a few spilled registers.
 
 
-def forward_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int) -> dict:
+def few_rows(q: Tensor, max_seqlen: int) -> bool:
+    """Whether larger blocks than of 64 queries would leave multiprocessors without work."""
+    return max_seqlen <= 256 and q.shape[0] * q.shape[1] <= 128 * multiprocessors(q.device)
+
+
+def forward_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int, few: bool) -> dict:
     if dtype == torch.float32:
         return {"M": 32, "N": 32, "SINGLE": False, "num_warps": 4, "num_stages": 2}
     if max_seqlen <= 128:
         return {"M": 64, "N": 64 if max_seqlen <= 64 else 128, "SINGLE": True, "num_warps": 4, "num_stages": 1}
+    if capability // 10 == 9 and K <= 80 and few:
+        return {"M": 64, "N": 64, "SINGLE": False, "num_warps": 4, "num_stages": 3}
     if capability // 10 == 9 and K <= 80:
         return {"M": 128, "N": 64, "SINGLE": False, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
     return {"M": 64, "N": 64, "SINGLE": False, "num_warps": 4, "num_stages": 2}

@@ -14,7 +14,6 @@ enters a product. In segments shorter than a tile V's rows behind the end are ze
 Results do not depend on the order of the items: they are deterministic.
 """
 
-import functools
 import itertools
 from typing import Any
 
@@ -31,8 +30,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.triton import hopper
-from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors
-from siglip2_packed.ops.triton.hopper import ACC, ACC_TAIL, ROWS, ROWS_TAIL, TILE, TILE_TAIL, barrier, copy, cut
+from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors, run_compiled
+from siglip2_packed.ops.triton.hopper import (
+    ACC,
+    ACC_TAIL,
+    ROWS,
+    ROWS_TAIL,
+    TILE,
+    TILE_TAIL,
+    barrier,
+    copy,
+    cut,
+    read,
+    tell,
+    walk,
+    write,
+)
 
 # WGS: key tiles in flight (K = 64: one more), registers of consumers and of the launch, thread blocks a multiprocessor
 RESOURCES = {2: (3, 104, 80, 2), 3: (7, 160, 128, 1)}
@@ -52,67 +65,40 @@ def _copy(rows, rows_tail, row, head, tile, tile_tail, bar, K: gl.constexpr, pre
 
 
 @gluon.jit
-def _write(message, place, value):
-    message.index(place).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-
-
-@gluon.jit
-def _read(message, place):
-    return gl.sum(message.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _producer(source, tiles, bars, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr):
-    """Numbers the items and brings Q, K and V of those that fall to this thread block."""
-    q, q_tail, k, k_tail, v, v_tail, cu_seqlens, counter, S, blocks = source
+def _bring(
+    source, tiles, bars, first, length, head, row, turn, count,
+    K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Brings Q of an item, then K and V tile by tile."""
+    q, q_tail, k, k_tail, v, v_tail = source
     sq, sq_tail, sk, sk_tail, sv, sv_tail, message = tiles
     q_full, q_empty, full, empty = bars
-    item = gl.program_id(0)
-    turn = 0  # items taken, counted for q_full and q_empty
-    count = 0  # key tiles, counted for full and empty
-    begin = 0  # number of the segment's first item
-    last = gl.load(cu_seqlens + S)
-    left = last  # rows whose items are not numbered yet
-    for late in range(2):  # the segments of more than half of max_seqlen, then the others
-        segment = 0
-        first = 0
-        while (first < last) & (left > 0):
-            length = gl.load(cu_seqlens + segment + 1) - first
-            own = (length + 64 * WGS - 1) // (64 * WGS)  # blocks of this segment
-            if (2 * own <= blocks) == (late == 1):
-                left -= length
-                end = begin + own * H
-                while item < end:
-                    head = (item - begin) // own
-                    row = (item - begin) % own * (64 * WGS)
-                    place = turn % 2
-                    mbarrier.wait(q_empty.index(place), turn // 2 % 2 ^ 1)
-                    _write(message, 4 * place, first)
-                    _write(message, 4 * place + 1, length)
-                    _write(message, 4 * place + 2, head)
-                    _write(message, 4 * place + 3, row)
-                    barrier()
-                    for w in gl.static_range(WGS):
-                        there = row + 64 * w < length
-                        _copy(q, q_tail, first + row + 64 * w, head, sq.index(WGS * place + w),
-                              sq_tail.index(WGS * place + w), q_full.index(place), K, there)  # fmt: skip
-                        mbarrier.arrive(q_full.index(place), count=1, pred=row + 64 * w >= length)
-                    for start in range(0, length, 64):
-                        at = first + gl.maximum(gl.minimum(start, length - 64), 0)
-                        slot = count % RING
-                        mbarrier.wait(empty.index(slot), count // RING % 2 ^ 1)
-                        _copy(k, k_tail, at, head, sk.index(slot), sk_tail.index(slot), full.index(slot), K)
-                        _copy(v, v_tail, at, head, sv.index(slot), sv_tail.index(slot), full.index(slot), K)
-                        count += 1
-                    turn += 1
-                    item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
-                begin = end
-            first += length
-            segment += 1
-    if item == gl.num_programs(0) + begin - 1:  # one number was drawn for each item, this is the last
-        gl.store(counter, 0)
+    place = turn % 2
+    mbarrier.wait(q_empty.index(place), turn // 2 % 2 ^ 1)
+    tell(message, place, first, length, head, row)
+    for w in gl.static_range(WGS):
+        there = row + 64 * w < length
+        _copy(q, q_tail, first + row + 64 * w, head, sq.index(WGS * place + w),
+              sq_tail.index(WGS * place + w), q_full.index(place), K, there)  # fmt: skip
+        mbarrier.arrive(q_full.index(place), count=1, pred=row + 64 * w >= length)
+    for start in range(0, length, 64):
+        at = first + gl.maximum(gl.minimum(start, length - 64), 0)
+        slot = count % RING
+        mbarrier.wait(empty.index(slot), count // RING % 2 ^ 1)
+        _copy(k, k_tail, at, head, sk.index(slot), sk_tail.index(slot), full.index(slot), K)
+        _copy(v, v_tail, at, head, sv.index(slot), sv_tail.index(slot), full.index(slot), K)
+        count += 1
+    return count
+
+
+@gluon.jit
+def _producer(source, tiles, bars, work, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr):
+    cu_seqlens, counter, S, blocks = work
+    turn = walk(_bring, source, tiles, bars, cu_seqlens, counter, S, H, blocks, K, WGS, RING)
+    message = tiles[-1]
+    q_full, q_empty, _, _ = bars
     mbarrier.wait(q_empty.index(turn % 2), turn // 2 % 2 ^ 1)
-    _write(message, turn % 2 * 4 + 1, 0)
+    write(message, turn % 2 * 4 + 1, 0)
     barrier()
     mbarrier.arrive(q_full.index(turn % 2), count=WGS)
 
@@ -135,12 +121,12 @@ def _consumer(
     turn = 0
     count = 0
     mbarrier.wait(q_full.index(0), 0)
-    length = _read(message, 1)
+    length = read(message, 1)
     while length > 0:
         place = turn % 2
-        first = _read(message, 4 * place)
-        head = _read(message, 4 * place + 2)
-        row = _read(message, 4 * place + 3) + 64 * W
+        first = read(message, 4 * place)
+        head = read(message, 4 * place + 2)
+        row = read(message, 4 * place + 3) + 64 * W
         if row < length:
             q = sq.index(WGS * place + W).reshape([64, 64])
             if K > 64:
@@ -222,7 +208,7 @@ def _consumer(
             mbarrier.arrive(q_empty.index(place), count=1)
         turn += 1
         mbarrier.wait(q_full.index(turn % 2), turn // 2 % 2)
-        length = _read(message, turn % 2 * 4 + 1)
+        length = read(message, turn % 2 * 4 + 1)
 
     # rows beyond the last segment, in pieces of 8 lanes
     begin = gl.load(cu_seqlens + S).to(gl.int64) * (H * K // 8)
@@ -269,13 +255,14 @@ def forward_kernel(
     tiles = (sq, sq_tail, sk, sk_tail, sv, sv_tail, message)
     bars = (q_full, q_empty, full, empty)
     pack = (out, lse, cu_seqlens, scale_log2, T, S)
-    source = (q, q_tail, k, k_tail, v, v_tail, cu_seqlens, counters + slot, S, blocks)
+    source = (q, q_tail, k, k_tail, v, v_tail)
+    work = (cu_seqlens, counters + slot, S, blocks)
     if WGS == 2:
         gl.warp_specialize(
             [
                 (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
                 (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
-                (_producer, (source, tiles, bars, H, K, WGS, RING)),
+                (_producer, (source, tiles, bars, work, H, K, WGS, RING)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -286,7 +273,7 @@ def forward_kernel(
                 (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
                 (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
                 (_consumer, (2, pack, tiles, bars, H, K, WGS, RING)),
-                (_producer, (source, tiles, bars, H, K, WGS, RING)),
+                (_producer, (source, tiles, bars, work, H, K, WGS, RING)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
@@ -306,9 +293,8 @@ def forward(
         if capturing:
             return False  # no compilation, and no check, while a CUDA graph is captured
         _kernels[key] = _checked(*key)
-    kernel = _kernels[key]
-    slot = EAGER + next(_captured) if capturing else next(_eager) % EAGER
-    if kernel is None or slot >= COUNTERS:
+    kernel, slot = _kernels[key], hopper.free_slot(capturing)
+    if kernel is None or slot is None:
         return False
     _launch(kernel, WGS, q, k, v, out, lse, cu_seqlens, max_seqlen, scale_log2, slot)
     return True
@@ -323,23 +309,11 @@ def warpgroups(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int) -> int:
 
 _kernels: dict[tuple, Any] = {}
 
-# Launches that may overlap must not share a work counter: eager ones take turns; one captured in a CUDA graph, which
-# may run at any time, keeps its own for good.
-EAGER, COUNTERS = 1 << 14, 1 << 18
-_eager, _captured = itertools.count(), itertools.count()
-
-
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    torch.cuda.synchronize(device)  # launches on other streams count on the zeros
-    return counters
-
 
 def _arguments(descriptor, WGS: int, q, k, v, out, lse, cu_seqlens, max_seqlen: int, scale_log2: float, slot: int):
     T, H, K = q.shape
     S, blocks = cu_seqlens.shape[0] - 1, -(-max_seqlen // (64 * WGS))
-    counters, (ring, registers, _, _) = _counters(q.device), RESOURCES[WGS]
+    counters, (ring, registers, _, _) = hopper.counters(q.device), RESOURCES[WGS]
     ring += K == 64
     numbers = scale_log2, T, S, blocks, slot, H, K, WGS, ring, registers
     return *hopper.descriptors(descriptor, q, k, v), out, lse, cu_seqlens, counters, *numbers
@@ -348,9 +322,8 @@ def _arguments(descriptor, WGS: int, q, k, v, out, lse, cu_seqlens, max_seqlen: 
 def _launch(kernel, WGS: int, q, k, v, out, lse, cu_seqlens, *numbers) -> None:
     items = q.shape[1] * (q.shape[0] // (64 * WGS) + cu_seqlens.shape[0] - 1)  # at most
     resident = RESOURCES[WGS][3] * multiprocessors(q.device)
-    # a compiled kernel, unlike a function, is launched without looking for a kernel that fits the arguments
     arguments = _arguments(hopper.UncheckedDescriptor, WGS, q, k, v, out, lse, cu_seqlens, *numbers)
-    kernel[max(1, min(items, resident)), 1, 1](*arguments)
+    run_compiled(kernel, (max(1, min(items, resident)), 1, 1), arguments)
 
 
 def _checked(*key):

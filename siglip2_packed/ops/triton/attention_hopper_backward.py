@@ -8,9 +8,10 @@ Two kernels, seven products, no atomics: every result is deterministic.
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q
 
 with P = exp2(S * scale_log2 - lse), dS = P * (dP - delta), and delta = sum(out * dO) left by the first for the second.
-As in the forward, thread blocks stay resident, one warp (the producer) brings tiles through the copy engine (TMA),
-running ahead into the next item, and warpgroups of 64 rows (the consumers) compute. A product is issued before the
-previous results are used, so that the tensor cores work while the exponentials are taken.
+As in the forward, thread blocks stay resident and draw items, long segments first; one warp (the producer) brings tiles
+through the copy engine (TMA), running ahead into the next item, and warpgroups of 64 rows (the consumers) compute. They
+are told of an item before its tiles are there, to load lse and delta meanwhile. A product is issued before the previous
+results are used, so that the tensor cores work while the exponentials are taken.
 
 The last tile of those that are summed over is moved back to end with the segment, and rows seen twice are switched off
 (dS = 0 for keys, lse = inf for queries): no row of another segment enters a sum. Segments shorter than a tile zero the
@@ -34,8 +35,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.triton import hopper
-from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors
-from siglip2_packed.ops.triton.hopper import ACC, ACC_TAIL, ROWS, ROWS_TAIL, TILE, TILE_TAIL, barrier, copy, cut
+from siglip2_packed.ops.triton.arguments import LOG2_E, multiprocessors, run_compiled
+from siglip2_packed.ops.triton.hopper import (
+    ACC,
+    ACC_TAIL,
+    ROWS,
+    ROWS_TAIL,
+    TILE,
+    TILE_TAIL,
+    barrier,
+    copy,
+    cut,
+    read,
+    tell,
+    walk,
+    write,
+)
 
 # WGS: tiles in flight (K = 64: four more), registers of consumers and of the launch; a thread block a multiprocessor
 RESOURCES_Q = {2: (12, 240, 168), 3: (10, 160, 128)}
@@ -43,7 +58,7 @@ RESOURCES_Q = {2: (12, 240, 168), 3: (10, 160, 128)}
 RESOURCES_KV = 4, 128, 2
 PRODUCER_REGISTERS = gl.constexpr(24)
 
-ZEROS = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+ZEROS = gl.constexpr(gl.BlockedLayout([8], [32], [1], [0]))
 FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 STATISTICS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -79,16 +94,34 @@ def _zero_rows(tile, length, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _zero_global(x, sxt: gl.constexpr, first, T, step, K: gl.constexpr):
-    """Zeros in rows [first, first + 64), [first + step, first + step + 64), ... below T."""
-    rows = gl.arange(0, 64, gl.SliceLayout(1, ZEROS))
-    lanes = gl.arange(0, 128, gl.SliceLayout(0, ZEROS))
-    for r in range(first, T, step):
-        gl.store(
-            x + gl.cast(r, gl.int64) * sxt + rows[:, None] * sxt + lanes[None, :],
-            gl.zeros([64, 128], x.dtype.element_ty, ZEROS),
-            mask=(rows < T - r)[:, None] & (lanes < K)[None, :],
-        )
+def _zero_beyond(x, sxt: gl.constexpr, lanes, first, T):
+    """Zeros in rows [first, T): a thread block's part, by one warp."""
+    here = gl.arange(0, 256, ZEROS)
+    for row in range(first + gl.program_id(0), T, gl.num_programs(0)):
+        for lane in range(0, lanes, 256):
+            at = x + gl.cast(row, gl.int64) * sxt + lane + here
+            gl.store(at, gl.zeros([256], x.dtype.element_ty, ZEROS), mask=here < lanes - lane)
+
+
+@gluon.jit
+def _next(message, item_full, turn):
+    """Length of the segment of a new item, 0 behind the last."""
+    mbarrier.wait(item_full.index(turn % 2), turn // 2 & 1)
+    return read(message, turn % 2 * 4 + 1)
+
+
+@gluon.jit
+def _item(message, turn):
+    """The segment's first row, the head, and the item's row in the segment."""
+    at = turn % 2 * 4
+    return read(message, at), read(message, at + 2), read(message, at + 3)
+
+
+@gluon.jit
+def _stop(message, item_full, turn):
+    write(message, turn % 2 * 4 + 1, 0)
+    barrier()
+    mbarrier.arrive(item_full.index(turn % 2), count=1)
 
 
 @gluon.jit
@@ -129,54 +162,64 @@ def _save(x, x_tail, stage, stage_tail, ptr, sxt: gl.constexpr, lane, lane_tail,
 
 
 @gluon.jit
-def _q_producer(source, tiles, bars, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr):
-    """Brings Q and dO of every item, then through the ring `out`, and K and V in turn."""
-    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, cu_seqlens, S, H, blocks = source
-    q_main, q_tail, g_main, g_tail, main, tail = tiles
-    q_full, q_empty, full, empty = bars
+def _bring_q(
+    source, tiles, bars, first, length, head, row, turn, count,
+    K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Brings Q and dO of an item, then through the ring `out`, and K and V in turn."""
+    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t = source
+    q_main, q_tail, g_main, g_tail, main, tail, message = tiles
+    item_full, q_full, q_empty, full, empty = bars
     BYTES: gl.constexpr = 64 * 2 * (80 if K > 64 else 64)
-    count = 0
-    turn = 0
-    for item in range(gl.program_id(0), S * H * blocks, gl.num_programs(0)):
-        segment = item // blocks // H
-        head = item // blocks % H
-        row = item % blocks * (64 * WGS)
-        first = gl.load(cu_seqlens + segment)
-        length = gl.load(cu_seqlens + segment + 1) - first
-        if row < length:
-            lane, lane_tail = cut(head, K)
-            for w in gl.static_range(WGS):
-                buf = turn % 2 + w * 2
-                bar = q_full.index(buf)
-                active = row + 64 * w < length
-                at = first + row + 64 * w
-                mbarrier.wait(q_empty.index(buf), (turn // 2 & 1) ^ 1)
-                mbarrier.expect(bar, 2 * BYTES, pred=active)
-                _copy(q, q_t, at, head, lane, lane_tail, bar, q_main.index(buf), q_tail.index(buf), active, K)
-                _copy(grad, grad_t, at, head, lane, lane_tail, bar, g_main.index(buf), g_tail.index(buf), active, K)
-                mbarrier.arrive(bar, count=1, pred=row + 64 * w >= length)
-            for r in range(row, gl.minimum(length, row + 64 * WGS), 64):
-                slot = count % SLOTS
-                bar = full.index(slot)
-                mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
-                mbarrier.expect(bar, BYTES)
-                _copy(out, out_t, first + r, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
-                count += 1
-            for start in range(0, length, 64):
-                at = first + _at(start, length)
-                slot = count % SLOTS
-                bar = full.index(slot)
-                mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
-                mbarrier.expect(bar, BYTES)
-                _copy(k, k_t, at, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
-                count += 1
-                slot = count % SLOTS
-                bar = full.index(slot)
-                mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
-                mbarrier.expect(bar, BYTES)
-                _copy(v, v_t, at, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
-                count += 1
-            turn += 1
+    lane, lane_tail = cut(head, K)
+    for w in gl.static_range(WGS):
+        mbarrier.wait(q_empty.index(turn % 2 + w * 2), (turn // 2 & 1) ^ 1)
+    tell(message, turn % 2, first, length, head, row)
+    mbarrier.arrive(item_full.index(turn % 2), count=1)
+    for w in gl.static_range(WGS):
+        buf = turn % 2 + w * 2
+        bar = q_full.index(buf)
+        active = row + 64 * w < length
+        at = first + row + 64 * w
+        mbarrier.expect(bar, 2 * BYTES, pred=active)
+        _copy(q, q_t, at, head, lane, lane_tail, bar, q_main.index(buf), q_tail.index(buf), active, K)
+        _copy(grad, grad_t, at, head, lane, lane_tail, bar, g_main.index(buf), g_tail.index(buf), active, K)
+        mbarrier.arrive(bar, count=1, pred=row + 64 * w >= length)
+    for r in range(row, gl.minimum(length, row + 64 * WGS), 64):
+        slot = count % SLOTS
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        _copy(out, out_t, first + r, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
+        count += 1
+    for start in range(0, length, 64):
+        at = first + _at(start, length)
+        slot = count % SLOTS
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        _copy(k, k_t, at, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
+        count += 1
+        slot = count % SLOTS
+        bar = full.index(slot)
+        mbarrier.wait(empty.index(slot), (count // SLOTS & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        _copy(v, v_t, at, head, lane, lane_tail, bar, main.index(slot), tail.index(slot), True, K)
+        count += 1
+    return count
+
+
+@gluon.jit
+def _q_producer(
+    source, tiles, bars, work, dq, T, sdt: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr
+):
+    cu_seqlens, counter, S, H, blocks = work
+    item_full, _, q_empty, _, _ = bars
+    turn = walk(_bring_q, source, tiles, bars, cu_seqlens, counter, S, H, blocks, K, WGS, SLOTS)
+    for w in gl.static_range(WGS):
+        mbarrier.wait(q_empty.index(turn % 2 + w * 2), (turn // 2 & 1) ^ 1)
+    _stop(tiles[-1], item_full, turn)
+    _zero_beyond(dq, sdt, H * K, gl.load(cu_seqlens + S), T)
 
 
 @gluon.jit
@@ -185,125 +228,123 @@ def _q_consumer(
     SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 W to 64 W + 63 of every item."""
-    dq, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks = pack
-    q_main, q_tail, g_main, g_tail, main, tail = tiles
-    q_full, q_empty, full, empty = bars
+    dq, lse, delta, scale, scale_log2, T = pack
+    q_main, q_tail, g_main, g_tail, main, tail, message = tiles
+    item_full, q_full, q_empty, full, empty = bars
     TAIL: gl.constexpr = K > 64
     DTYPE: gl.constexpr = dq.dtype.element_ty
     OF_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     count = 0
     turn = 0
-    for item in range(gl.program_id(0), (S + 1) * H * blocks, gl.num_programs(0)):
-        segment = item // blocks // H
-        head = item // blocks % H
-        row = item % blocks * (64 * WGS)
-        first = gl.load(cu_seqlens + segment)
-        if segment == S:  # the rows beyond the last segment
-            _zero_global(dq + head.to(gl.int64) * sdh, sdt, first + row + 64 * W, T, blocks * (64 * WGS), K)
-        else:
-            length = gl.load(cu_seqlens + segment + 1) - first
-            if row < length:
-                left = length - row - 64 * W
-                count_tiles = (length + 63) // 64
-                buf = turn % 2 + W * 2
-                if left > 0:
-                    rows = gl.arange(0, 64, OF_ROW)
-                    place = head.to(gl.int64) * T + first + row + 64 * W
-                    e = gl.load(lse + place + rows, mask=rows < left, other=0.0)
-                    mbarrier.wait(q_full.index(buf), turn // 2 & 1)
-                    q = _main(q_main, buf)
-                    g = _main(g_main, buf)
-                    qt = _tail(q_tail, buf, K)
-                    gt = _tail(g_tail, buf, K)
-                    for w in gl.static_range(WGS):
-                        if w != W:  # noqa: SIM102 (the outer is decided at compile time)
-                            if row + 64 * w < length:  # a tile of `out` that is another warpgroup's
-                                mbarrier.wait(full.index((count + w) % SLOTS), (count + w) // SLOTS & 1)
-                                mbarrier.arrive(empty.index((count + w) % SLOTS), count=1)
-                    slot = (count + W) % SLOTS
-                    mbarrier.wait(full.index(slot), (count + W) // SLOTS & 1)
-                    d = gl.sum(_main(main, slot).load(ACC).to(gl.float32) * g.load(ACC).to(gl.float32), 1)
-                    if TAIL:
-                        o_t = _tail(tail, slot, K).load(ACC_TAIL).to(gl.float32)
-                        d += gl.convert_layout(gl.sum(o_t * gt.load(ACC_TAIL).to(gl.float32), 1), OF_ROW)
-                    mbarrier.arrive(empty.index(slot), count=1)
-                    count += gl.minimum((length - row + 63) // 64, WGS)
-                    gl.store(delta + place + rows, d, mask=rows < left)
-                    slot = count % SLOTS
-                    mbarrier.wait(full.index(slot), count // SLOTS & 1)
-                    if length < 64:
-                        _zero_rows(_main(main, slot), length, ROWS)
-                        if TAIL:
-                            _zero_rows(_tail(tail, slot, K), length, ROWS_TAIL)
-                        fence_async_shared()
-                        barrier()
-                    acc = gl.zeros([64, 64], gl.float32, ACC)
-                    acc_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
-                    s = warpgroup_mma_wait(0, [_product(q, qt, main, tail, slot, K)])
-                    p = gl.exp2(s * scale_log2 - e[:, None])
-                    for _ in range(1, count_tiles):
-                        ks = count % SLOTS
-                        vs = (count + 1) % SLOTS
-                        ns = (count + 2) % SLOTS
-                        mbarrier.wait(full.index(vs), (count + 1) // SLOTS & 1)
-                        dp_a = _product(g, gt, main, tail, vs, K)
-                        mbarrier.wait(full.index(ns), (count + 2) // SLOTS & 1)
-                        s_a = _product(q, qt, main, tail, ns, K)
-                        dp = warpgroup_mma_wait(2 if TAIL else 1, [dp_a])
-                        ds = (p * (dp - d[:, None])).to(DTYPE)
-                        acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
-                        s = warpgroup_mma_wait(2 if TAIL else 1, [s_a])
-                        mbarrier.arrive(empty.index(vs), count=1)
-                        p = gl.exp2(s * scale_log2 - e[:, None])
-                        if TAIL:
-                            acc, acc_t, ds_m, ds_t = warpgroup_mma_wait(0, [acc_a, acc_ta, ds_m, ds_t])
-                        else:
-                            acc, ds_m = warpgroup_mma_wait(0, [acc_a, ds_m])
-                        mbarrier.arrive(empty.index(ks), count=1)
-                        count += 2
-                    ks = count % SLOTS
-                    vs = (count + 1) % SLOTS
-                    mbarrier.wait(full.index(vs), (count + 1) // SLOTS & 1)
-                    dp = warpgroup_mma_wait(0, [_product(g, gt, main, tail, vs, K)])
-                    mbarrier.arrive(empty.index(vs), count=1)
-                    ds = p * (dp - d[:, None])
-                    if count_tiles * 64 > length:  # keys of the tile before (in front) or another segment (behind)
-                        start = count_tiles * 64 - 64
-                        keys = _at(start, length) + gl.arange(0, 64, gl.SliceLayout(0, ACC))
-                        ds = gl.where(((keys >= start) & (keys < length))[None, :], ds, 0.0)
-                    ds = ds.to(DTYPE)
-                    acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
-                    if TAIL:
-                        acc, acc_t, ds_m, ds_t = warpgroup_mma_wait(0, [acc_a, acc_ta, ds_m, ds_t])
-                    else:
-                        acc, ds_m = warpgroup_mma_wait(0, [acc_a, ds_m])
-                    mbarrier.arrive(empty.index(ks), count=1)
-                    count += 2
-                    lane, lane_tail = cut(head, K)
-                    ptr = dq + head.to(gl.int64) * sdh + (first + row + 64 * W).to(gl.int64) * sdt
-                    _save(acc * scale, acc_t * scale, q, qt, ptr, sdt, lane, lane_tail, left, K)
-                    fence_async_shared()
-                    mbarrier.arrive(q_empty.index(buf), count=1)
+    length = _next(message, item_full, turn)
+    while length > 0:
+        first, head, row = _item(message, turn)
+        left = length - row - 64 * W
+        count_tiles = (length + 63) // 64
+        buf = turn % 2 + W * 2
+        if left > 0:
+            rows = gl.arange(0, 64, OF_ROW)
+            place = head.to(gl.int64) * T + first + row + 64 * W
+            e = gl.load(lse + place + rows, mask=rows < left, other=0.0)
+            mbarrier.wait(q_full.index(buf), turn // 2 & 1)
+            q = _main(q_main, buf)
+            g = _main(g_main, buf)
+            qt = _tail(q_tail, buf, K)
+            gt = _tail(g_tail, buf, K)
+            for w in gl.static_range(WGS):
+                if w != W:  # noqa: SIM102 (the outer is decided at compile time)
+                    if row + 64 * w < length:  # a tile of `out` that is another warpgroup's
+                        mbarrier.wait(full.index((count + w) % SLOTS), (count + w) // SLOTS & 1)
+                        mbarrier.arrive(empty.index((count + w) % SLOTS), count=1)
+            slot = (count + W) % SLOTS
+            mbarrier.wait(full.index(slot), (count + W) // SLOTS & 1)
+            d = gl.sum(_main(main, slot).load(ACC).to(gl.float32) * g.load(ACC).to(gl.float32), 1)
+            if TAIL:
+                o_t = _tail(tail, slot, K).load(ACC_TAIL).to(gl.float32)
+                d += gl.convert_layout(gl.sum(o_t * gt.load(ACC_TAIL).to(gl.float32), 1), OF_ROW)
+            fence_async_shared()  # reads by load, unlike those of products, may still be under way at the barrier
+            mbarrier.arrive(empty.index(slot), count=1)
+            count += gl.minimum((length - row + 63) // 64, WGS)
+            gl.store(delta + place + rows, d, mask=rows < left)
+            slot = count % SLOTS
+            mbarrier.wait(full.index(slot), count // SLOTS & 1)
+            if length < 64:
+                _zero_rows(_main(main, slot), length, ROWS)
+                if TAIL:
+                    _zero_rows(_tail(tail, slot, K), length, ROWS_TAIL)
+                fence_async_shared()
+                barrier()
+            acc = gl.zeros([64, 64], gl.float32, ACC)
+            acc_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
+            s = warpgroup_mma_wait(0, [_product(q, qt, main, tail, slot, K)])
+            p = gl.exp2(s * scale_log2 - e[:, None])
+            for _ in range(1, count_tiles):
+                ks = count % SLOTS
+                vs = (count + 1) % SLOTS
+                ns = (count + 2) % SLOTS
+                mbarrier.wait(full.index(vs), (count + 1) // SLOTS & 1)
+                dp_a = _product(g, gt, main, tail, vs, K)
+                mbarrier.wait(full.index(ns), (count + 2) // SLOTS & 1)
+                s_a = _product(q, qt, main, tail, ns, K)
+                dp = warpgroup_mma_wait(2 if TAIL else 1, [dp_a])
+                ds = (p * (dp - d[:, None])).to(DTYPE)
+                acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
+                s = warpgroup_mma_wait(2 if TAIL else 1, [s_a])
+                mbarrier.arrive(empty.index(vs), count=1)
+                p = gl.exp2(s * scale_log2 - e[:, None])
+                if TAIL:
+                    acc, acc_t, ds_m, ds_t = warpgroup_mma_wait(0, [acc_a, acc_ta, ds_m, ds_t])
                 else:
-                    mbarrier.wait(q_full.index(buf), turn // 2 & 1)
-                    for _ in range(0, 2 * count_tiles + (length - row + 63) // 64):
-                        mbarrier.wait(full.index(count % SLOTS), count // SLOTS & 1)
-                        mbarrier.arrive(empty.index(count % SLOTS), count=1)
-                        count += 1
-                    mbarrier.arrive(q_empty.index(buf), count=1)
-                turn += 1
+                    acc, ds_m = warpgroup_mma_wait(0, [acc_a, ds_m])
+                mbarrier.arrive(empty.index(ks), count=1)
+                count += 2
+            ks = count % SLOTS
+            vs = (count + 1) % SLOTS
+            mbarrier.wait(full.index(vs), (count + 1) // SLOTS & 1)
+            dp = warpgroup_mma_wait(0, [_product(g, gt, main, tail, vs, K)])
+            mbarrier.arrive(empty.index(vs), count=1)
+            ds = p * (dp - d[:, None])
+            if count_tiles * 64 > length:  # keys of the tile before (in front) or another segment (behind)
+                start = count_tiles * 64 - 64
+                keys = _at(start, length) + gl.arange(0, 64, gl.SliceLayout(0, ACC))
+                ds = gl.where(((keys >= start) & (keys < length))[None, :], ds, 0.0)
+            ds = ds.to(DTYPE)
+            acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
+            if TAIL:
+                acc, acc_t, ds_m, ds_t = warpgroup_mma_wait(0, [acc_a, acc_ta, ds_m, ds_t])
+            else:
+                acc, ds_m = warpgroup_mma_wait(0, [acc_a, ds_m])
+            mbarrier.arrive(empty.index(ks), count=1)
+            count += 2
+            first, head, row = _item(message, turn)  # again: the loop has no registers for them
+            left = length - row - 64 * W
+            lane, lane_tail = cut(head, K)
+            ptr = dq + head.to(gl.int64) * sdh + (first + row + 64 * W).to(gl.int64) * sdt
+            _save(acc * scale, acc_t * scale, q, qt, ptr, sdt, lane, lane_tail, left, K)
+            fence_async_shared()
+            mbarrier.arrive(q_empty.index(buf), count=1)
+        else:
+            mbarrier.wait(q_full.index(buf), turn // 2 & 1)
+            for _ in range(0, 2 * count_tiles + (length - row + 63) // 64):
+                mbarrier.wait(full.index(count % SLOTS), count // SLOTS & 1)
+                mbarrier.arrive(empty.index(count % SLOTS), count=1)
+                count += 1
+            mbarrier.arrive(q_empty.index(buf), count=1)
+        turn += 1
+        length = _next(message, item_full, turn)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "blocks"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
+@gluon.jit(do_not_specialize=["T", "S", "H", "blocks", "slot"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
 def backward_q(
-    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, dq, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks,
+    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, dq, lse, delta, cu_seqlens, counters, scale, scale_log2,
+    T, S, H, blocks, slot,
     sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """dq, of strides (sdt, sdh, 1), and delta `[H, T]` of all rows within segments.
 
     q, k, v, out, grad are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at
-    K = 64. blocks: those of max_seqlen rows.
+    K = 64. blocks: those of max_seqlen rows. The work counter `counters[slot]` is zero before and after.
     """
     DTYPE: gl.constexpr = dq.dtype.element_ty
     q_main = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 64], TILE)
@@ -316,10 +357,14 @@ def backward_q(
         q_tail = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 16], TILE_TAIL)
         g_tail = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 16], TILE_TAIL)
         tail = gl.allocate_shared_memory(DTYPE, [SLOTS, 64, 1, 16], TILE_TAIL)
+    message = gl.allocate_shared_memory(gl.int32, [8, 1], STATISTICS)
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2 * WGS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * WGS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(item_full.index(i), count=1)
     for i in gl.static_range(2 * WGS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -327,16 +372,17 @@ def backward_q(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WGS)
     fence_async_shared()
-    tiles = (q_main, q_tail, g_main, g_tail, main, tail)
-    bars = (q_full, q_empty, full, empty)
-    pack = (dq, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks)
-    source = (q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, cu_seqlens, S, H, blocks)
+    tiles = (q_main, q_tail, g_main, g_tail, main, tail, message)
+    bars = (item_full, q_full, q_empty, full, empty)
+    pack = (dq, lse, delta, scale, scale_log2, T)
+    source = (q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t)
+    work = (cu_seqlens, counters + slot, S, H, blocks)
     if WGS == 2:
         gl.warp_specialize(
             [
                 (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
                 (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
-                (_q_producer, (source, tiles, bars, K, WGS, SLOTS)),
+                (_q_producer, (source, tiles, bars, work, dq, T, sdt, K, WGS, SLOTS)),
             ],
             [4, 1],
             [REGISTERS, PRODUCER_REGISTERS],
@@ -347,7 +393,7 @@ def backward_q(
                 (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
                 (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
                 (_q_consumer, (2, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
-                (_q_producer, (source, tiles, bars, K, WGS, SLOTS)),
+                (_q_producer, (source, tiles, bars, work, dq, T, sdt, K, WGS, SLOTS)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
@@ -355,38 +401,45 @@ def backward_q(
 
 
 @gluon.jit
-def _kv_producer(source, tiles, bars, K: gl.constexpr, STAGES: gl.constexpr):
-    """Brings K and V of every item, then pairs of Q and dO."""
-    q, q_t, k, k_t, v, v_t, grad, grad_t, cu_seqlens, S, H, blocks = source
-    k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail = tiles
-    kv_full, kv_empty, full, empty = bars
+def _bring_kv(
+    source, tiles, bars, first, length, head, row, turn, count,
+    K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Brings K and V of an item, then pairs of Q and dO."""
+    q, q_t, k, k_t, v, v_t, grad, grad_t = source
+    k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail, message = tiles
+    item_full, kv_full, kv_empty, full, empty = bars
     BYTES: gl.constexpr = 64 * 2 * (80 if K > 64 else 64)
-    count = 0
-    turn = 0
-    for item in range(gl.program_id(0), S * H * blocks, gl.num_programs(0)):
-        segment = item // blocks // H
-        head = item // blocks % H
-        row = item % blocks * 64
-        first = gl.load(cu_seqlens + segment)
-        length = gl.load(cu_seqlens + segment + 1) - first
-        if row < length:
-            lane, lane_tail = cut(head, K)
-            bar = kv_full.index(0)
-            at = first + row
-            mbarrier.wait(kv_empty.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(bar, 2 * BYTES)
-            _copy(k, k_t, at, head, lane, lane_tail, bar, k_main.index(0), k_tail.index(0), True, K)
-            _copy(v, v_t, at, head, lane, lane_tail, bar, v_main.index(0), v_tail.index(0), True, K)
-            for start in range(0, length, 64):
-                at = first + _at(start, length)
-                stage = count % STAGES
-                bar = full.index(stage)
-                mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(bar, 2 * BYTES)
-                _copy(q, q_t, at, head, lane, lane_tail, bar, q_main.index(stage), q_tail.index(stage), True, K)
-                _copy(grad, grad_t, at, head, lane, lane_tail, bar, g_main.index(stage), g_tail.index(stage), True, K)
-                count += 1
-            turn += 1
+    lane, lane_tail = cut(head, K)
+    # the place is free: K and V of its item, two turns ago, were released before those of the last one came
+    tell(message, turn % 2, first, length, head, row)
+    mbarrier.arrive(item_full.index(turn % 2), count=1)
+    bar = kv_full.index(0)
+    at = first + row
+    mbarrier.wait(kv_empty.index(0), (turn & 1) ^ 1)
+    mbarrier.expect(bar, 2 * BYTES)
+    _copy(k, k_t, at, head, lane, lane_tail, bar, k_main.index(0), k_tail.index(0), True, K)
+    _copy(v, v_t, at, head, lane, lane_tail, bar, v_main.index(0), v_tail.index(0), True, K)
+    for start in range(0, length, 64):
+        at = first + _at(start, length)
+        stage = count % STAGES
+        bar = full.index(stage)
+        mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+        mbarrier.expect(bar, 2 * BYTES)
+        _copy(q, q_t, at, head, lane, lane_tail, bar, q_main.index(stage), q_tail.index(stage), True, K)
+        _copy(grad, grad_t, at, head, lane, lane_tail, bar, g_main.index(stage), g_tail.index(stage), True, K)
+        count += 1
+    return count
+
+
+@gluon.jit
+def _kv_producer(source, tiles, bars, work, dk, dv, T, sdt: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr):
+    cu_seqlens, counter, S, H, blocks = work
+    turn = walk(_bring_kv, source, tiles, bars, cu_seqlens, counter, S, H, blocks, K, 1, STAGES)
+    _stop(tiles[-1], bars[0], turn)
+    last = gl.load(cu_seqlens + S)
+    _zero_beyond(dk, sdt, H * K, last, T)
+    _zero_beyond(dv, sdt, H * K, last, T)
 
 
 @gluon.jit
@@ -400,108 +453,102 @@ def _statistic(ptr, query, length, other):
 def _kv_consumer(
     pack, tiles, statistics, bars, sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr
 ):
-    dk, dv, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks = pack
-    k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail = tiles
+    dk, dv, lse, delta, scale, scale_log2, T = pack
+    k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail, message = tiles
     e_smem, d_smem = statistics  # of this tile and of the next, two by two
-    kv_full, kv_empty, full, empty = bars
+    item_full, kv_full, kv_empty, full, empty = bars
     TAIL: gl.constexpr = K > 64
     DTYPE: gl.constexpr = dk.dtype.element_ty
     OF_COLUMN: gl.constexpr = gl.SliceLayout(0, ACC)
     count = 0
     turn = 0
-    for item in range(gl.program_id(0), (S + 1) * H * blocks, gl.num_programs(0)):
-        segment = item // blocks // H
-        head = item // blocks % H
-        row = item % blocks * 64
-        first = gl.load(cu_seqlens + segment)
-        if segment == S:  # the rows beyond the last segment
-            _zero_global(dk + head.to(gl.int64) * sdh, sdt, first + row, T, blocks * 64, K)
-            _zero_global(dv + head.to(gl.int64) * sdh, sdt, first + row, T, blocks * 64, K)
+    length = _next(message, item_full, turn)
+    while length > 0:
+        first, head, row = _item(message, turn)
+        left = length - row
+        lse_ptr = lse + (head.to(gl.int64) * T + first)
+        delta_ptr = delta + (head.to(gl.int64) * T + first)
+        e_smem.index(count % 2).store(_statistic(lse_ptr, 0, length, float("inf")))
+        d_smem.index(count % 2).store(_statistic(delta_ptr, 0, length, 0.0))
+        e1 = _statistic(lse_ptr, 64, length, float("inf"))
+        d1 = _statistic(delta_ptr, 64, length, 0.0)
+        mbarrier.wait(kv_full.index(0), turn & 1)
+        k = _main(k_main, 0)
+        v = _main(v_main, 0)
+        kt = _tail(k_tail, 0, K)
+        vt = _tail(v_tail, 0, K)
+        dk_r = gl.zeros([64, 64], gl.float32, ACC)
+        dv_r = gl.zeros([64, 64], gl.float32, ACC)
+        dk_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
+        dv_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
+        stage = count % STAGES
+        mbarrier.wait(full.index(stage), count // STAGES & 1)
+        if length < 64:
+            _zero_rows(_main(q_main, stage), length, ROWS)
+            _zero_rows(_main(g_main, stage), length, ROWS)
+            if TAIL:
+                _zero_rows(_tail(q_tail, stage, K), length, ROWS_TAIL)
+                _zero_rows(_tail(g_tail, stage, K), length, ROWS_TAIL)
+            fence_async_shared()
+            barrier()
+        s = warpgroup_mma_wait(0, [_product(k, kt, q_main, q_tail, stage, K)])
+        e = e_smem.index(count % 2).load(OF_COLUMN)
+        p = gl.exp2(s * scale_log2 - e[None, :]).to(DTYPE)
+        for query in range(64, length, 64):
+            stage = count % STAGES
+            ahead = (count + 1) % STAGES
+            dp_a = _product(v, vt, g_main, g_tail, stage, K)
+            mbarrier.wait(full.index(ahead), (count + 1) // STAGES & 1)
+            s_a = _product(k, kt, q_main, q_tail, ahead, K)
+            dv_a, dv_ta, p_m, p_t = _accumulate(p, g_main, g_tail, stage, dv_r, dv_t, K)
+            d = d_smem.index(count % 2).load(OF_COLUMN)
+            e_smem.index((count + 1) % 2).store(e1)
+            d_smem.index((count + 1) % 2).store(d1)
+            e1 = _statistic(lse_ptr, query + 64, length, float("inf"))
+            d1 = _statistic(delta_ptr, query + 64, length, 0.0)
+            dp = warpgroup_mma_wait(4 if TAIL else 2, [dp_a])
+            ds = (p.to(gl.float32) * (dp - d[None, :])).to(DTYPE)
+            dk_a, dk_ta, ds_m, ds_t = _accumulate(ds, q_main, q_tail, stage, dk_r, dk_t, K)
+            e = e_smem.index((count + 1) % 2).load(OF_COLUMN)
+            s = warpgroup_mma_wait(4 if TAIL else 2, [s_a])
+            p = gl.exp2(s * scale_log2 - e[None, :]).to(DTYPE)
+            if TAIL:
+                dv_r, dv_t, dk_r, dk_t, p_m, p_t, ds_m, ds_t = warpgroup_mma_wait(
+                    0, [dv_a, dv_ta, dk_a, dk_ta, p_m, p_t, ds_m, ds_t]
+                )
+            else:
+                dv_r, dk_r, p_m, ds_m = warpgroup_mma_wait(0, [dv_a, dk_a, p_m, ds_m])
+            mbarrier.arrive(empty.index(stage), count=1)
+            count += 1
+        stage = count % STAGES
+        dp_a = _product(v, vt, g_main, g_tail, stage, K)
+        dv_a, dv_ta, p_m, p_t = _accumulate(p, g_main, g_tail, stage, dv_r, dv_t, K)
+        d = d_smem.index(count % 2).load(OF_COLUMN)
+        dp = warpgroup_mma_wait(2 if TAIL else 1, [dp_a])
+        ds = (p.to(gl.float32) * (dp - d[None, :])).to(DTYPE)
+        dk_a, dk_ta, ds_m, ds_t = _accumulate(ds, q_main, q_tail, stage, dk_r, dk_t, K)
+        if TAIL:
+            dv_r, dv_t, dk_r, dk_t, p_m, p_t, ds_m, ds_t = warpgroup_mma_wait(
+                0, [dv_a, dv_ta, dk_a, dk_ta, p_m, p_t, ds_m, ds_t]
+            )
         else:
-            length = gl.load(cu_seqlens + segment + 1) - first
-            if row < length:
-                left = length - row
-                lse_ptr = lse + (head.to(gl.int64) * T + first)
-                delta_ptr = delta + (head.to(gl.int64) * T + first)
-                e_smem.index(count % 2).store(_statistic(lse_ptr, 0, length, float("inf")))
-                d_smem.index(count % 2).store(_statistic(delta_ptr, 0, length, 0.0))
-                e1 = _statistic(lse_ptr, 64, length, float("inf"))
-                d1 = _statistic(delta_ptr, 64, length, 0.0)
-                mbarrier.wait(kv_full.index(0), turn & 1)
-                k = _main(k_main, 0)
-                v = _main(v_main, 0)
-                kt = _tail(k_tail, 0, K)
-                vt = _tail(v_tail, 0, K)
-                dk_r = gl.zeros([64, 64], gl.float32, ACC)
-                dv_r = gl.zeros([64, 64], gl.float32, ACC)
-                dk_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
-                dv_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
-                stage = count % STAGES
-                mbarrier.wait(full.index(stage), count // STAGES & 1)
-                if length < 64:
-                    _zero_rows(_main(q_main, stage), length, ROWS)
-                    _zero_rows(_main(g_main, stage), length, ROWS)
-                    if TAIL:
-                        _zero_rows(_tail(q_tail, stage, K), length, ROWS_TAIL)
-                        _zero_rows(_tail(g_tail, stage, K), length, ROWS_TAIL)
-                    fence_async_shared()
-                    barrier()
-                s = warpgroup_mma_wait(0, [_product(k, kt, q_main, q_tail, stage, K)])
-                e = e_smem.index(count % 2).load(OF_COLUMN)
-                p = gl.exp2(s * scale_log2 - e[None, :]).to(DTYPE)
-                for query in range(64, length, 64):
-                    stage = count % STAGES
-                    ahead = (count + 1) % STAGES
-                    dp_a = _product(v, vt, g_main, g_tail, stage, K)
-                    mbarrier.wait(full.index(ahead), (count + 1) // STAGES & 1)
-                    s_a = _product(k, kt, q_main, q_tail, ahead, K)
-                    dv_a, dv_ta, p_m, p_t = _accumulate(p, g_main, g_tail, stage, dv_r, dv_t, K)
-                    d = d_smem.index(count % 2).load(OF_COLUMN)
-                    e_smem.index((count + 1) % 2).store(e1)
-                    d_smem.index((count + 1) % 2).store(d1)
-                    e1 = _statistic(lse_ptr, query + 64, length, float("inf"))
-                    d1 = _statistic(delta_ptr, query + 64, length, 0.0)
-                    dp = warpgroup_mma_wait(4 if TAIL else 2, [dp_a])
-                    ds = (p.to(gl.float32) * (dp - d[None, :])).to(DTYPE)
-                    dk_a, dk_ta, ds_m, ds_t = _accumulate(ds, q_main, q_tail, stage, dk_r, dk_t, K)
-                    e = e_smem.index((count + 1) % 2).load(OF_COLUMN)
-                    s = warpgroup_mma_wait(4 if TAIL else 2, [s_a])
-                    p = gl.exp2(s * scale_log2 - e[None, :]).to(DTYPE)
-                    if TAIL:
-                        dv_r, dv_t, dk_r, dk_t, p_m, p_t, ds_m, ds_t = warpgroup_mma_wait(
-                            0, [dv_a, dv_ta, dk_a, dk_ta, p_m, p_t, ds_m, ds_t]
-                        )
-                    else:
-                        dv_r, dk_r, p_m, ds_m = warpgroup_mma_wait(0, [dv_a, dk_a, p_m, ds_m])
-                    mbarrier.arrive(empty.index(stage), count=1)
-                    count += 1
-                stage = count % STAGES
-                dp_a = _product(v, vt, g_main, g_tail, stage, K)
-                dv_a, dv_ta, p_m, p_t = _accumulate(p, g_main, g_tail, stage, dv_r, dv_t, K)
-                d = d_smem.index(count % 2).load(OF_COLUMN)
-                dp = warpgroup_mma_wait(2 if TAIL else 1, [dp_a])
-                ds = (p.to(gl.float32) * (dp - d[None, :])).to(DTYPE)
-                dk_a, dk_ta, ds_m, ds_t = _accumulate(ds, q_main, q_tail, stage, dk_r, dk_t, K)
-                if TAIL:
-                    dv_r, dv_t, dk_r, dk_t, p_m, p_t, ds_m, ds_t = warpgroup_mma_wait(
-                        0, [dv_a, dv_ta, dk_a, dk_ta, p_m, p_t, ds_m, ds_t]
-                    )
-                else:
-                    dv_r, dk_r, p_m, ds_m = warpgroup_mma_wait(0, [dv_a, dk_a, p_m, ds_m])
-                mbarrier.arrive(empty.index(stage), count=1)
-                count += 1
-                lane, lane_tail = cut(head, K)
-                place = head.to(gl.int64) * sdh + (first + row).to(gl.int64) * sdt
-                _save(dk_r * scale, dk_t * scale, k, kt, dk + place, sdt, lane, lane_tail, left, K)
-                _save(dv_r, dv_t, v, vt, dv + place, sdt, lane, lane_tail, left, K)
-                fence_async_shared()
-                mbarrier.arrive(kv_empty.index(0), count=1)
-                turn += 1
+            dv_r, dk_r, p_m, ds_m = warpgroup_mma_wait(0, [dv_a, dk_a, p_m, ds_m])
+        mbarrier.arrive(empty.index(stage), count=1)
+        count += 1
+        lane, lane_tail = cut(head, K)
+        place = head.to(gl.int64) * sdh + (first + row).to(gl.int64) * sdt
+        _save(dk_r * scale, dk_t * scale, k, kt, dk + place, sdt, lane, lane_tail, left, K)
+        _save(dv_r, dv_t, v, vt, dv + place, sdt, lane, lane_tail, left, K)
+        fence_async_shared()
+        mbarrier.arrive(kv_empty.index(0), count=1)
+        turn += 1
+        length = _next(message, item_full, turn)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "blocks"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
+@gluon.jit(do_not_specialize=["T", "S", "H", "blocks", "slot"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
 def backward_kv(
-    q, q_t, k, k_t, v, v_t, grad, grad_t, dk, dv, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks,
+    q, q_t, k, k_t, v, v_t, grad, grad_t, dk, dv, lse, delta, cu_seqlens, counters, scale, scale_log2,
+    T, S, H, blocks, slot,
     sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv, of strides (sdt, sdh, 1), from the delta that backward_q has left. The rest is as there."""
@@ -521,25 +568,30 @@ def backward_kv(
         g_tail = gl.allocate_shared_memory(DTYPE, [STAGES, 64, 1, 16], TILE_TAIL)
     e_smem = gl.allocate_shared_memory(gl.float32, [2, 64], STATISTICS)
     d_smem = gl.allocate_shared_memory(gl.float32, [2, 64], STATISTICS)
+    message = gl.allocate_shared_memory(gl.int32, [8, 1], STATISTICS)
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     kv_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(item_full.index(i), count=1)
     mbarrier.init(kv_full.index(0), count=1)
     mbarrier.init(kv_empty.index(0), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    tiles = (k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail)
+    tiles = (k_main, k_tail, v_main, v_tail, q_main, q_tail, g_main, g_tail, message)
     statistics = (e_smem, d_smem)
-    bars = (kv_full, kv_empty, full, empty)
-    pack = (dk, dv, lse, delta, cu_seqlens, scale, scale_log2, T, S, H, blocks)
-    source = (q, q_t, k, k_t, v, v_t, grad, grad_t, cu_seqlens, S, H, blocks)
+    bars = (item_full, kv_full, kv_empty, full, empty)
+    pack = (dk, dv, lse, delta, scale, scale_log2, T)
+    source = (q, q_t, k, k_t, v, v_t, grad, grad_t)
+    work = (cu_seqlens, counters + slot, S, H, blocks)
     gl.warp_specialize(
         [
             (_kv_consumer, (pack, tiles, statistics, bars, sdt, sdh, K, STAGES)),
-            (_kv_producer, (source, tiles, bars, K, STAGES)),
+            (_kv_producer, (source, tiles, bars, work, dk, dv, T, sdt, K, STAGES)),
         ],
         [1],
         [PRODUCER_REGISTERS],
@@ -566,15 +618,16 @@ def backward(
     WGS = warpgroups(inputs, results, cu_seqlens, max_seqlen)
     if not WGS:
         return False
+    capturing = torch.cuda.is_current_stream_capturing()
     key = q.device, q.dtype, *q.shape[1:], dq.stride(0), WGS
     if key not in _kernels:
-        if torch.cuda.is_current_stream_capturing():
+        if capturing:
             return False  # no compilation, and no check, while a CUDA graph is captured
         _kernels[key] = _checked(*key)
-    kernels = _kernels[key]
-    if kernels is None:
+    kernels, slot = _kernels[key], hopper.free_slot(capturing)
+    if kernels is None or slot is None:
         return False
-    _launch(kernels, WGS, *inputs, *results, cu_seqlens, max_seqlen, scale)
+    _launch(kernels, WGS, *inputs, *results, cu_seqlens, max_seqlen, scale, slot)
     return True
 
 
@@ -591,7 +644,7 @@ def warpgroups(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], cu_seqle
         return 0
     if any(x.data_ptr() % 16 for x in results):
         return 0
-    if max(cu_seqlens.shape[0] * H * -(-max_seqlen // 64), T + 2 * max_seqlen) > 2**31 - 2**16:
+    if max(_items(1, T, H, cu_seqlens), T) > 2**31 - 2**16:
         return 0  # items and rows are counted in 32 bits
     return 3 if max_seqlen <= 192 else 2  # a third saves a second block, nearly empty
 
@@ -599,31 +652,35 @@ def warpgroups(inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], cu_seqle
 _kernels: dict[tuple, Any] = {}
 
 
+def _items(WGS: int, T: int, H: int, cu_seqlens: Tensor) -> int:
+    """At most."""
+    return H * (T // (64 * WGS) + cu_seqlens.shape[0] - 1)
+
+
 def _arguments(
-    descriptor, WGS: int, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen: int, scale: float
+    descriptor, WGS: int, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen: int, scale: float, slot
 ) -> tuple[tuple, tuple]:
-    """Those of backward_q and of backward_kv."""
+    """Those of backward_q and of backward_kv; the second begins after the first's end, so they share a counter."""
     T, H, K = q.shape
     qkv, o, g = (hopper.descriptors(descriptor, *x) for x in ((q, k, v), (out,), (grad,)))
-    common = lse, delta, cu_seqlens, scale, scale * LOG2_E, T, cu_seqlens.shape[0] - 1, H
+    common = lse, delta, cu_seqlens, hopper.counters(q.device), scale, scale * LOG2_E, T, cu_seqlens.shape[0] - 1, H
     layout = dq.stride(0), dq.stride(1), K
     (slots, registers, _), (stages, _, _) = RESOURCES_Q[WGS], RESOURCES_KV
     return (
-        (*qkv, *o, *g, dq, *common, -(-max_seqlen // (64 * WGS)), *layout, WGS, slots + 4 * (K == 64), registers),
-        (*qkv, *g, dk, dv, *common, -(-max_seqlen // 64), *layout, stages + (K == 64)),
+        (*qkv, *o, *g, dq, *common, -(-max_seqlen // (64 * WGS)), slot, *layout, WGS, slots + 4 * (K == 64), registers),
+        (*qkv, *g, dk, dv, *common, -(-max_seqlen // 64), slot, *layout, stages + (K == 64)),
     )
 
 
-def _launch(kernels, WGS: int, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale) -> None:
+def _launch(kernels, WGS: int, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, *numbers) -> None:
     arguments_q, arguments_kv = _arguments(
-        hopper.UncheckedDescriptor, WGS, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale
+        hopper.UncheckedDescriptor, WGS, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, *numbers
     )
-    heads = cu_seqlens.shape[0] * q.shape[1]  # of all segments and of the rows beyond
-    resident = multiprocessors(q.device)
+    (T, H, _), resident = q.shape, multiprocessors(q.device)
     kernel_q, kernel_kv = kernels
-    # a compiled kernel, unlike a function, is launched without looking for a kernel that fits the arguments
-    kernel_q[min(heads * -(-max_seqlen // (64 * WGS)), resident), 1, 1](*arguments_q)
-    kernel_kv[min(heads * -(-max_seqlen // 64), RESOURCES_KV[2] * resident), 1, 1](*arguments_kv)
+    items_q, items_kv = (_items(x, T, H, cu_seqlens) for x in (WGS, 1))
+    run_compiled(kernel_q, (max(1, min(items_q, resident)), 1, 1), arguments_q)
+    run_compiled(kernel_kv, (max(1, min(items_kv, RESOURCES_KV[2] * resident)), 1, 1), arguments_kv)
 
 
 def _checked(*key):
@@ -656,7 +713,7 @@ def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, row: int, WGS
     buffer = torch.full((3, margin + rows + margin, row), float("nan"), dtype=dtype, device=device)
     gradients = buffer[:, margin : margin + rows, : H * K].unflatten(-1, (H, K))
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    arguments = grad, q, k, v, out, lse, delta, *gradients, cu_seqlens, max(lengths), K**-0.5
+    arguments = grad, q, k, v, out, lse, delta, *gradients, cu_seqlens, max(lengths), K**-0.5, 0
     arguments_q, arguments_kv = _arguments(TensorDescriptor, WGS, *arguments)
     kernels = (
         backward_q.warmup(*arguments_q, grid=(1,), num_warps=4, maxnreg=RESOURCES_Q[WGS][2]),

@@ -15,12 +15,17 @@ LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
 
 
 def quantize_rows(
-    x: Tensor, update: Tensor | None = None, norm: tuple[Tensor, Tensor, float] | None = None, gelu: bool = False
+    x: Tensor,
+    update: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    gelu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """f(x + update) in float8_e4m3fn, f LayerNorm, GELU (tanh form) or nothing.
 
     Args:
-        x, update: `[T, C]`.
+        x: `[T, C]`.
+        update: a float8 product `[T, C]` with the scales of its rows `[T, 1]` and columns `[1, C]` and its bias `[C]`,
+            which stands for product · scales + bias.
         norm: weight `[C]`, bias `[C]` and eps of a LayerNorm.
 
     Returns:
@@ -31,13 +36,14 @@ def quantize_rows(
     out = torch.empty((T, C), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((T, 1), dtype=torch.float32, device=x.device)
     total = x if update is None else torch.empty_like(x)
+    product, row_scale, column_scale, shift = update or (x, scale, scale, x)
     weight, bias, eps = norm or (x, x, 0.0)
     if T:
         with device_of(x):
             launch(
                 quantize_kernel,
                 (T, 1, 1),
-                (x, x if update is None else update.contiguous(), total, weight, bias, out, scale),
+                (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
                 (eps,),
                 (C, triton.next_power_of_2(C), update is not None, norm is not None, gelu),
                 num_warps=8 if C > 2048 else 2,
@@ -48,7 +54,10 @@ def quantize_rows(
 @triton.jit
 def quantize_kernel(
     x,
-    update,
+    product,
+    row_scale,
+    column_scale,
+    shift,
     total,
     weight,
     bias,
@@ -67,7 +76,9 @@ def quantize_kernel(
     at = row * C + columns
     h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     if UPDATE:
-        h += tl.load(update + at, mask=mask, other=0.0).to(tl.float32)
+        scales = tl.load(row_scale + row) * tl.load(column_scale + columns, mask=mask, other=0.0)
+        h += tl.load(product + at, mask=mask, other=0.0).to(tl.float32) * scales
+        h += tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
         h = h.to(total.dtype.element_ty)
         tl.store(total + at, h, mask=mask)
         h = h.to(tl.float32)

@@ -9,33 +9,35 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+from siglip2_packed.ops.triton.columns import fold
 
 
-def gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and gelu(x) `[T, F]`, and the column sums of dx `[F]` in float32, of grad (of gelu(x)) and x `[T, F]`."""
+def gelu_backward_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """grad `[T, F]`, of gelu(x), contiguous, becomes dx. Returns gelu(x) `[T, F]` and dx's column sums `[F]`."""
+    assert grad.is_contiguous()
     T, F = x.shape
-    grad, x = grad.contiguous(), x.contiguous()
-    dx, out = torch.empty_like(x), torch.empty_like(x)
+    x = x.contiguous()
+    out = torch.empty_like(x)
     columns = 1024
     blocks = triton.cdiv(F, columns)
     groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
     with device_of(x):
-        launch(backward_kernel, (blocks, groups, 1), (grad, x, dx, out, sums), (T,), (F, columns, 4), num_warps=4)
-    return dx, out, sums.sum(0)
+        launch(backward_kernel, (blocks, groups, 1), (grad, x, out, sums), (T,), (F, columns, 4), num_warps=4)
+    return out, fold(sums, x.dtype)
 
 
-gelu_backward_op = torch.library.custom_op("siglip2_packed::gelu_backward", gelu_backward, mutates_args=())
+gelu_backward_op = torch.library.custom_op("siglip2_packed::gelu_backward_", gelu_backward_, mutates_args=["grad"])
 
 
 @gelu_backward_op.register_fake
 def _(grad, x):
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape[1])
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(grad, x, dx, out, sums, T, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """A block of columns, every G-th group of ROWS rows; column sums stay in registers: sums `[G, F]`."""
+def backward_kernel(grad, x, out, sums, T, F: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """A block of columns, every G-th group of ROWS rows. dx overwrites grad, its column sums stay in registers."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
     for first in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
@@ -50,6 +52,6 @@ def backward_kernel(grad, x, dx, out, sums, T, F: tl.constexpr, COLUMNS: tl.cons
         s = tl.sigmoid(2 * z)
         d = g * (s + 2 * u * s * (1 - s) * dz)
         tl.store(out + at, (u * s).to(out.dtype.element_ty), mask=mask)
-        tl.store(dx + at, d.to(dx.dtype.element_ty), mask=mask)
+        tl.store(grad + at, d.to(grad.dtype.element_ty), mask=mask)
         total += tl.sum(d, 0)
     tl.store(sums + tl.program_id(1) * F + columns, total, mask=columns < F)

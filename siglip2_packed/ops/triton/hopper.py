@@ -5,8 +5,15 @@ Shapes: T rows, H heads, K head_dim.
 A tile is 64 rows of a head: 64 lanes and, for K = 72, a tail of 16. The copy engine (TMA) brings it into shared memory
 and fills lanes outside [0, K) and rows outside [0, T) with zeros. Odd heads of K = 72 start in the middle of a 32-byte
 sector: they have the tail in front, from lane -8, so that main tiles are always whole sectors.
+
+A work item is a block of rows of one head of one segment. Thread blocks stay resident and draw items from an atomic
+counter, long segments first, so that lengths may be mixed. In each, one warp (the producer) walks cu_seqlens to find
+the items that it draws, brings their tiles, and tells the warpgroups that compute (the consumers) in a message in
+shared memory which item it is.
 """
 
+import functools
+import itertools
 import logging
 
 import torch
@@ -35,6 +42,83 @@ def cut(head, K: gl.constexpr):
     """First lanes of the main tile and of the tail."""
     odd = head % 2 * ((K - 64) % 16)
     return odd, 64 - odd * (K // 8)
+
+
+@gluon.jit
+def write(message, at, value):
+    message.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def read(message, at):
+    return gl.sum(message.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def tell(message, place, first, length, head, row):
+    """Which item the consumers have next: the segment's first row and length, the head, the item's row in it."""
+    write(message, 4 * place, first)
+    write(message, 4 * place + 1, length)
+    write(message, 4 * place + 2, head)
+    write(message, 4 * place + 3, row)
+    barrier()
+
+
+@gluon.jit
+def walk(
+    bring: gl.constexpr, source, tiles, bars, cu_seqlens, counter, S, H, blocks,
+    K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Numbers the items of WGS * 64 rows and has `bring` bring those that fall to this thread block; returns how many.
+
+    blocks: items of max_seqlen rows. The counter is zero before and after.
+    """
+    item = gl.program_id(0)
+    turn = 0  # items taken
+    count = 0  # tiles brought, as `bring` counts them
+    begin = 0  # number of the segment's first item
+    last = gl.load(cu_seqlens + S)
+    left = last  # rows whose items are not numbered yet
+    for late in range(2):  # the segments of more than half of max_seqlen, then the others
+        segment = 0
+        first = 0
+        while (first < last) & (left > 0):
+            length = gl.load(cu_seqlens + segment + 1) - first
+            own = (length + 64 * WGS - 1) // (64 * WGS)  # blocks of this segment
+            if (2 * own <= blocks) == (late == 1):
+                left -= length
+                end = begin + own * H
+                while item < end:
+                    head = (item - begin) // own
+                    row = (item - begin) % own * (64 * WGS)
+                    count = bring(source, tiles, bars, first, length, head, row, turn, count, K, WGS, RING)
+                    turn += 1
+                    item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                begin = end
+            first += length
+            segment += 1
+    if item == gl.num_programs(0) + begin - 1:  # one number was drawn for each item, this is the last
+        gl.store(counter, 0)
+    return turn
+
+
+# Launches that may overlap must not share a work counter: eager ones take turns; one captured in a CUDA graph, which
+# may run at any time, keeps its own for good.
+EAGER, COUNTERS = 1 << 14, 1 << 18
+_eager, _captured = itertools.count(), itertools.count()
+
+
+def free_slot(capturing: bool) -> int | None:
+    """The work counter of a launch; None if graphs have taken all."""
+    slot = EAGER + next(_captured) if capturing else next(_eager) % EAGER
+    return slot if slot < COUNTERS else None
+
+
+@functools.cache
+def counters(device: torch.device) -> Tensor:
+    zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)  # launches on other streams count on the zeros
+    return zeros
 
 
 class UncheckedDescriptor(TensorDescriptor):

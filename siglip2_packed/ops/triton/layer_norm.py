@@ -11,13 +11,35 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+from siglip2_packed.ops.triton.columns import fold
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None) -> Tensor:
-    """LayerNorm of x + offset. x `[T, D]`; weight, bias `[D]`; offset `[D]` or None. Returns `[T, D]` in x's dtype."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x `[T, D]`; weight, bias `[D]`. Returns `[T, D]` in x's dtype."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, None, offset, None, weight, bias, eps, out, None)
+    _launch(x, weight, bias, eps, out)
     return out
+
+
+def late_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, waiting: Tensor | None, late: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + (waiting + late), and waiting + late.
+
+    Args:
+        x: `[T, D]`.
+        waiting: `[D]` in float32, or None.
+        late: `[D]`.
+
+    Returns:
+        `[T, D]` in x's dtype; `[D]` in float32.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if len(x) == 0:
+        return out, late.float() if waiting is None else waiting + late
+    total = torch.empty(late.shape, dtype=torch.float32, device=x.device)
+    _launch(x, weight, bias, eps, out, add=late, carry=waiting, total=total)
+    return out, total
 
 
 def add_layer_norm(
@@ -25,25 +47,26 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of x + update, and x + update + shift. x, update `[T, D]`; weight, bias, shift `[D]`."""
     out, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    _launch(x, update, None, shift, weight, bias, eps, out, total)
+    _launch(x, weight, bias, eps, out, update=update, add=shift, total=total)
     return out, total
 
 
-def layer_norm_backward(
+def layer_norm_backward_(
     grad: Tensor, residual: Tensor, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of out = LayerNorm(h), h = x + update (or x): dh = residual + what flows through the norm, and out once more.
+) -> tuple[Tensor, Tensor]:
+    """Of out = LayerNorm(h), h = x + update (or x): grad becomes dh = residual + what flows through the norm.
 
     Args:
-        grad: `[T, D]`, of out.
+        grad: `[T, D]`, contiguous, of out; overwritten.
         residual: `[T, D]`, the gradient that reaches h past the norm.
 
     Returns:
-        dh `[T, D]`, out `[T, D]`, and in float32 `[D]` the gradients of weight and bias and the column sums of dh.
+        out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of dh, in x's dtype.
     """
+    assert grad.is_contiguous()
     T, D = x.shape
-    dx, out = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    grad, residual, x = (y.contiguous() for y in (grad, residual, x))
+    residual, x = residual.contiguous(), x.contiguous()
+    out = torch.empty_like(x)
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
     sums = torch.empty((programs, 3, D), dtype=torch.float32, device=x.device)
@@ -51,24 +74,31 @@ def layer_norm_backward(
         launch(
             backward_kernel,
             (programs, 1, 1),
-            (grad, residual, x, x if update is None else update, weight, bias, dx, out, sums),
+            (grad, residual, x, x if update is None else update, weight, bias, out, sums),
             (T, eps),
             (D, triton.next_power_of_2(D), update is not None),
             num_warps=2 if D > 512 else 1,
         )
-    dweight, dbias, dx_sum = sums.sum(0)
-    return dx, out, dweight.clone(), dbias.clone(), dx_sum.clone()
+    return out, fold(sums.view(programs, 3 * D), x.dtype).view(3, D)
 
 
 # The operators, for whom wants to see them; the functions are called without their cost, which is that of a launch.
 layer_norm_op = torch.library.custom_op("siglip2_packed::layer_norm", layer_norm, mutates_args=())
+late_layer_norm_op = torch.library.custom_op("siglip2_packed::late_layer_norm", late_layer_norm, mutates_args=())
 add_layer_norm_op = torch.library.custom_op("siglip2_packed::add_layer_norm", add_layer_norm, mutates_args=())
-backward_op = torch.library.custom_op("siglip2_packed::layer_norm_backward", layer_norm_backward, mutates_args=())
+backward_op = torch.library.custom_op(
+    "siglip2_packed::layer_norm_backward_", layer_norm_backward_, mutates_args=["grad"]
+)
 
 
 @layer_norm_op.register_fake
-def _(x, weight, bias, eps, offset):
+def _(x, weight, bias, eps):
     return x.new_empty(x.shape)
+
+
+@late_layer_norm_op.register_fake
+def _(x, weight, bias, eps, waiting, late):
+    return x.new_empty(x.shape), late.new_empty(late.shape, dtype=torch.float32)
 
 
 @add_layer_norm_op.register_fake
@@ -78,32 +108,22 @@ def _(x, update, weight, bias, eps, shift):
 
 @backward_op.register_fake
 def _(grad, residual, x, update, weight, bias, eps):
-    sums = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3))
-    return x.new_empty(x.shape), x.new_empty(x.shape), *sums
+    return x.new_empty(x.shape), x.new_empty((3, x.shape[1]))
 
 
-def _launch(x, update, offset, shift, weight, bias, eps, out, total):
+def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=None):
     T, D = x.shape
     if T == 0:
         return
     x, update = (y if y is None else y.contiguous() for y in (x, update))
-    tensors = (
-        x,
-        x if update is None else update,
-        weight if offset is None else offset,
-        weight if shift is None else shift,
-        weight,
-        bias,
-        out,
-        out if total is None else total,
-    )
+    tensors = [x if y is None else y for y in (x, update, add, carry, weight, bias, out, total)]
     with device_of(x):
         launch(
             forward_kernel,
             (T, 1, 1),
-            tensors,
+            tuple(tensors),
             (eps,),
-            (D, triton.next_power_of_2(D), offset is not None, update is not None),
+            (D, triton.next_power_of_2(D), update is not None, add is not None, carry is not None),
             num_warps=2 if D > 512 else 1,
         )
 
@@ -112,8 +132,8 @@ def _launch(x, update, offset, shift, weight, bias, eps, out, total):
 def forward_kernel(
     x,
     update,
-    offset,
-    shift,
+    add,
+    carry,
     weight,
     bias,
     out,
@@ -121,21 +141,30 @@ def forward_kernel(
     eps,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,
-    OFFSET: tl.constexpr,
     UPDATE: tl.constexpr,
+    ADD: tl.constexpr,
+    CARRY: tl.constexpr,
 ):
-    """out = LayerNorm(h) of one row: h = x + offset, or h = x + update, and then also total = h + shift."""
+    """out = LayerNorm(h) of one row.
+
+    UPDATE: h = x + update, and total = h + add, rows both. Else, with ADD: h = x + total, total = carry + add.
+    """
     row = tl.program_id(0).to(tl.int64) * D
     columns = tl.arange(0, COLUMNS)
     mask = columns < D
     h = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
-    if OFFSET:
-        h += tl.load(offset + columns, mask=mask, other=0.0).to(tl.float32)
-    if UPDATE:
-        h += tl.load(update + row + columns, mask=mask, other=0.0).to(tl.float32)
-        s = tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total + row + columns, (h + s).to(total.dtype.element_ty), mask=mask)
-        h = h.to(x.dtype.element_ty).to(tl.float32)
+    if ADD:
+        a = tl.load(add + columns, mask=mask, other=0.0).to(tl.float32)
+        if CARRY:
+            a += tl.load(carry + columns, mask=mask, other=0.0)
+        if UPDATE:
+            h += tl.load(update + row + columns, mask=mask, other=0.0).to(tl.float32)
+            tl.store(total + row + columns, (h + a).to(total.dtype.element_ty), mask=mask)
+            h = h.to(x.dtype.element_ty).to(tl.float32)
+        else:
+            h += a
+            if row == 0:
+                tl.store(total + columns, a, mask=mask)
     normed, _ = _normalise(h, mask, eps, D)
     w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
@@ -150,7 +179,6 @@ def backward_kernel(
     update,
     weight,
     bias,
-    dx,
     out,
     sums,
     T,
@@ -159,7 +187,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
     UPDATE: tl.constexpr,
 ):
-    """One program takes every G-th row, and keeps its column sums in registers: sums `[G, 3, D]`."""
+    """One program takes every G-th row. dh overwrites grad, column sums `[3, D]` stay in registers until the end."""
     columns = tl.arange(0, COLUMNS)
     mask = columns < D
     w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
@@ -182,7 +210,7 @@ def backward_kernel(
         g *= w
         d = r + scale * (g - tl.sum(g, 0) / D - normed * (tl.sum(g * normed, 0) / D))
         dx_sum += d
-        tl.store(dx + row + columns, d.to(dx.dtype.element_ty), mask=mask)
+        tl.store(grad + row + columns, d.to(grad.dtype.element_ty), mask=mask)
     sums += tl.program_id(0) * 3 * D + columns
     tl.store(sums, dweight, mask=mask)
     tl.store(sums + D, dbias, mask=mask)

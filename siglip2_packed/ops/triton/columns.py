@@ -1,0 +1,79 @@
+"""Sums over rows, in float32 and in two deterministic passes, and transposed copies.
+
+Shapes: T rows, C columns, G partial sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """`[T, C]` -> `[C]`, in x's dtype."""
+    T, C = x.shape
+    x = x.contiguous()
+    columns = min(1024, triton.next_power_of_2(C))
+    blocks = triton.cdiv(C, columns)
+    groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
+    sums = torch.empty((groups, C), dtype=torch.float32, device=x.device)
+    with device_of(x):
+        launch(partial_sums_kernel, (blocks, groups, 1), (x, sums), (T,), (C, columns, 4), num_warps=4)
+    return fold(sums, x.dtype)
+
+
+def fold(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Partial sums `[G, C]` in float32 -> `[C]` in `dtype`."""
+    G, C = sums.shape
+    out = torch.empty(C, dtype=dtype, device=sums.device)
+    with device_of(sums):
+        launch(fold_kernel, (triton.cdiv(C, 32), 1, 1), (sums, out), (G,), (C, 32, 32), num_warps=4)
+    return out
+
+
+def transposed(x: Tensor) -> Tensor:
+    """A contiguous copy `[C, T]` of `[T, C]`; compiled for each shape, so for weights, not for rows."""
+    T, C = x.shape
+    x = x.contiguous()
+    out = torch.empty((C, T), dtype=x.dtype, device=x.device)
+    if x.numel():
+        with device_of(x):
+            grid = triton.cdiv(C, 64), triton.cdiv(T, 64), 1
+            launch(transpose_kernel, grid, (x, out), (), (T, C, 64), num_warps=4)
+    return out
+
+
+@triton.jit(do_not_specialize=["T"])
+def partial_sums_kernel(x, sums, T, C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """A block of columns, every G-th group of ROWS rows: sums `[G, C]`."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
+        rows = first + tl.arange(0, ROWS)
+        at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        mask = (rows < T)[:, None] & (columns < C)[None, :]
+        total += tl.sum(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), 0)
+    tl.store(sums + tl.program_id(1) * C + columns, total, mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["G"])
+def fold_kernel(sums, out, G, C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for first in range(0, G, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < G)[:, None] & (columns < C)[None, :]
+        total += tl.sum(tl.load(sums + rows[:, None] * C + columns[None, :], mask=mask, other=0.0), 0)
+    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < C)
+
+
+@triton.jit
+def transpose_kernel(x, out, T: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr):
+    columns = tl.program_id(0) * SIDE + tl.arange(0, SIDE)
+    rows = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    x += rows.to(tl.int64)[:, None] * C + columns[None, :]
+    tile = tl.load(x, mask=(rows < T)[:, None] & (columns < C)[None, :])
+    out += columns.to(tl.int64)[:, None] * T + rows[None, :]
+    tl.store(out, tl.trans(tile), mask=(columns < C)[:, None] & (rows < T)[None, :])
