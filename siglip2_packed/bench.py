@@ -204,7 +204,7 @@ PROVIDERS: dict[str, type[Packed]] = {
     "gemm_chain": GemmChain,
 }
 WHERE = {
-    "siglip2_packed:compile": ("uniform256", "mixed"),
+    "siglip2_packed:compile": ("mixed",),
     "siglip2_packed:cudagraph": ("single256",),
     "siglip2_packed:fp8": ("uniform256", "mixed"),
     "seed_padded": ("uniform256", "naflex256", "mixed"),

@@ -29,7 +29,7 @@ def fold(sums: Tensor, dtype: torch.dtype) -> Tensor:
     G, C = sums.shape
     out = torch.empty(C, dtype=dtype, device=sums.device)
     with device_of(sums):
-        launch(fold_kernel, (triton.cdiv(C, 32), 1, 1), (sums, out), (G,), (C, 32, 32), num_warps=4)
+        launch(fold_kernel, (triton.cdiv(C, 32), 1, 1), (sums, out), (G,), (C, 32, 128), num_warps=4)
     return out
 
 
