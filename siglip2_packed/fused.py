@@ -29,8 +29,8 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 @torch.no_grad()
-def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
-    """`[T, D]` -> `[T, D]` after all layers, without gradients.
+def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm: nn.Module | None = None) -> Tensor:
+    """`[T, D]` -> `[T, D]` after all layers and `norm`, without gradients.
 
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
     the sum of the biases so far, which each LayerNorm adds in float32.
@@ -38,15 +38,18 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str) -> Te
     waiting = bias = None  # the sum `[D]` of the biases before the last one, and the last
     x = hidden_states.clone()
     for block in layers:
-        norm, attention, mlp = block.layer_norm1, block.self_attn, block.mlp
-        normed, waiting = layer_norm(x, norm.weight, norm.bias, norm.eps, waiting, bias)
+        attention, mlp = block.self_attn, block.mlp
+        normed, waiting = layer_norm(x, *_norm(block.layer_norm1), waiting, bias)
         qkv = F.linear(normed, *_joined(attention)).unflatten(1, (3, -1, attention.head_dim))
         _add_product(x, varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight)
-        norm, bias = block.layer_norm2, attention.out_proj.bias
-        normed, waiting = layer_norm(x, norm.weight, norm.bias, norm.eps, waiting, bias)
+        bias = attention.out_proj.bias
+        normed, waiting = layer_norm(x, *_norm(block.layer_norm2), waiting, bias)
         _add_product(x, linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight)
         bias = mlp.fc2.bias
-    return x if bias is None else x.add_(waiting + bias)
+    if norm is not None and _plain(norm, nn.LayerNorm, x.dtype):
+        return layer_norm(x, *_norm(norm), waiting, bias)[0]
+    x = x if bias is None else x.add_(waiting + bias)
+    return x if norm is None else norm(x)
 
 
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -108,7 +111,9 @@ class _ProjectMLP(torch.autograd.Function):
         x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
         needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
         dwide = dout @ w_fc2  # after GELU, then before
-        active, db_fc1 = gelu_backward_(dwide, wide)
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
+        active = wide if last else torch.empty_like(wide)
+        db_fc1 = gelu_backward_(dwide, wide, active)
         dw_fc2 = dout.t() @ active if needs_w_fc2 else None
         del active
         update = F.linear(attended, w_out, b_out)

@@ -232,7 +232,9 @@ def test_length_class_weighs_segments_by_their_work():
     [
         ((9, 0), 72, [256] * 64, False, "triton"),
         ((9, 0), 72, [1024] * 16, True, "triton"),
-        ((9, 0), 72, [4096] * 4, True, "triton"),
+        ((9, 0), 72, [4096] * 4, False, "triton"),
+        ((9, 0), 72, [4096] * 4, True, "flash_attention_4"),
+        ((9, 0), 72, [3072] * 4, True, "triton"),
         ((9, 0), 64, [576] * 28, False, "triton"),
         ((9, 0), 64, [576] * 28, True, "triton"),
         ((9, 0), 64, [1024] * 16, True, "flash_attention_4"),

@@ -76,6 +76,27 @@ def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches, monkey
         assert error(output_hidden_states=True) <= 1.15 * of_modules  # layer
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(model, patches):
+    out = model(**PackedPatches(patches(GRIDS), GRIDS)).last_hidden_state.square().sum()
+    parameters = [p for name, p in model.named_parameters() if "layers" in name]
+    first, again, last = (torch.autograd.grad(out, parameters, retain_graph=keep) for keep in (True, True, False))
+    assert all(torch.equal(x, y) for other in (again, last) for x, y in zip(first, other))
+
+
+def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
+    """In one pass with the last sum, or called where something hangs on it."""
+    from siglip2_packed.ops.segments import Segments
+
+    x, norm, seen = torch.randn(12, 64), model.post_layernorm, []
+    nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        expected = norm(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa"))
+        assert relative_error(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa", norm), expected) <= 1e-6
+        norm.register_forward_hook(lambda *_: seen.append(1))
+        assert torch.equal(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa", norm), expected)
+        assert len(seen) == 1 and torch.equal(fused.infer([], x, Segments([12]), "sdpa", norm), norm(x))
+
+
 def test_the_callers_input_is_left_alone(model):
     from siglip2_packed.ops.segments import Segments
 

@@ -23,7 +23,7 @@ from siglip2_packed.ops.segments import Segments
 
 logger = logging.getLogger("siglip2_packed")
 
-LENGTH_CLASSES = (96, 192, 384, 768, 1536, 3072)
+LENGTH_CLASSES = (96, 192, 384, 768, 1536, 3584)
 """Upper bounds of the length classes that measurements are kept for; one more class lies above the last."""
 
 Order = tuple[str, ...]
@@ -44,8 +44,8 @@ _LONG = ("flash_attention_4", "triton", *_OTHERS)
 MEASURED = {
     ((9, 0), 64, False): Preference(1536, _IMAGES, _LONG),
     ((9, 0), 64, True): Preference(768, _IMAGES, _LONG),
-    ((9, 0), 72, False): Preference(3072, _IMAGES, _IMAGES),
-    ((9, 0), 72, True): Preference(3072, _IMAGES, _IMAGES),
+    ((9, 0), 72, False): Preference(3584, _IMAGES, _IMAGES),
+    ((9, 0), 72, True): Preference(3584, _IMAGES, _LONG),
 }
 
 

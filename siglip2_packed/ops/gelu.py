@@ -24,11 +24,15 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def gelu_backward_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad `[T, F]`, of gelu(x), contiguous, becomes dx. Returns gelu(x) `[T, F]` and dx's column sums `[F]`."""
+def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """grad `[T, F]`, of gelu(x), becomes dx, and `out`, which may be x itself, gelu(x). Returns dx's column sums `[F]`.
+
+    All contiguous.
+    """
     if on_triton(x):
         from siglip2_packed.ops.triton.gelu import gelu_backward_
 
-        return gelu_backward_(grad, x)
+        return gelu_backward_(grad, x, out)
     torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
-    return gelu(x), grad.sum(0)
+    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+    return grad.sum(0)

@@ -12,27 +12,30 @@ from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocesso
 from siglip2_packed.ops.triton.columns import fold
 
 
-def gelu_backward_(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad `[T, F]`, of gelu(x), contiguous, becomes dx. Returns gelu(x) `[T, F]` and dx's column sums `[F]`."""
-    assert grad.is_contiguous()
+def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """grad `[T, F]`, of gelu(x), becomes dx, and `out`, which may be x itself, gelu(x). Returns dx's column sums `[F]`.
+
+    All contiguous.
+    """
+    assert grad.is_contiguous() and x.is_contiguous() and out.is_contiguous()
     T, F = x.shape
-    x = x.contiguous()
-    out = torch.empty_like(x)
     columns = 1024
     blocks = triton.cdiv(F, columns)
     groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
     with device_of(x):
         launch(backward_kernel, (blocks, groups, 1), (grad, x, out, sums), (T,), (F, columns, 4), num_warps=4)
-    return out, fold(sums, x.dtype)
+    return fold(sums, x.dtype)
 
 
-gelu_backward_op = torch.library.custom_op("siglip2_packed::gelu_backward_", gelu_backward_, mutates_args=["grad"])
+gelu_backward_op = torch.library.custom_op(
+    "siglip2_packed::gelu_backward_", gelu_backward_, mutates_args=["grad", "out"]
+)
 
 
 @gelu_backward_op.register_fake
-def _(grad, x):
-    return x.new_empty(x.shape), x.new_empty(x.shape[1])
+def _(grad, x, out):
+    return x.new_empty(x.shape[1])
 
 
 @triton.jit(do_not_specialize=["T"])
