@@ -29,7 +29,7 @@ PLAIN = (nn.Parameter, Tensor)
 
 
 @torch.no_grad()
-def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm: nn.Module | None = None) -> Tensor:
+def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
     """`[T, D]` -> `[T, D]` after all layers and `norm`, without gradients.
 
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks

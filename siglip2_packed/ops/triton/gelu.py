@@ -17,7 +17,7 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
     All contiguous.
     """
-    assert grad.is_contiguous() and x.is_contiguous() and out.is_contiguous()
+    assert all(y.is_contiguous() for y in (grad, x, out))
     T, F = x.shape
     columns = 1024
     blocks = triton.cdiv(F, columns)
