@@ -129,9 +129,14 @@ class _ProjectMLP(torch.autograd.Function):
         return dh, dattended, dnorm_weight, dnorm_bias, None, dw_out, dw_fc1, dw_fc2, db_out, db_fc1, db_fc2
 
 
+FEW_ROWS = 2048
+"""With fewer, a step on CUDA waits for the host, and autograd's own nodes cost the host less than these functions."""
+
+
 def applies(block, hidden_states: Tensor) -> bool:
-    """Whether a layer is what `encoder` built, so that its parameters say all that it computes."""
-    return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
+    """Whether a layer is what `encoder` built, so that its parameters say all that it computes, and there is work."""
+    few = hidden_states.is_cuda and hidden_states.shape[0] < FEW_ROWS
+    return not few and not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
 
 
 def may_infer(layers, hidden_states: Tensor) -> bool:
@@ -163,8 +168,10 @@ def _plain(module: nn.Module, kind: type, dtype: torch.dtype) -> bool:
     # FSDP1 lays views over the parameters; in a checkpoint's recomputation it takes the parameters away as well
     if type(module) is not kind or _hooked(module) or "weight" in module.__dict__:
         return False
-    parameters = module._parameters.get("weight"), module._parameters.get("bias")
-    return all(type(p) in PLAIN and p.dtype is dtype for p in parameters)  # type: ignore[union-attr]
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    return (
+        type(weight) in PLAIN and type(bias) in PLAIN and weight.dtype is dtype and bias.dtype is dtype  # type: ignore
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -6,6 +6,8 @@ Shapes: T rows, D columns.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +76,7 @@ def on_triton(x: Tensor) -> bool:
     return x.is_cuda and why_missing("triton") is None
 
 
+@functools.cache
 def _triton():
     from siglip2_packed.ops.triton import layer_norm
 

@@ -15,6 +15,8 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
+next_power_of_2 = functools.cache(triton.next_power_of_2)  # some versions take longer than a launch may
+
 
 def check_rows(**tensors: Tensor) -> None:
     (first, x), *others = tensors.items()

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors, next_power_of_2
 
 
 def column_sums(x: Tensor) -> Tensor:
     """`[T, C]` -> `[C]`, in x's dtype."""
     T, C = x.shape
     x = x.contiguous()
-    columns = min(1024, triton.next_power_of_2(C))
+    columns = min(1024, next_power_of_2(C))
     blocks = triton.cdiv(C, columns)
     groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, C), dtype=torch.float32, device=x.device)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch
+from siglip2_packed.ops.triton.arguments import device_of, launch, next_power_of_2
 from siglip2_packed.ops.triton.layer_norm import _normalise
 
 LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
@@ -45,7 +45,7 @@ def quantize_rows(
                 (T, 1, 1),
                 (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
                 (eps,),
-                (C, triton.next_power_of_2(C), update is not None, norm is not None, gelu),
+                (C, next_power_of_2(C), update is not None, norm is not None, gelu),
                 num_warps=8 if C > 2048 else 2,
             )
     return out, scale, total

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors, next_power_of_2
 from siglip2_packed.ops.triton.columns import fold
 
 
@@ -35,7 +35,7 @@ def late_layer_norm(
         `[T, D]` in x's dtype; `[D]` in float32.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return out, late.float() if waiting is None else waiting + late
     total = torch.empty(late.shape, dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, eps, out, add=late, carry=waiting, total=total)
@@ -76,7 +76,7 @@ def layer_norm_backward_(
             (programs, 1, 1),
             (grad, residual, x, x if update is None else update, weight, bias, out, sums),
             (T, eps),
-            (D, triton.next_power_of_2(D), update is not None),
+            (D, next_power_of_2(D), update is not None),
             num_warps=2 if D > 512 else 1,
         )
     return out, fold(sums.view(programs, 3 * D), x.dtype).view(3, D)
@@ -123,7 +123,7 @@ def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=
             (T, 1, 1),
             tuple(tensors),
             (eps,),
-            (D, triton.next_power_of_2(D), update is not None, add is not None, carry is not None),
+            (D, next_power_of_2(D), update is not None, add is not None, carry is not None),
             num_warps=2 if D > 512 else 1,
         )
 

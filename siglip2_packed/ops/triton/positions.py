@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch
+from siglip2_packed.ops.triton.arguments import device_of, launch, next_power_of_2
 
 
 def add_positions(x: Tensor, table: Tensor, images: Tensor, image_of_row: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def add_positions(x: Tensor, table: Tensor, images: Tensor, image_of_row: Tensor
                 (T, 1, 1),
                 (x, out, table, images, image_of_row),
                 (),
-                (int(table.shape[0] ** 0.5), D, triton.next_power_of_2(D)),
+                (int(table.shape[0] ** 0.5), D, next_power_of_2(D)),
                 num_warps=2 if D > 512 else 1,
             )
     return out
