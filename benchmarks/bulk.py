@@ -237,6 +237,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="200 images, one round, no CSV file unless --out")
     parser.add_argument("--out", type=Path, help="CSV file (default: results/bulk_<card>.csv beside this script)")
     args = parser.parse_args()
+    if args.every < 1:
+        parser.error(f"--every must be at least 1, got {args.every}")
     cuda = args.device == "cuda"
     shape, dtype = args.shape or ("so400m" if cuda else "tiny"), args.dtype or ("bfloat16" if cuda else "float32")
     images, repeats = (200, 1) if args.quick else (args.images, args.repeats)

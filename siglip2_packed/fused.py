@@ -10,6 +10,9 @@ Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +69,20 @@ def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Ten
     )
 
 
+def _without_autocast(backward: Any) -> Any:
+    """Backward in the dtypes of forward, which ran without autocast, also where somebody calls it within autocast."""
+
+    @functools.wraps(backward)
+    def run(ctx, grad, *grads):
+        device = grad.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return backward(ctx, grad, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, grad, *grads)
+
+    return run
+
+
 class _NormQKV(torch.autograd.Function):
     """x -> x itself, for the residual sum, and `[T, 3D]` = LayerNorm(x) Wᵀ + b.
 
@@ -82,6 +99,7 @@ class _NormQKV(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx, dx, dqkv):
         x, norm_weight, norm_bias, *weights = ctx.saved_tensors
         grad = dqkv @ _cat(*weights)  # of the norm, then of x
@@ -107,6 +125,7 @@ class _ProjectMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx, dout):
         x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
         needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
@@ -135,8 +154,10 @@ FEW_ROWS = 2048
 
 def applies(block, hidden_states: Tensor) -> bool:
     """Whether a layer is what `encoder` built, so that its parameters say all that it computes, and there is work."""
+    if _watched(hidden_states):  # asked first: torch.compile would take a graph for either side of FEW_ROWS
+        return False
     few = hidden_states.is_cuda and hidden_states.shape[0] < FEW_ROWS
-    return not few and not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
+    return not few and _pristine(block, hidden_states.dtype)
 
 
 def may_infer(layers, hidden_states: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Siglip2VisionModel
 
-from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused, pad
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
 from siglip2_packed.ops.attention_pool import triton_is_right
@@ -30,7 +30,9 @@ def padded_features(model, packed):
     return out.last_hidden_state[batch["pixel_attention_mask"].bool().to(CUDA)], out.pooler_output
 
 
-def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed):
+@pytest.mark.parametrize("way", ["fused", "modules"])
+def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, monkeypatch, way):
+    monkeypatch.setattr(fused, "FEW_ROWS", 0 if way == "fused" else 2**31)
     folder = checkpoint("so400m")
     reference = Siglip2VisionModel.from_pretrained(folder).to(CUDA)
     weights = torch.randn(1, 1152, generator=torch.Generator().manual_seed(2)).to(CUDA)

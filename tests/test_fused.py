@@ -6,6 +6,7 @@ from torch import nn
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
 from siglip2_packed.measure import relative_error
+from siglip2_packed.ops.segments import Segments
 
 GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
 
@@ -83,10 +84,50 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(model, patches):
     assert all(torch.equal(x, y) for other in (again, last) for x, y in zip(first, other))
 
 
+def test_gelus_output_takes_the_place_of_its_input_unless_the_graph_is_kept(model, patches):
+    kept, width = [], model.config.intermediate_size
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = model.encoder.layers[0](torch.randn(12, 64), Segments([12]), "sdpa").sum()
+    (wide,) = (x for x in kept if x.shape == (12, width))
+    before = wide.clone()
+    out.backward(retain_graph=True)
+    assert torch.equal(wide, before)
+    out.backward()
+    assert torch.equal(wide, nn.functional.gelu(before, approximate="tanh"))
+
+
+def test_batched_gradients_are_those_of_each_alone(model):
+    x, parameters = torch.randn(12, 64), list(model.encoder.parameters())
+    out, _ = model.encoder(x.requires_grad_(), Segments([5, 7]), "sdpa")
+    grads = torch.randn(3, 12, 64)
+    batched = torch.autograd.grad(out, [x, *parameters], grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        for ours, one in zip(batched, torch.autograd.grad(out, [x, *parameters], grad, retain_graph=True)):
+            torch.testing.assert_close(ours[i], one, rtol=1e-4, atol=1e-4)
+
+
+def test_backward_within_autocast_is_in_the_dtype_of_forward(model):
+    out = model.encoder(torch.randn(12, 64), Segments([5, 7]), "sdpa")[0].square().sum()
+    parameters = list(model.encoder.layers[-1].mlp.parameters())
+    expected = torch.autograd.grad(out, parameters, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out.backward()
+    assert all(torch.equal(p.grad, exact) for p, exact in zip(parameters, expected))
+
+
+def test_float64_is_not_rounded(model, patches, monkeypatch):
+    packed, model = PackedPatches(patches(GRIDS).double(), GRIDS), model.double()
+    expected, expected_grads = plainly(monkeypatch, lambda: gradients(model, packed))
+    out, grads = gradients(model, packed)
+    with torch.no_grad():
+        features = model(**packed).last_hidden_state
+    assert relative_error(out, expected) <= 1e-13 and relative_error(features, expected) <= 1e-13
+    largest = max(g.norm() for g in expected_grads.values())
+    assert all((grads[name] - g).norm() <= 1e-13 * largest for name, g in expected_grads.items())
+
+
 def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
     """In one pass with the last sum, or called where something hangs on it."""
-    from siglip2_packed.ops.segments import Segments
-
     x, norm, seen = torch.randn(12, 64), model.post_layernorm, []
     nn.init.normal_(norm.weight)
     with torch.no_grad():
@@ -97,9 +138,35 @@ def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
         assert len(seen) == 1 and torch.equal(fused.infer([], x, Segments([12]), "sdpa", norm), norm(x))
 
 
-def test_the_callers_input_is_left_alone(model):
-    from siglip2_packed.ops.segments import Segments
+def test_second_derivatives_are_refused(model):
+    block, x = model.encoder.layers[0], torch.randn(12, 64, requires_grad=True)
+    projections, linears = fused._projections(block.self_attn), (block.self_attn.out_proj, block.mlp.fc1, block.mlp.fc2)
+    for function, inputs, norm, modules in (
+        (fused._NormQKV, (x,), block.layer_norm1, projections),
+        (fused._ProjectMLP, (x, x), block.layer_norm2, linears),
+    ):
+        parameters = *(p.weight for p in modules), *(p.bias for p in modules)
+        out = function.apply(*inputs, *fused._norm(norm), *parameters)
+        (grad,) = torch.autograd.grad(out[-1].square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
 
+
+def test_few_rows_on_cuda_go_through_the_modules(model, monkeypatch):
+    class Rows:
+        device, dtype, is_cuda = torch.device("cuda"), torch.float32, True
+
+        def __init__(self, *shape):
+            self.shape = shape
+
+    block, rows = model.encoder.layers[0], fused.FEW_ROWS
+    assert [fused.applies(block, Rows(n, 64)) for n in (0, rows - 1, rows)] == [False, False, True]
+    assert fused.applies(block, torch.zeros(1, 64))
+    monkeypatch.setattr(fused, "traced", lambda: True)
+    assert not fused.applies(block, Rows())  # does not look at the number of rows, on which a compiler would guard
+
+
+def test_the_callers_input_is_left_alone(model):
     x = torch.randn(12, 64)
     kept = x.clone()
     with torch.no_grad():
@@ -107,14 +174,17 @@ def test_the_callers_input_is_left_alone(model):
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("frozen", ["all but the last layer", "all but biases", "all but fc1", "norms"])
+@pytest.mark.parametrize(
+    "frozen",
+    ["norms", "all but the last layer", "all but biases"]
+    + [f"all but {name}" for name in ("fc1", "k_proj", "v_proj.bias", "fc2.weight", "fc2.bias", "out_proj.weight")],
+)
 def test_frozen_parameters_get_no_gradient_and_others_the_right_one(model, patches, monkeypatch, frozen):
     chosen = {
         "all but the last layer": lambda name: "layers.2." in name,
         "all but biases": lambda name: name.endswith("bias"),
-        "all but fc1": lambda name: "fc1" in name,
         "norms": lambda name: "layer_norm" not in name,
-    }[frozen]
+    }.get(frozen, lambda name: frozen.removeprefix("all but ") in name)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(chosen(name))
     packed = PackedPatches(patches(GRIDS), GRIDS)

@@ -510,6 +510,10 @@ def test_where_the_hopper_backward_fits(hopper_backward):
         assert warpgroups(**{name: torch.zeros(40, 2, 72)}) == 0  # float32
     assert warpgroups(grad=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1)) == 2
     assert warpgroups(dq=flat[: 40 * 144].view(2, 40, 72).transpose(0, 1), packed=False) == 0  # no such kernel
+    for row in (72, 148):  # rows that overlap, rows that begin at a multiple of 8 bytes only
+        same = {name: torch.zeros(40 * row + 72, dtype=torch.bfloat16).as_strided((40, 2, 72), (row, 72, 1))
+                for name in ("dq", "dk", "dv")}  # fmt: skip
+        assert warpgroups(**same) == 0
     assert warpgroups(segments=10**6, max_seqlen=10**5) == warpgroups(max_seqlen=2**30) == 2
     assert warpgroups(segments=2**30) == 0  # beyond 32 bits
 
@@ -710,6 +714,20 @@ def test_hopper_repeats_to_the_bit(on_hopper, backward_on_hopper, lengths, K, dt
     assert on_hopper and backward_on_hopper
     differing = sum(sum((a != b).sum() for a, b in zip(run(), expected, strict=True)) for _ in range(300))
     assert differing == 0
+
+
+def test_which_packs_are_few_rows(monkeypatch):
+    """No more blocks of 64 queries than two a multiprocessor, and no segment that more of them would share."""
+    from siglip2_packed.ops.triton import attention
+
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 4)
+    few = [attention.few_rows(torch.zeros(rows, 16, 8), longest) for rows, longest in
+           [(1, 1), (32, 256), (33, 256), (32, 257), (512, 256)]]  # fmt: skip
+    assert few == [True, True, False, False, False]
+    tiles = [attention.forward_tile(72, torch.bfloat16, n, 90, True) for n in (64, 128, 129, 256)]
+    assert [(tile["M"], tile["N"], tile["SINGLE"]) for tile in tiles] == [
+        (64, 64, True), (64, 128, True), (64, 64, False), (64, 64, False)
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu

@@ -81,7 +81,10 @@ def test_layer_norm_backward(op, shape, with_update, dtype, device):
     dh, dw, db = torch.autograd.grad(out, (h, w, b), grad.double())
     dh = dh + residual
     expected = dh, out.detach(), dw, db, dh.sum(0)
+    again = op.add_layer_norm(x, update, weight, bias, 1e-6, bias)[0]
     out, sums = op.layer_norm_backward_(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
+    if with_update:  # the forward's output once more: h is rounded as there
+        assert (out != again).double().mean() <= 0.02
     for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), (grad, out, *sums), expected):
         assert result.dtype == dtype and relative_error(result, ref) <= 2 * BOUND[dtype], name
 
@@ -119,6 +122,68 @@ def test_columns(op, shape, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("groups", [1, 128, 129, 300])
+def test_fold_adds_any_number_of_partial_sums(groups, device):
+    (sums,) = draw(device, torch.float32, (groups, 33))
+    assert relative_error(column_kernels.fold(sums, torch.float32), sums.double().sum(0)) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_wider_than_the_device_has_programs_for(device):
+    x, grad = draw(device, torch.float32, (20, 5000), (20, 5000))
+    assert relative_error(column_kernels.column_sums(x), x.double().sum(0)) <= BOUND[torch.float32]
+    sums = gelu_kernels.gelu_backward_(grad, x, x)
+    assert relative_error(sums, grad.double().sum(0)) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_weights(device):
+    """Vectors of the norm and biases that are columns of something else."""
+    x, update, vectors = draw(device, torch.float32, (5, 72), (5, 72), (72, 4))
+
+    def run(weight, bias, shift, carry):
+        yield norm_kernels.layer_norm(x, weight, bias, 1e-6)
+        yield from norm_kernels.late_layer_norm(x, weight, bias, 1e-6, carry, shift)
+        yield from norm_kernels.add_layer_norm(x, update, weight, bias, 1e-6, shift)
+        yield from norm_kernels.layer_norm_backward_(x.clone(), x, x, update, weight, bias, 1e-6)
+
+    for strided, plain in zip(run(*vectors.unbind(1)), run(*vectors.t().contiguous()), strict=True):
+        assert torch.equal(strided, plain)
+
+
+def test_a_compiled_kernel_is_looked_for_once(monkeypatch):
+    """For each device, dtypes, alignment and constexprs; misaligned tensors never get an aligned kernel."""
+    from siglip2_packed.ops.triton import arguments
+
+    class Kernel:
+        def warmup(self, *args, grid, num_warps):
+            looked.append(args)
+            return len(looked)
+
+    looked, ran, kernels = [], [], (Kernel(), Kernel())
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "_compiled", {})
+    monkeypatch.setattr(arguments, "run_compiled", lambda compiled, grid, args: ran.append(compiled))
+    x = torch.zeros(9)
+    for kernel, tensors, constexprs in [
+        (kernels[0], (x, x), (8, True)),
+        (kernels[0], (x[4:], x), (8, True)),  # 16 bytes on: the same
+        (kernels[0], (x, x.half()), (8, True)),
+        (kernels[0], (x, x), (8, False)),
+        (kernels[1], (x, x), (8, True)),
+        (kernels[0], (x, x[1:]), (8, True)),  # misaligned
+        (kernels[0], (x, x[1:]), (8, True)),
+        (kernels[0], (x, x), (8, True)),
+    ]:
+        arguments.launch(kernel, (1, 1, 1), tensors, (5,), constexprs, num_warps=1)
+    assert ran == [1, 1, 2, 3, 4, 5, 6, 1]
+    x = torch.zeros(9, dtype=torch.int8)
+    arguments.launch(kernels[0], (1, 1, 1), (x[1:],), (5,), (8,), num_warps=1)
+    arguments.launch(kernels[0], (1, 1, 1), (x,), (5,), (8,), num_warps=1)
+    assert ran[8:] == [7, 8]  # nor is theirs remembered for aligned ones
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_gelu_is_finite_far_from_zero(device):
     x = torch.tensor([[-6e4, -300.0, -20.0, 0.0, 20.0, 300.0, 6e4, 1.0]], device=device)
     dx, out = torch.ones_like(x), torch.empty_like(x)
@@ -152,6 +217,7 @@ def test_operators_are_registered_as_torch_expects(device):
     torch.library.opcheck(ops.layer_norm, (x, weight, bias, 1e-6))
     torch.library.opcheck(ops.late_layer_norm, (x, weight, bias, 1e-6, None, bias))
     torch.library.opcheck(ops.late_layer_norm, (x, weight, bias, 1e-6, weight, bias))
+    torch.library.opcheck(ops.late_layer_norm, (x[:0], weight, bias, 1e-6, None, bias))
     torch.library.opcheck(ops.add_layer_norm, (x, update, weight, bias, 1e-6, bias))
     torch.library.opcheck(ops.layer_norm_backward_, (x.clone(), x, x, update, weight, bias, 1e-6))
     torch.library.opcheck(ops.gelu_backward_, (x.clone(), update, torch.empty_like(x)))

@@ -11,8 +11,8 @@ from siglip2_packed.ops.layer_norm import on_triton
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """`[T, C]` -> `[C]`, summed in float32 at least. A few rows are summed by torch, which needs one launch less."""
-    if on_triton(x) and len(x) >= 2048:
+    """`[T, C]` -> `[C]`, summed in float32 at least."""
+    if on_triton(x):
         from siglip2_packed.ops.triton.columns import column_sums
 
         return column_sums(x)

@@ -33,6 +33,6 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
         from siglip2_packed.ops.triton.gelu import gelu_backward_
 
         return gelu_backward_(grad, x, out)
-    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
+    grad.copy_(torch.ops.aten.gelu_backward(grad, x, approximate="tanh"))  # copied: vmap has no rule for `grad_input=`
     torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
     return grad.sum(0)

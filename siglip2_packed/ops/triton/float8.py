@@ -44,7 +44,7 @@ def quantize_rows(
                 quantize_kernel,
                 (T, 1, 1),
                 (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
-                (eps,),
+                (float(eps),),
                 (C, next_power_of_2(C), update is not None, norm is not None, gelu),
                 num_warps=8 if C > 2048 else 2,
             )

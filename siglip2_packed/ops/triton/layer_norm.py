@@ -36,7 +36,7 @@ def late_layer_norm(
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.shape[0] == 0:
-        return out, late.float() if waiting is None else waiting + late
+        return out, late.to(torch.float32, copy=True) if waiting is None else waiting + late
     total = torch.empty(late.shape, dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, eps, out, add=late, carry=waiting, total=total)
     return out, total
@@ -65,7 +65,7 @@ def layer_norm_backward_(
     """
     assert grad.is_contiguous()
     T, D = x.shape
-    residual, x = residual.contiguous(), x.contiguous()
+    residual, x, weight, bias = (y.contiguous() for y in (residual, x, weight, bias))
     out = torch.empty_like(x)
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
@@ -75,7 +75,7 @@ def layer_norm_backward_(
             backward_kernel,
             (programs, 1, 1),
             (grad, residual, x, x if update is None else update, weight, bias, out, sums),
-            (T, eps),
+            (T, float(eps)),
             (D, next_power_of_2(D), update is not None),
             num_warps=2 if D > 512 else 1,
         )
@@ -115,14 +115,14 @@ def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=
     T, D = x.shape
     if T == 0:
         return
-    x, update = (y if y is None else y.contiguous() for y in (x, update))
-    tensors = [x if y is None else y for y in (x, update, add, carry, weight, bias, out, total)]
+    x = x.contiguous()
+    tensors = [x if y is None else y.contiguous() for y in (x, update, add, carry, weight, bias, out, total)]
     with device_of(x):
         launch(
             forward_kernel,
             (T, 1, 1),
             tuple(tensors),
-            (eps,),
+            (float(eps),),
             (D, next_power_of_2(D), update is not None, add is not None, carry is not None),
             num_warps=2 if D > 512 else 1,
         )
