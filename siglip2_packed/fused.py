@@ -98,8 +98,8 @@ class _NormQKV(torch.autograd.Function):
         return x, F.linear(normed, _cat(*weights), _cat(*biases))
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx, dx, dqkv):
         x, norm_weight, norm_bias, *weights = ctx.saved_tensors
         grad = dqkv @ _cat(*weights)  # of the norm, then of x
@@ -124,8 +124,8 @@ class _ProjectMLP(torch.autograd.Function):
         return _add_product(out, gelu(wide), w_fc2)
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx, dout):
         x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
         needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
