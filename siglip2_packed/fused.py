@@ -1,9 +1,9 @@
 """Encoder layers with their element-wise work fused into fewer passes over memory.
 
 The same computation as the modules of `encoder`, on their parameters, where nothing has been hung on those modules
-(hooks, adapters, quantised weights, compilation): `applies` tells. `infer` runs all layers for inference; `layer` runs
-one with gradients, its backward written out, so that outputs of LayerNorm and GELU and the sum before layer_norm2 are
-made again in backward instead of being kept.
+(hooks, adapters, quantised weights, compilation) and a pack has work enough for a GPU: `applies` tells. `infer` runs
+all layers for inference; `layer` runs one with gradients, its backward written out, so that outputs of LayerNorm and
+GELU and the sum before layer_norm2 are made again in backward instead of being kept.
 
 Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 """

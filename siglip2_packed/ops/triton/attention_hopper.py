@@ -339,7 +339,7 @@ def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):
     out = torch.full((rows, H, K), float("nan"), dtype=dtype, device=device)
     lse = torch.full((H, rows), float("nan"), dtype=torch.float32, device=device)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    arguments = q, k, v, out, lse, cu_seqlens, max(lengths), K**-0.5 * LOG2_E, 0
+    arguments = q, k, v, out, lse, cu_seqlens, max(lengths), K**-0.5 * LOG2_E, hopper.eager_slot()
     kernel = forward_kernel.warmup(
         *_arguments(TensorDescriptor, WGS, *arguments), grid=(1,), num_warps=4, maxnreg=RESOURCES[WGS][2]
     )

@@ -2,7 +2,7 @@
 
 Shapes: T rows, S segments, H heads, K head_dim.
 
-Two kernels, seven products, no atomics: every result is deterministic.
+Two kernels, seven products, no sums by atomics: every result is deterministic.
 
     backward_q   64 * WGS queries of a head, one key tile after another: S = Q kT, dP = dO vT, dQ += dS K
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q
@@ -713,7 +713,7 @@ def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, row: int, WGS
     buffer = torch.full((3, margin + rows + margin, row), float("nan"), dtype=dtype, device=device)
     gradients = buffer[:, margin : margin + rows, : H * K].unflatten(-1, (H, K))
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    arguments = grad, q, k, v, out, lse, delta, *gradients, cu_seqlens, max(lengths), K**-0.5, 0
+    arguments = grad, q, k, v, out, lse, delta, *gradients, cu_seqlens, max(lengths), K**-0.5, hopper.eager_slot()
     arguments_q, arguments_kv = _arguments(TensorDescriptor, WGS, *arguments)
     kernels = (
         backward_q.warmup(*arguments_q, grid=(1,), num_warps=4, maxnreg=RESOURCES_Q[WGS][2]),

@@ -108,9 +108,14 @@ EAGER, COUNTERS = 1 << 14, 1 << 18
 _eager, _captured = itertools.count(), itertools.count()
 
 
+def eager_slot() -> int:
+    """The work counter of a launch that no graph captures."""
+    return next(_eager) % EAGER
+
+
 def free_slot(capturing: bool) -> int | None:
     """The work counter of a launch; None if graphs have taken all."""
-    slot = EAGER + next(_captured) if capturing else next(_eager) % EAGER
+    slot = EAGER + next(_captured) if capturing else eager_slot()
     return slot if slot < COUNTERS else None
 
 
