@@ -1,7 +1,7 @@
 """Embedding a folder of JPEGs: `encode` beside decoding alone, the model alone and a plain loop of transformers.
 
     python benchmarks/bulk.py                   # CPU, tiny model: decode-bound; about twelve minutes on two cores
-    python benchmarks/bulk.py --device cuda     # so400m in bfloat16: device-bound
+    python benchmarks/bulk.py --device cuda     # so400m in bfloat16; with --max-num-patches 1024 device-bound
     python benchmarks/bulk.py --quick           # does it run?
 
 Crops of scikit-image's photographs, 0.05 to 2 megapixels, sides 1:2 to 2:1, all drawn from a seed. Every provider runs
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where they are kept (a temporary folder)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (cpu)")
     parser.add_argument("--shape", choices=list(SHAPES), help="model (tiny; so400m on cuda)")
+    parser.add_argument("--max-num-patches", type=int, help="patches of an image (the model's: 256, tiny's 16)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="its dtype (float32; bfloat16 on cuda)")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; every provider runs once a round (3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the JPEGs (0)")
@@ -248,8 +249,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         files = make_folder(args.folder or Path(temporary) / "jpegs", images, args.seed)
         ckpt = save_random_checkpoint(Path(temporary) / "ckpt", shape)
+        if args.max_num_patches:
+            workload += f"_max{args.max_num_patches}"
+            processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
+            processor.max_num_patches = args.max_num_patches
+            processor.save_pretrained(ckpt)
         size = sum(map(os.path.getsize, files)) / 2**20
-        print(f"{images} JPEGs, {size:.0f} MiB; {shape} in {dtype} on {card}, {cores()} cores", flush=True)
+        print(f"{workload}, {size:.0f} MiB; {shape} in {dtype} on {card}, {cores()} cores", flush=True)
         flags = ckpt, args.device, dtype
         reference = torch.from_numpy(alone(ONE_BY_ONE, files[:: args.every], *flags)["pooled"])
         rounds, errors = [], []

@@ -36,13 +36,14 @@ def save_random_checkpoint(
     """
     config = Siglip2VisionConfig(**SHAPES[shape])
     generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    if full:
-        text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-        text |= dict(projection_size=config.hidden_size, max_position_embeddings=8)
-        model: PreTrainedModel = Siglip2Model(Siglip2Config(text_config=text, vision_config=config.to_dict()))
-    else:
-        model = Siglip2VisionModel(config)
+    with torch.device("meta"):  # transformers' own initialisation would take longer than all the rest
+        if full:
+            text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+            text |= dict(projection_size=config.hidden_size, max_position_embeddings=8)
+            model: PreTrainedModel = Siglip2Model(Siglip2Config(text_config=text, vision_config=config.to_dict()))
+        else:
+            model = Siglip2VisionModel(config)
+    model.to_empty(device="cpu")
     randomize(model, generator)
     model.save_pretrained(folder)
     shape_kwargs = {"patch_size": SHAPES[shape]["patch_size"], "max_num_patches": SHAPES[shape]["num_patches"]}
