@@ -205,8 +205,9 @@ def measured(provider, files, ckpt, device, dtype):
 
 
 def alone(provider, *args):
-    """In a process of its own: its memory, its caches."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """In a process of its own: its memory, its caches. Forked from one that has imported all, and run nothing."""
+    multiprocessing.set_forkserver_preload(["transformers.models.siglip2.modeling_siglip2", "siglip2_packed.features"])
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(measured, provider, *args).result()
 
 
