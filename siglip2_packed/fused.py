@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 
 from siglip2_packed.ops.attention import varlen_attention_qkvpacked
 from siglip2_packed.ops.columns import column_sums, transposed
-from siglip2_packed.ops.gelu import gelu, gelu_backward_, linear_gelu
+from siglip2_packed.ops.gelu import linear_gelu, linear_gelu_backward, linear_gelu_keep
 from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward_
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.ops.tracing import traced
@@ -117,11 +117,11 @@ class _ProjectMLP(torch.autograd.Function):
     def forward(ctx, x, attended, norm_weight, norm_bias, eps, w_out, w_fc1, w_fc2, b_out, b_fc1, b_fc2):
         update = F.linear(attended, w_out, b_out)
         normed, out = add_layer_norm(x, update, norm_weight, norm_bias, eps, b_fc2)
-        wide = F.linear(normed, w_fc1, b_fc1)
+        wide, active = linear_gelu_keep(normed, w_fc1, b_fc1)
         del update, normed
         ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out)
         ctx.eps = eps
-        return _add_product(out, gelu(wide), w_fc2)
+        return _add_product(out, active, w_fc2)
 
     @staticmethod
     @_without_autocast
@@ -129,10 +129,9 @@ class _ProjectMLP(torch.autograd.Function):
     def backward(ctx, dout):
         x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
         needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
-        dwide = dout @ w_fc2  # after GELU, then before
         last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
         active = wide if last else torch.empty_like(wide)
-        db_fc1 = gelu_backward_(dwide, wide, active)
+        dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
         dw_fc2 = dout.t() @ active if needs_w_fc2 else None
         del active
         update = F.linear(attended, w_out, b_out)

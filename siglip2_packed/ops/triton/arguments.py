@@ -1,16 +1,20 @@
-"""What every Triton attention operator does with its arguments: checks, strides, the card's capability.
+"""What Triton operators do with their arguments: checks, strides, the card's capability, launches.
 
 Shapes: T rows, S segments, H heads, K head_dim.
 """
 
 import contextlib
 import functools
+import importlib
+import logging
 import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+logger = logging.getLogger("siglip2_packed")
 
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
@@ -74,6 +78,16 @@ def capability(x: Tensor) -> int:
 def _capability(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.cache
+def hopper_kernels(module: str):
+    """Kernels in Gluon, which came with Triton 3.6 and is not a settled language; None if they cannot be had."""
+    try:
+        return importlib.import_module(f"siglip2_packed.ops.triton.{module}")
+    except Exception as error:
+        logger.warning("no %s with Triton %s: %s", module, triton.__version__, error)
+        return None
 
 
 def device_of(x: Tensor):

@@ -6,10 +6,6 @@ the tensors. One launch for any mix of lengths, no copy of strided inputs, no de
 Shapes: T rows, S segments, H heads, K head_dim.
 """
 
-import functools
-import importlib
-import logging
-
 import torch
 import triton
 from torch import Tensor
@@ -24,12 +20,11 @@ from siglip2_packed.ops.triton.arguments import (
     check,
     check_rows,
     device_of,
+    hopper_kernels,
     multiprocessors,
     strides,
 )
 from siglip2_packed.ops.triton.attention_pool import varlen_attention_pool
-
-logger = logging.getLogger("siglip2_packed")
 
 __all__ = ["varlen_attention", "varlen_attention_pool", "varlen_attention_qkvpacked"]
 
@@ -198,17 +193,6 @@ class _AttentionQKVPacked(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))  # type: ignore[assignment]
 
 
-@functools.cache
-def _hopper(direction: str):
-    """The kernels in Gluon, which came with Triton 3.6 and is not a settled language; None if they cannot be had."""
-    module = {"forward": "attention_hopper", "backward": "attention_hopper_backward"}[direction]
-    try:
-        return importlib.import_module(f"siglip2_packed.ops.triton.{module}")
-    except Exception as error:
-        logger.warning("attention: no Hopper %s with Triton %s: %s", direction, triton.__version__, error)
-        return None
-
-
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -222,7 +206,7 @@ def _forward(
     q, k, v = map(aligned, (q, k, v))
     with device_of(q):
         few = few_rows(q, max_seqlen)
-        hopper = _hopper("forward") if capability(q) == 90 and not few else None
+        hopper = hopper_kernels("attention_hopper") if capability(q) == 90 and not few else None
         if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
             return out, lse
         tile = forward_tile(K, q.dtype, max_seqlen, capability(q), few)
@@ -291,7 +275,7 @@ def _backward(
             )
             return
         delta = torch.empty_like(lse)
-        hopper = _hopper("backward") if capability(q) == 90 else None
+        hopper = hopper_kernels("attention_hopper_backward") if capability(q) == 90 else None
         if hopper and hopper.backward(grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale):
             return
         tile_q, tile_kv = backward_tiles(K, q.dtype, capability(q))

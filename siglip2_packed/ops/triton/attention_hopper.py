@@ -326,8 +326,8 @@ def _launch(kernel, WGS: int, q, k, v, out, lse, cu_seqlens, *numbers) -> None:
     run_compiled(kernel, (max(1, min(items, resident)), 1, 1), arguments)
 
 
-def _checked(*key):
-    return hopper.checked("forward", _try, *key)
+def _checked(device: torch.device, dtype: torch.dtype, H: int, K: int, *rest):
+    return hopper.checked(f"attention forward for {H} heads of {K}", _try, device, dtype, H, K, *rest)
 
 
 def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, WGS: int):

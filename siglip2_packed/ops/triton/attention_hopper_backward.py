@@ -683,8 +683,8 @@ def _launch(kernels, WGS: int, grad, q, k, v, out, lse, delta, dq, dk, dv, cu_se
     run_compiled(kernel_kv, (max(1, min(items_kv, RESOURCES_KV[2] * resident)), 1, 1), arguments_kv)
 
 
-def _checked(*key):
-    return hopper.checked("backward", _try, *key)
+def _checked(device: torch.device, dtype: torch.dtype, H: int, K: int, *rest):
+    return hopper.checked(f"attention backward for {H} heads of {K}", _try, device, dtype, H, K, *rest)
 
 
 def _try(device: torch.device, dtype: torch.dtype, H: int, K: int, row: int, WGS: int):

@@ -46,7 +46,7 @@ def quantize_rows(
                 (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
                 (float(eps),),
                 (C, next_power_of_2(C), update is not None, norm is not None, gelu),
-                num_warps=8 if C > 2048 else 2,
+                num_warps=4 if C > 2048 else 2,
             )
     return out, scale, total
 

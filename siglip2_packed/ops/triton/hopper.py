@@ -150,7 +150,7 @@ def fits(*tensors: Tensor) -> bool:
     return not any(x.dtype != dtype or x.data_ptr() % 16 or min(x.stride()) <= 0 for x in tensors)
 
 
-def checked(what: str, attempt, device: torch.device, dtype: torch.dtype, H: int, K: int, *rest):
+def checked(kernel: str, attempt, device: torch.device, dtype: torch.dtype, *rest):
     """What `attempt`, given the other arguments, has compiled; None, after a warning, if that fails or is wrong.
 
     It returns the compiled and the relative error of its results, NaN if some are missing.
@@ -158,7 +158,7 @@ def checked(what: str, attempt, device: torch.device, dtype: torch.dtype, H: int
     bound = 1e-2 if dtype == torch.bfloat16 else 2e-3
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cuda", enabled=False):
-            compiled, error = attempt(device, dtype, H, K, *rest)
+            compiled, error = attempt(device, dtype, *rest)
         reason = None if error <= bound else f"relative error {error:.1e}"
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
@@ -166,5 +166,5 @@ def checked(what: str, attempt, device: torch.device, dtype: torch.dtype, H: int
         reason = f"{type(exception).__name__}: {exception}"
     if reason is None:
         return compiled
-    logger.warning("attention: no Hopper %s for %s, %d heads of %d: %s", what, dtype, H, K, reason)
+    logger.warning("no Hopper %s in %s: %s", kernel, dtype, reason)
     return None
