@@ -65,11 +65,17 @@ def decoding_pool(device: torch.device, workers: int | None = None, decode_in: s
         return ThreadPoolExecutor(workers or cores())
     # forked: at once, and the processes touch neither torch nor the device
     context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers or cores(), mp_context=context, initializer=follow_parent)
+    pool = ProcessPoolExecutor(workers or cores(), mp_context=context, initializer=follow_parent)
+    pool.submit(os.getpid)  # has it fork
+    return pool
 
 
 def follow_parent() -> None:
-    """A worker leaves Ctrl-C to its parent; and if that is killed it ends, where it would wait for jobs for ever."""
+    """A worker lets its parent go first, which has the device to feed, and leaves Ctrl-C to it.
+
+    If the parent is killed the worker ends, where it would wait for jobs for ever.
+    """
+    os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -32,10 +32,11 @@ from siglip2_packed.attention import head_dim
 from siglip2_packed.decode import DECODE_IN, ahead, cores, decoding_pool
 from siglip2_packed.features import Meter, Row, StrictError, encode
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
+from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.dispatch import resolve_backend
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.sources import find_inputs
+from siglip2_packed.sources import Inputs, find_inputs
 
 REPORTED = 20
 """Errors said on stderr; all of them are in errors.csv."""
@@ -61,9 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    out, rank, world = Path(args.out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    one_file = out.suffix == ".safetensors" and not out.is_dir()
-    check_arguments(args, out, one_file, world)
+    out = Path(args.out)
+    check_arguments(args, out, is_one_file(out), int(os.environ.get("WORLD_SIZE", 1)))
     inputs = find_inputs(args.images, args.column, but=out.resolve())
     limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
@@ -71,6 +71,21 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--patch-budget {args.patch_budget} is less than the {processor.max_num_patches} patches an image may have"
         )
+    workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # forks before there is a model, while that is quick
+    with decoding_pool(pick_device(args.device), workers, args.decode_in) as pool:
+        return encode_inputs(args, out, inputs, processor, pool, workers)
+
+
+def encode_inputs(
+    args: argparse.Namespace,
+    out: Path,
+    inputs: Inputs,
+    processor: Siglip2PackedImageProcessor,
+    pool: Executor,
+    workers: int,
+) -> int:
+    one_file, rank, world = is_one_file(out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, dtype = local_device(args.device), DTYPES[args.dtype]
     head: Any = {} if args.pooled else {"vision_use_head": False}
     model: Any = Siglip2PackedVisionModel.from_pretrained(
@@ -81,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     # a backend that was asked for and cannot run is refused here, not in the middle
     resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
     weights = fingerprint(model)
-    model.to(device).eval()
+    forward = replayed(model.to(device).eval(), args.patch_budget)
 
     save_dtype = DTYPES[args.save_dtype or args.dtype]
     if save_dtype == torch.bfloat16 and args.format != "safetensors":
@@ -90,17 +105,13 @@ def run(args: argparse.Namespace) -> int:
     if args.pooled:
         empty["pooled"] = torch.zeros(0, model.config.hidden_size, dtype=save_dtype)
     meter = Meter(args.patch_budget)
-    workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def rows(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[Row]:
         wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
         total = done + sum(stop - start for start, stop in ranges)
-        with (
-            tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress,
-            decoding_pool(device, workers, args.decode_in) as pool,
-        ):
+        with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress:
             found = encode(
-                model,
+                forward,
                 processor,
                 wanted,
                 pool,
@@ -150,6 +161,10 @@ def run(args: argparse.Namespace) -> int:
         barrier(world)
         dist.destroy_process_group()
     return 1 if failed else 0
+
+
+def is_one_file(out: Path) -> bool:
+    return out.suffix == ".safetensors" and not out.is_dir()
 
 
 def check_arguments(args: argparse.Namespace, out: Path, one_file: bool, world: int) -> None:

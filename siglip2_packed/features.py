@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from siglip2_packed.decode import Decoded, Pack, cores, decode, packs, prefetch
+from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.sources import Input
@@ -63,7 +64,7 @@ class Meter:
 
 @torch.no_grad()
 def encode(
-    model: Siglip2PackedVisionModel,
+    model: Siglip2PackedVisionModel | CUDAGraphs,
     processor: Siglip2PackedImageProcessor,
     inputs: Iterable[Input],
     pool: Executor,
@@ -78,6 +79,7 @@ def encode(
     """The rows of all inputs, pack by pack: nearly in their order.
 
     Args:
+        model: itself, or `graphs.replayed` of it.
         inputs: (ordinal, name, path | bytes | ValueError), the ordinal unique.
         pool: decodes, see `decoding_pool`.
         pooled, patches: what to compute and bring to the host.
@@ -104,7 +106,7 @@ def encode(
 
 
 def launch(
-    model: Siglip2PackedVisionModel,
+    model: Siglip2PackedVisionModel | CUDAGraphs,
     processor: Siglip2PackedImageProcessor,
     pack: Pack,
     pooled: bool,
@@ -116,13 +118,14 @@ def launch(
     if not pack.images:
         return lambda: rows
     stop_clock = clock(model.device)
-    output = model(
+    output: Any = model(
         pixel_values=processor.normalize(pack.patches.to(model.device, non_blocking=True)),
         grid_thw=torch.tensor([(1, *image.grid) for image in pack.images]),
     )
     features: dict[str, Tensor] = {"patches": output.last_hidden_state} if patches else {}
     if pooled:
         features["pooled"] = output.pooler_output
+    dtype = output.last_hidden_state.dtype
     finite = {f"finite_{name}": x.isfinite().all(dim=1) for name, x in features.items()}
     seconds = stop_clock()
     on_host = to_host(features | finite)
@@ -137,7 +140,7 @@ def launch(
                 found = {name: split[name][i] for name in features}
                 rows.append(Row(image.ordinal, image.name, image.grid, **found))
             else:
-                rows.append(Row(image.ordinal, image.name, error=f"its features are not finite in {model.dtype}"))
+                rows.append(Row(image.ordinal, image.name, error=f"its features are not finite in {dtype}"))
         return rows
 
     return finish

@@ -58,6 +58,10 @@ class CUDAGraphs:
         self._weights: list[tuple] = []
         fused.join_projections(layer for layer in model.encoder.layers if hasattr(layer, "self_attn"))
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def __call__(
         self,
         pixel_values: Tensor,
@@ -111,6 +115,21 @@ class CUDAGraphs:
         return Bucket(budget, _power_of_2(len(layout.lengths)), _power_of_2(len(layout.grids)), longest)
 
 
+def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2PackedVisionModel | CUDAGraphs:
+    """The model for packs up to a budget: in CUDA graphs where they can be had, else itself.
+
+    A large pack keeps the device busy for longer than its launches take; but hundreds of them compete with decoding
+    for the interpreter, and one does not.
+    """
+    half = model.embeddings.patch_embedding.weight.dtype in (torch.bfloat16, torch.float16)
+    if model.device.type != "cuda" or not half or model.config._attn_implementation not in ("auto", "triton"):
+        return model
+    try:
+        return CUDAGraphs(model, [*(x for x in BUDGETS if x < patch_budget), patch_budget])
+    except ValueError:  # no Triton, or it is not right here
+        return model
+
+
 class _Graph:
     def __init__(self, model: Siglip2PackedVisionModel, bucket: Bucket):
         self.model, self.bucket = model, bucket
@@ -136,7 +155,8 @@ class _Graph:
                 self._run()  # compiles kernels, checks backends, sets up cuBLAS
             stream.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            # other threads may go on, pinning memory for the packs to come
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self._run()
         torch.cuda.current_stream(weight.device).wait_stream(stream)
 

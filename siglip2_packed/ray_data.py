@@ -26,6 +26,7 @@ import torch
 from siglip2_packed.decode import decoding_pool
 from siglip2_packed.features import encode
 from siglip2_packed.flags import DTYPES, pick_device
+from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.parquet import source_of
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -76,7 +77,8 @@ class Siglip2PackedEncoder:
         )
         if pooled and not hasattr(model, "head"):
             raise ValueError(f"pooled=True: {str(ckpt)!r} has no pooling head")
-        self.model = model.to(pick_device(device)).eval()
+        self.model = replayed(model.to(pick_device(device)).eval(), patch_budget)
+        self.width = model.config.hidden_size
         self.column, self.pooled, self.patches, self.patch_budget = column, pooled, patches, patch_budget
         self.workers, self.pool = workers, decoding_pool(self.model.device, workers, decode_in)
 
@@ -101,7 +103,7 @@ class Siglip2PackedEncoder:
         rows = sorted(found, key=lambda row: row.ordinal)
         result: dict[str, Any] = {name: values for name, values in batch.items() if name != self.column}
         result["grid_thw"] = np.array([(0, 0, 0) if row.error else (1, *row.grid) for row in rows]).reshape(-1, 3)
-        width = self.model.config.hidden_size
+        width = self.width
         if self.pooled:
             nothing = torch.full((width,), torch.nan)
             vectors = [nothing if row.pooled is None else row.pooled.float() for row in rows]

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, features, shards
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, features, graphs, shards
 from siglip2_packed.cli import main
 from siglip2_packed.decode import DECODE_IN, Decoded, decode, decoding_pool, packs, read_image
 from siglip2_packed.features import Meter, encode, launch
@@ -608,6 +608,20 @@ def test_cuda(checkpoint, photos, expected, tmp_path, budget):
     flags = ["--device", "cuda", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
     assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 1
     check(tmp_path / "out", expected, GOOD * 5, tolerance=1e-4, bad=BAD * 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("budget", [40, 300])
+def test_half_precision_is_replayed_from_cuda_graphs(checkpoint, photos, expected, tmp_path, monkeypatch, budget):
+    """Of packs whose features are fetched while the next is replayed, each row of the right image."""
+    replays, replay = [], graphs._Graph.replay
+    monkeypatch.setattr(
+        graphs._Graph, "replay", lambda self, *args: (replays.append(self.bucket), replay(self, *args))[1]
+    )
+    flags = ["--device", "cuda", "--dtype", "float16", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
+    assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 1
+    check(tmp_path / "out", expected, GOOD * 5, tolerance=2e-2, bad=BAD * 5)
+    assert len(replays) > 1 and max(bucket.patches for bucket in replays) <= budget
 
 
 def test_run_json_says_what_was_asked_for(finished, checkpoint):
