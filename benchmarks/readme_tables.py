@@ -113,7 +113,7 @@ ENCODERS = {
 VARIANTS = {
     "siglip2_packed:cudagraph": "CUDA graphs",
     "siglip2_packed:compile": "compiled",
-    "siglip2_packed:fp8": "fp8",
+    "siglip2_packed:fp8": "fp8 in CUDA graphs",
 }
 
 

@@ -61,16 +61,6 @@ class Compiled(Packed):
             layer.compile()
 
 
-class Float8(Packed):
-    trains = False
-
-    def __init__(self, *args):
-        from siglip2_packed.fp8 import quantize_fp8
-
-        super().__init__(*args)
-        quantize_fp8(self.model)
-
-
 class Graphs(Packed):
     trains = False
 
@@ -85,6 +75,20 @@ class Graphs(Packed):
 
     def tokens(self, inputs):
         return self.graphs(**inputs)["last_hidden_state"]
+
+
+class Float8(Graphs):
+    """Its kernels are done before a slow host has launched them: graphs here too, of the pack's own size."""
+
+    def __init__(self, *args):
+        from siglip2_packed.fp8 import quantize_fp8
+
+        Packed.__init__(self, *args)
+        quantize_fp8(self.model)
+
+    def inputs(self, packed):
+        self.graphs = CUDAGraphs(self.model, [len(packed["pixel_values"])])
+        return dict(packed)
 
 
 class Padded(Packed):

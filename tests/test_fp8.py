@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
 from siglip2_packed.fp8 import Float8Linear, quantize, quantize_fp8
+from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.measure import relative_error
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
@@ -80,5 +81,7 @@ def test_features_are_near_the_bfloat16_models(checkpoint, patches):
     assert len(out.hidden_states) == len(expected.hidden_states)
     for x, ref in ((out.last_hidden_state, expected.last_hidden_state), (out.pooler_output, expected.pooler_output)):
         assert F.cosine_similarity(x.double(), ref.double(), dim=-1).min() > 0.99
+    replayed = CUDAGraphs(model, [len(packed["pixel_values"])])(**packed)
+    assert relative_error(replayed.last_hidden_state, out.last_hidden_state.double()) <= 2e-2
     empty = model(**PackedPatches(patches([], patch_dim=768), []).to("cuda"))
     assert empty.last_hidden_state.shape == (0, 768)
