@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; every provider runs once a round (3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the JPEGs (0)")
     parser.add_argument("--quick", action="store_true", help="200 images, one round, no CSV file unless --out")
-    parser.add_argument("--out", type=Path, help="CSV file (default: results/bulk_<card>.csv beside this script)")
+    parser.add_argument("--out", type=Path, help="CSV file (results/bulk_<card>.csv beside this script)")
     args = parser.parse_args()
     if args.every < 1:
         parser.error(f"--every must be at least 1, got {args.every}")
@@ -298,7 +298,7 @@ def main() -> None:
         print(f"{row['provider']:26} {row['metric']:22} {row['p50']:>10} {row['unit']}")
     path = args.out or (None if args.quick else Path(__file__).parent / "results" / f"bulk_{card}.csv")
     if path:
-        rows.write(path)
+        rows.write(path, replacing=["workload"])
         print(f"{len(rows.rows)} rows -> {path}")
 
 

@@ -171,7 +171,55 @@ def plot_encoder() -> None:
         figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
-TABLES = {"attention": attention, "encoder": encoder, "cpu_encoder": cpu_encoder}
+def train_tower() -> str:
+    lines = [
+        "| card, ranks | a step | ms | patches/s | MFU | peak GiB | efficiency | loss |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("train_tower_*.csv")):
+        rows = pd.read_csv(path)
+        for (provider, workload), values in rows.groupby(["provider", "workload"], sort=False):
+            value = values.set_index("metric")["p50"].to_dict()
+            shape, _, budget, *_, ranks = workload.split("_")
+            engine = provider.removeprefix("siglip2_packed:")
+            step = f"{shape}, {budget.removeprefix('budget')} patches a rank, {engine}, {values.dtype.iloc[0]}"
+            share = {name: f"{value[name]:.2f}" if name in value else "" for name in ("mfu", "scaling_efficiency")}
+            memory = f"{value['peak_memory']:.1f}" if "peak_memory" in value else ""
+            lines.append(
+                f"| {values.card.iloc[0]}, {ranks.removeprefix('ranks')} | {step} | {value['time']:.0f} "
+                f"| {value['patches_per_s']:.0f} | {share['mfu']} | {memory} | {share['scaling_efficiency']} "
+                f"| {value['loss_first']:.2f} -> {value['loss_last']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def bulk() -> str:
+    lines = [
+        "| 5,000 JPEGs | transformers' loop | encode | of decoding and resizing alone | of the model alone "
+        "| device waits | packs full |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("bulk_*.csv")):
+        rows = pd.read_csv(path)
+        for workload, values in rows.groupby("workload", sort=False):
+            value = values.set_index(["provider", "metric"])["p50"]
+            first, ours = values.iloc[0], value["siglip2_packed"]
+            limit = workload.partition("_max")[2]
+            name = f"{first.card}, {first['dtype']}" + (f", up to {limit} patches" if limit else "")
+            shares = ("share_of_decode_resize", "share_of_forward", "device_wait", "pack_utilisation")
+            cells = " | ".join(f"{ours[share]:.0%}" for share in shares)
+            theirs = value["transformers_sdpa_padded", "images_per_s"]
+            lines.append(f"| {name} | {theirs:.0f}/s | {ours['images_per_s']:.0f}/s | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "attention": attention,
+    "encoder": encoder,
+    "cpu_encoder": cpu_encoder,
+    "train_tower": train_tower,
+    "bulk": bulk,
+}
 
 
 def render(readme: str) -> str:

@@ -166,20 +166,17 @@ def evaluate(model, packs, device: torch.device) -> tuple[float, float]:
 
 def save(rows: Rows, path: Path, ranks: int) -> None:
     """Replaces an earlier run of the same kind in the file; compares a run on several ranks with that on one."""
-
-    def kind(row):
-        return row["provider"], row["workload"], row["dtype"]
-
-    provider, workload, dtype = kind(rows.rows[0])
-    earlier = [row for row in csv.DictReader(path.open()) if kind(row) != kind(rows.rows[0])] if path.exists() else []
-    rate = {kind(row): float(row["p50"]) for row in earlier + rows.rows if row["metric"] == "patches_per_s"}
+    columns = ["provider", "workload", "dtype"]
+    provider, workload, dtype = (rows.rows[0][name] for name in columns)
+    earlier = list(csv.DictReader(path.open())) if path.exists() else []
+    measured = [row for row in (*earlier, *rows.rows) if row["metric"] == "patches_per_s"]
+    rate = {tuple(row[name] for name in columns): float(row["p50"]) for row in measured}
     alone = rate.get((provider, workload.replace(f"_ranks{ranks}", "_ranks1"), dtype))
     if ranks > 1 and alone:
         together = rate[provider, workload, dtype]
         rows.add(provider, workload, "train", dtype, "scaling_efficiency", together / ranks / alone, "")
         say(f"{together:.0f} patches/s on {ranks} ranks, {alone:.0f} on one: efficiency {together / ranks / alone:.3f}")
-    rows.rows = earlier + rows.rows
-    rows.write(path)
+    rows.write(path, replacing=columns)
     say(f"{len(rows.rows)} rows -> {path}")
 
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,13 @@ class Rows:
         self.rows.append(self.common | row | {"p20": p20, "p50": p50, "p80": p80})
         return self.rows[-1]
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, replacing: Sequence[str] = ()) -> None:
+        """With `replacing`, columns, the file's earlier rows stay, but for those that agree with a new one in them."""
+        if replacing and path.exists():
+            with path.open(newline="") as file:
+                earlier = list(csv.DictReader(file))
+            new = {tuple(row[name] for name in replacing) for row in self.rows}
+            self.rows = [row for row in earlier if tuple(row[name] for name in replacing) not in new] + self.rows
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from siglip2_packed import bench, cli
-from siglip2_packed.measure import COLUMNS
+from siglip2_packed.measure import COLUMNS, Rows
 
 TINY = ["--shape", "tiny", "--workloads", "naflex256", "--images", "2", "--rounds", "1", "--device", "cpu"]
 
@@ -46,3 +46,15 @@ def test_a_wrong_answer_is_refused_and_not_timed(tmp_path, monkeypatch, capsys, 
 def test_a_checkpoint_is_timed_without_its_head(tmp_path, checkpoint):
     code, rows = run(tmp_path, "--ckpt", str(checkpoint("tiny", full=True)), "--providers", "siglip2_packed")
     assert code == 0 and rows
+
+
+def test_rows_replace_those_of_an_earlier_run_of_the_same_kind(tmp_path):
+    def run(workload, value):
+        rows = Rows("bulk", "a card")
+        rows.add("siglip2_packed", workload, "encode", "float32", "time", [value, value], "ms")
+        rows.write(tmp_path / "rows.csv", replacing=["workload"])
+
+    for workload, value in (("small", 1.0), ("large", 2.0), ("small", 3.0)):
+        run(workload, value)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert [(row["workload"], row["p50"]) for row in csv.DictReader(file)] == [("large", "2"), ("small", "3")]
