@@ -12,7 +12,6 @@ from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
 from siglip2_packed.ops.attention_pool import triton_is_right
 from siglip2_packed.ops.dispatch import self_check
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.ops.triton.arguments import hopper_kernels
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -33,6 +32,8 @@ def padded_features(model, packed):
 
 @pytest.mark.parametrize("way", ["fused", "modules"])
 def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, monkeypatch, way):
+    from siglip2_packed.ops.triton.arguments import hopper_kernels
+
     monkeypatch.setattr(fused, "FEW_ROWS", 0 if way == "fused" else 2**31)
     if kernels := hopper_kernels("mlp_hopper"):
         monkeypatch.setattr(kernels, "FEW_ROWS", 1 if way == "fused" else 2**31)

@@ -1,13 +1,17 @@
 """The MLP's products with GELU as their epilogue: when they run, and on a Hopper card what they compute."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels_ref
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops import gelu
+from siglip2_packed.ops.segments import Segments
 
 EPILOGUES = "gelu", "keep", "backward"
 BOUND = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -15,11 +19,12 @@ BOUND = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
 
 @pytest.fixture
 def kernels(monkeypatch):
-    pytest.importorskip("triton.experimental.gluon.language.nvidia.hopper")
-    from siglip2_packed.ops.triton import mlp_hopper
+    from siglip2_packed.ops.triton.arguments import hopper_kernels
 
-    monkeypatch.setattr(mlp_hopper, "FEW_ROWS", 1)
-    return mlp_hopper
+    module = hopper_kernels("mlp_hopper") or pytest.skip("this Triton has no such Gluon")
+    monkeypatch.setattr(module, "FEW_ROWS", 1)
+    monkeypatch.setattr(module, "NARROW", 1)
+    return module
 
 
 def arguments(epilogue, T, D, F, dtype, device="cpu"):
@@ -66,7 +71,9 @@ def test_where_the_kernels_fit(kernels, monkeypatch):
     assert not kernels.fits(x.float(), weight.float(), bias.float())
     assert not kernels.fits(x, weight.half(), bias)
     assert not kernels.fits(x[:1].expand(5, 72), weight, bias)  # one row for all
-    assert not kernels.fits(x, weight.t().contiguous().t(), bias)  # rows are no rows in memory
+    assert not kernels.fits(torch.zeros(5, 144, dtype=x.dtype)[:, ::2], weight, bias)
+    assert not kernels.fits(x, weight, torch.zeros(400, dtype=x.dtype)[::2])
+    assert not kernels.fits(x, weight.to("meta"), bias)
     assert not kernels.fits(torch.zeros(5, 76, dtype=x.dtype)[:, :72], weight, bias)  # rows begin between 16 bytes
     assert not kernels.fits(x, weight, torch.zeros(201, dtype=x.dtype)[1:])
     monkeypatch.setattr(kernels, "capability", lambda x: 100)
@@ -86,7 +93,7 @@ def test_what_fails_its_check_never_runs(kernels, monkeypatch, caplog, epilogue,
 
     for module in (kernels, triton_arguments):
         monkeypatch.setattr(module, "capability", lambda x: 90)
-    monkeypatch.setattr(gelu, "on_triton", lambda x: not torch.is_tensor(x) or x.dtype == torch.float16)
+    monkeypatch.setattr(gelu, "on_triton", lambda x: x.dtype == torch.float16)
     monkeypatch.setattr("siglip2_packed.ops.triton.gelu.gelu_backward_", gelu_backward_in_torch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(kernels, "_kernels", {})
@@ -125,6 +132,56 @@ def test_few_rows_narrow_products_and_graphs_being_captured_are_left_to_cublas(k
     assert found() == "kernel"  # checked before
 
 
+def test_what_does_not_fit_is_left_to_torch(kernels, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "capability", lambda x: 90)
+    monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr(kernels, "_checked", lambda *key: "kernel")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def misaligned(y):
+        return torch.zeros(y.numel() + 1, dtype=y.dtype)[1:].view(y.shape)
+
+    for epilogue in ("gelu", "keep"):
+        x, weight, bias = arguments(epilogue, 5, 72, 200, torch.float16)
+        assert kernels._kernel_for(epilogue, x, weight, bias) == "kernel"
+        for others in ((weight, misaligned(bias)), (weight, bias[:-8]), (weight[:, :64], bias), (weight[:-8], bias)):
+            assert kernels._kernel_for(epilogue, x, *others) is None
+        assert kernels._kernel_for(epilogue, *arguments(epilogue, 5, 72, 204, torch.float16)) is None
+    dout, weight, wide = arguments("backward", 5, 72, 200, torch.float16)
+    assert kernels._kernel_for("backward", dout, weight, wide, wide) == "kernel"
+    for others in (
+        (weight, misaligned(wide), wide),
+        (weight, wide, misaligned(wide)),
+        (weight, wide[:, :-8], wide),
+        (weight, wide, wide[:-1]),
+        (weight[:-8], wide, wide),
+    ):
+        assert kernels._kernel_for("backward", dout, *others) is None
+    assert not caplog.records
+
+
+def test_who_follows_the_calls_sees_the_products(kernels, monkeypatch):
+    monkeypatch.setattr(gelu, "on_triton", lambda x: True)
+    monkeypatch.setattr("siglip2_packed.ops.triton.arguments.capability", lambda x: 90)
+    x = torch.zeros(5, 72)
+    assert gelu._hopper(x) is kernels
+    with FlopCounterMode(display=False):
+        assert gelu._hopper(x) is None
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_the_check_has_tile_after_tile_for_each_warpgroup(kernels, monkeypatch, epilogue):
+    grids = []
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(kernels, "run_compiled", lambda kernel, grid, arguments: grids.append(grid))
+    monkeypatch.setattr(kernels, "mlp_kernel", SimpleNamespace(warmup=lambda *args, **kwargs: "kernel"))
+    kernel, error = kernels._try(torch.device("cpu"), torch.float16, 1152, 4304, epilogue)
+    plan = kernels.PLANS[epilogue]
+    tiles = (4 * plan.rows + 37) // plan.rows * (4304 // plan.columns)
+    assert kernel == "kernel" and error != error  # nothing has been computed
+    assert len(grids) == 1 and grids[0][0] >= 2 and tiles >= 8 * grids[0][0]
+
+
 @pytest.fixture
 def launches(kernels, monkeypatch):
     """The epilogues launched, but for self-checks."""
@@ -139,7 +196,7 @@ def launches(kernels, monkeypatch):
         return kernel
 
     monkeypatch.setattr(kernels, "_checked", checked)
-    monkeypatch.setattr(kernels, "_launch", lambda *args: (names.append(args[1]), launch(*args)))
+    monkeypatch.setattr(kernels, "_launch", lambda *args, **kwargs: (names.append(args[1]), launch(*args, **kwargs)))
     return names
 
 
@@ -220,3 +277,50 @@ def test_in_a_cuda_graph_and_on_streams_that_overlap(launches):
         for pair, (wide, active) in zip(results, itertools.cycle(expected)):
             assert torch.equal(pair[0], wide) and torch.equal(pair[1], active)
     assert launches == ["keep"] * 28
+
+
+@pytest.fixture
+def trained(checkpoint):
+    """A model of 12 layers, and what its step wants: 2,304 patches of nine images."""
+    model = Siglip2PackedVisionModel.from_pretrained(
+        checkpoint("base"), dtype=torch.bfloat16, attn_implementation="triton"
+    ).to("cuda")
+    patches = torch.randn(9 * 256, 768, generator=torch.Generator().manual_seed(0))
+    return model, PackedPatches(patches, [(1, 8, 32)] * 9).to("cuda")
+
+
+def gradients(out, grad, model, **how):
+    found = torch.autograd.grad(out, list(model.encoder.parameters()), grad, **how)
+    assert all(x.isfinite().all() for x in found)
+    return found
+
+
+@pytest.mark.gpu
+def test_the_encoder_runs_on_them(launches, trained):
+    model, packed = trained
+    with torch.no_grad():
+        model(**packed)
+    assert launches == ["gelu"] * 12
+    launches.clear()
+    out = model(**packed).last_hidden_state
+    grad = torch.randn_like(out)
+    first = gradients(out, grad, model, retain_graph=True)
+    assert launches == ["keep"] * 12 + ["backward"] * 12
+    for how in ({"retain_graph": True}, {}):
+        assert all(torch.equal(x, y) for x, y in zip(gradients(out, grad, model, **how), first))
+
+
+@pytest.mark.gpu
+def test_gradients_that_are_one_row_for_all(launches, trained):
+    """Of a sum: the layer's gradient is a row, expanded, which no copy engine brings."""
+    block = trained[0].encoder.layers[0]
+    x = torch.randn(9 * 256, 768, device="cuda", dtype=torch.bfloat16)
+    segments = Segments([256] * 9, "cuda")
+    row = torch.randn(768, device="cuda", dtype=torch.bfloat16)
+    found = []
+    for grad in (row.expand(len(x), 768), row.repeat(len(x), 1)):
+        out = fused.layer(block, x, segments, "triton")
+        found.append(torch.autograd.grad(out, list(block.parameters()), grad))
+    assert launches == ["keep", "keep", "backward"]
+    for theirs, ours in zip(*found):
+        assert relative_error(ours, theirs.double()) <= 2e-2
