@@ -435,7 +435,7 @@ def _arguments(kind, epilogue: str, x, weight, bias, wide, active, dwide, sums):
     return tiles(x, plan.rows, 64), weight, bias, *outer, sums, T, D, active.shape[1], EPILOGUES[epilogue], *plan
 
 
-def _launch(kernel, epilogue: str, x, weight, bias, wide, active, dwide, sums, blocks: int = 0) -> None:
+def _launch(kernel, epilogue: str, x, weight, bias, wide, active, dwide, sums, *, blocks: int = 0) -> None:
     """On one thread block a multiprocessor, where no other number of `blocks` is asked for."""
     plan = PLANS[epilogue]
     tiles = -(-x.shape[0] // plan.rows) * -(-active.shape[1] // plan.columns)
