@@ -314,13 +314,14 @@ def test_the_encoder_runs_on_them(launches, trained):
 def test_gradients_that_are_one_row_for_all(launches, trained):
     """Of a sum: the layer's gradient is a row, expanded, which no copy engine brings."""
     block = trained[0].encoder.layers[0]
+    parameters = [p for name, p in block.named_parameters() if name != "self_attn.k_proj.bias"]  # whose gradient is 0
     x = torch.randn(9 * 256, 768, device="cuda", dtype=torch.bfloat16)
     segments = Segments([256] * 9, "cuda")
     row = torch.randn(768, device="cuda", dtype=torch.bfloat16)
     found = []
     for grad in (row.expand(len(x), 768), row.repeat(len(x), 1)):
         out = fused.layer(block, x, segments, "triton")
-        found.append(torch.autograd.grad(out, list(block.parameters()), grad))
+        found.append(torch.autograd.grad(out, parameters, grad))
     assert launches == ["keep", "keep", "backward"]
     for theirs, ours in zip(*found):
         assert relative_error(ours, theirs.double()) <= 2e-2

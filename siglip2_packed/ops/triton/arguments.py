@@ -19,7 +19,11 @@ logger = logging.getLogger("siglip2_packed")
 LOG2_E = math.log2(math.e)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
-next_power_of_2 = functools.cache(triton.next_power_of_2)  # some versions take longer than a launch may
+next_power_of_2 = functools.cache(triton.next_power_of_2)  # Triton's own take a third of a launch each
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def check_rows(**tensors: Tensor) -> None:

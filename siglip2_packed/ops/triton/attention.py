@@ -17,6 +17,7 @@ from siglip2_packed.ops.triton.arguments import (
     LOG2_E,
     aligned,
     capability,
+    ceil_div,
     check,
     check_rows,
     device_of,
@@ -210,7 +211,7 @@ def _forward(
         if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
             return out, lse
         tile = forward_tile(K, q.dtype, max_seqlen, capability(q), few)
-        blocks = max(1, triton.cdiv(max_seqlen, tile["M"]))
+        blocks = max(1, ceil_div(max_seqlen, tile["M"]))
         kernels.forward_kernel[((S + 1) * H * blocks,)](
             q,
             k,
@@ -279,7 +280,7 @@ def _backward(
         if hopper and hopper.backward(grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale):
             return
         tile_q, tile_kv = backward_tiles(K, q.dtype, capability(q))
-        blocks = max(1, triton.cdiv(max_seqlen, tile_q["M"]))
+        blocks = max(1, ceil_div(max_seqlen, tile_q["M"]))
         kernels.backward_q_kernel[((S + 1) * H * blocks,)](
             q,
             k,
@@ -300,7 +301,7 @@ def _backward(
             **common,
             **tile_q,
         )
-        blocks = max(1, triton.cdiv(max_seqlen, tile_kv["N"]))
+        blocks = max(1, ceil_div(max_seqlen, tile_kv["N"]))
         kernels.backward_kv_kernel[((S + 1) * H * blocks,)](
             q,
             k,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors, next_power_of_2
+from siglip2_packed.ops.triton.arguments import ceil_div, device_of, launch, multiprocessors, next_power_of_2
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -16,8 +16,8 @@ def column_sums(x: Tensor) -> Tensor:
     T, C = x.shape
     x = x.contiguous()
     columns = min(1024, next_power_of_2(C))
-    blocks = triton.cdiv(C, columns)
-    groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
+    blocks = ceil_div(C, columns)
+    groups = max(1, min(ceil_div(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, C), dtype=torch.float32, device=x.device)
     with device_of(x):
         launch(partial_sums_kernel, (blocks, groups, 1), (x, sums), (T,), (C, columns, 4), num_warps=4)
@@ -29,7 +29,7 @@ def fold(sums: Tensor, dtype: torch.dtype) -> Tensor:
     G, C = sums.shape
     out = torch.empty(C, dtype=dtype, device=sums.device)
     with device_of(sums):
-        launch(fold_kernel, (triton.cdiv(C, 32), 1, 1), (sums, out), (G,), (C, 32, 128), num_warps=4)
+        launch(fold_kernel, (ceil_div(C, 32), 1, 1), (sums, out), (G,), (C, 32, 128), num_warps=4)
     return out
 
 
@@ -40,7 +40,7 @@ def transposed(x: Tensor) -> Tensor:
     out = torch.empty((C, T), dtype=x.dtype, device=x.device)
     if x.numel():
         with device_of(x):
-            grid = triton.cdiv(C, 64), triton.cdiv(T, 64), 1
+            grid = ceil_div(C, 64), ceil_div(T, 64), 1
             launch(transpose_kernel, grid, (x, out), (), (T, C, 64), num_warps=4)
     return out
 

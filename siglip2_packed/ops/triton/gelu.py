@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
+from siglip2_packed.ops.triton.arguments import ceil_div, device_of, launch, multiprocessors
 from siglip2_packed.ops.triton.columns import fold
 
 
@@ -20,8 +20,8 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     assert all(y.is_contiguous() for y in (grad, x, out))
     T, F = x.shape
     columns = 1024
-    blocks = triton.cdiv(F, columns)
-    groups = max(1, min(triton.cdiv(T, 16), 4 * multiprocessors(x.device) // blocks))
+    blocks = ceil_div(F, columns)
+    groups = max(1, min(ceil_div(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
     with device_of(x):
         launch(backward_kernel, (blocks, groups, 1), (grad, x, out, sums), (T,), (F, columns, 4), num_warps=4)
