@@ -57,16 +57,29 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm:
 
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
-    attention, mlp = block.self_attn, block.mlp
-    projections = _projections(attention)
-    x, qkv = _NormQKV.apply(
-        hidden_states, *_norm(block.layer_norm1), *(p.weight for p in projections), *(p.bias for p in projections)
-    )
-    attended = varlen_attention_qkvpacked(qkv.unflatten(1, (3, -1, attention.head_dim)), segments, backend).flatten(1)
-    linears = attention.out_proj, mlp.fc1, mlp.fc2
-    return _ProjectMLP.apply(
-        x, attended, *_norm(block.layer_norm2), *(p.weight for p in linears), *(p.bias for p in linears)
-    )
+    norm1, norm2, *linears = _leaves(block)
+    weights, biases = ([module._parameters[name] for module in linears] for name in ("weight", "bias"))
+    first = *_norm(norm1), *weights[:3], *biases[:3]
+    second = *_norm(norm2), *weights[3:], *biases[3:]
+    head_dim = block._modules["self_attn"].head_dim
+    if backend == "triton" and len(hidden_states):
+        return _Layer.apply(hidden_states, segments.cu_seqlens, segments.max_seqlen, head_dim, *first, *second)
+    x, qkv = _NormQKV.apply(hidden_states, *first)
+    attended = varlen_attention_qkvpacked(qkv.unflatten(1, (3, -1, head_dim)), segments, backend).flatten(1)
+    return _ProjectMLP.apply(x, attended, *second)
+
+
+def _leaves(block) -> list[nn.Module]:
+    """layer_norm1, layer_norm2, q_proj, k_proj, v_proj, out_proj, fc1 and fc2, without nn.Module's slow lookup."""
+    modules = block._modules
+    attention, mlp = modules["self_attn"]._modules, modules["mlp"]._modules
+    return [
+        modules["layer_norm1"],
+        modules["layer_norm2"],
+        *(attention[name] for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+        mlp["fc1"],
+        mlp["fc2"],
+    ]
 
 
 def _without_autocast(backward: Any) -> Any:
@@ -83,6 +96,42 @@ def _without_autocast(backward: Any) -> Any:
     return run
 
 
+class _Layer(torch.autograd.Function):
+    """All of a layer around our own attention: one function costs the host less than three."""
+
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, max_seqlen, head_dim, *parameters):
+        from siglip2_packed.ops.triton import attention
+
+        norm1, projections, norm2, linears = parameters[:3], parameters[3:9], parameters[9:12], parameters[12:]
+        qkv = _norm_qkv(x, norm1, projections).view(len(x), 3, -1, head_dim)
+        q, k, v = qkv.unbind(1)
+        out, lse = attention.forward(q, k, v, cu_seqlens, max_seqlen, head_dim**-0.5)
+        result, wide = _project_mlp(x, out.view(x.shape), norm2, linears)
+        ctx.save_for_backward(
+            x, qkv, out, lse, wide, cu_seqlens, *norm1[:2], *norm2[:2], *projections[:3], *linears[:4]
+        )
+        ctx.max_seqlen, ctx.eps = max_seqlen, (norm1[2], norm2[2])
+        return result
+
+    @staticmethod
+    @_without_autocast
+    @once_differentiable
+    def backward(ctx, dout):
+        from siglip2_packed.ops.triton import attention
+
+        x, qkv, out, lse, wide, cu_seqlens, weight1, bias1, weight2, bias2, *linears = ctx.saved_tensors
+        norm1, norm2 = (weight1, bias1, ctx.eps[0]), (weight2, bias2, ctx.eps[1])
+        needs = ctx.needs_input_grad
+        attended = out.view(x.shape)
+        dh, dattended, *second = _project_mlp_backward(needs[16:], dout, x, attended, wide, norm2, linears[3:])
+        dqkv = attention.gradients_qkvpacked(
+            dattended.view(out.shape), qkv, out, lse, cu_seqlens, ctx.max_seqlen, out.shape[2] ** -0.5
+        )
+        dx, *first = _norm_qkv_backward(needs[7:13], dh, dqkv.view(len(x), -1), x, norm1, linears[:3])
+        return dx, None, None, None, *first, *second
+
+
 class _NormQKV(torch.autograd.Function):
     """x -> x itself, for the residual sum, and `[T, 3D]` = LayerNorm(x) Wᵀ + b.
 
@@ -91,60 +140,85 @@ class _NormQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, *projections):
-        weights, biases = projections[:3], projections[3:]
-        ctx.save_for_backward(x, norm_weight, norm_bias, *weights)
+        ctx.save_for_backward(x, norm_weight, norm_bias, *projections[:3])
         ctx.eps = eps
-        normed, _ = layer_norm(x, norm_weight, norm_bias, eps)
-        return x, F.linear(normed, _cat(*weights), _cat(*biases))
+        return x, _norm_qkv(x, (norm_weight, norm_bias, eps), projections)
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dx, dqkv):
         x, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        grad = dqkv @ _cat(*weights)  # of the norm, then of x
-        normed, sums = layer_norm_backward_(grad, dx, x, None, norm_weight, norm_bias, ctx.eps)
-        needs_weights, needs_biases = any(ctx.needs_input_grad[4:7]), any(ctx.needs_input_grad[7:])
-        dweights = (dqkv.t() @ normed).chunk(3) if needs_weights else [None] * 3
-        dbiases = column_sums(dqkv).chunk(3) if needs_biases else [None] * 3
-        return grad, *sums[:2], None, *dweights, *dbiases
+        norm = norm_weight, norm_bias, ctx.eps
+        return _norm_qkv_backward(ctx.needs_input_grad[4:], dx, dqkv, x, norm, weights)
 
 
 class _ProjectMLP(torch.autograd.Function):
     """h = x + attended W_oᵀ + b_o; h + fc2(gelu(fc1(LayerNorm(h))))."""
 
     @staticmethod
-    def forward(ctx, x, attended, norm_weight, norm_bias, eps, w_out, w_fc1, w_fc2, b_out, b_fc1, b_fc2):
-        update = F.linear(attended, w_out, b_out)
-        normed, out = add_layer_norm(x, update, norm_weight, norm_bias, eps, b_fc2)
-        wide, active = linear_gelu_keep(normed, w_fc1, b_fc1)
-        del update, normed
-        ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out)
+    def forward(ctx, x, attended, norm_weight, norm_bias, eps, *linears):
+        out, wide = _project_mlp(x, attended, (norm_weight, norm_bias, eps), linears)
+        ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, *linears[:4])
         ctx.eps = eps
-        return _add_product(out, active, w_fc2)
+        return out
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
-        x, attended, wide, norm_weight, norm_bias, w_out, w_fc1, w_fc2, b_out = ctx.saved_tensors
-        needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = ctx.needs_input_grad[5:]
-        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
-        active = wide if last else torch.empty_like(wide)
-        dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
-        dw_fc2 = dout.t() @ active if needs_w_fc2 else None
-        del active
-        update = F.linear(attended, w_out, b_out)
-        dh = dwide @ w_fc1  # after the norm, then before
-        normed, sums = layer_norm_backward_(dh, dout, x, update, norm_weight, norm_bias, ctx.eps)
-        # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
-        dw_fc1 = transposed(normed.t() @ dwide) if needs_w_fc1 else None
-        del update, normed, dwide
-        dw_out = dh.t() @ attended if needs_w_out else None
-        dattended = dh @ w_out
-        dnorm_weight, dnorm_bias, db_out = sums
-        db_fc2 = column_sums(dout) if needs_b_fc2 else None
-        return dh, dattended, dnorm_weight, dnorm_bias, None, dw_out, dw_fc1, dw_fc2, db_out, db_fc1, db_fc2
+        x, attended, wide, norm_weight, norm_bias, *linears = ctx.saved_tensors
+        norm = norm_weight, norm_bias, ctx.eps
+        return _project_mlp_backward(ctx.needs_input_grad[5:], dout, x, attended, wide, norm, linears)
+
+
+# norm: weight, bias, eps. projections: weights, then biases, of q, k and v; linears: those of out, fc1 and fc2, of
+# which backward needs the weights and the first bias. needs: which of the six want a gradient.
+
+
+def _norm_qkv(x, norm, projections):
+    normed, _ = layer_norm(x, *norm)
+    return F.linear(normed, _cat(*projections[:3]), _cat(*projections[3:]))
+
+
+def _norm_qkv_backward(needs, dx, dqkv, x, norm, weights):
+    """dx: the gradient that reaches x past the norm."""
+    grad = dqkv @ _cat(*weights)  # of the norm, then of x
+    normed, sums = layer_norm_backward_(grad, dx, x, None, *norm)
+    dweights = (dqkv.t() @ normed).chunk(3) if any(needs[:3]) else [None] * 3
+    dbiases = column_sums(dqkv).chunk(3) if any(needs[3:]) else [None] * 3
+    return grad, sums[0], sums[1], None, *dweights, *dbiases
+
+
+def _project_mlp(x, attended, norm, linears):
+    """The sum after the layer, and what goes into GELU."""
+    w_out, w_fc1, w_fc2, b_out, b_fc1, b_fc2 = linears
+    update = F.linear(attended, w_out, b_out)
+    weight, bias, eps = norm
+    normed, out = add_layer_norm(x, update, weight, bias, eps, b_fc2)
+    wide, active = linear_gelu_keep(normed, w_fc1, b_fc1)
+    del update, normed
+    return _add_product(out, active, w_fc2), wide
+
+
+def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
+    w_out, w_fc1, w_fc2, b_out = linears
+    needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = needs
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
+    active = wide if last else torch.empty_like(wide)
+    dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
+    dw_fc2 = dout.t() @ active if needs_w_fc2 else None
+    del active
+    update = F.linear(attended, w_out, b_out)
+    dh = dwide @ w_fc1  # after the norm, then before
+    normed, sums = layer_norm_backward_(dh, dout, x, update, *norm)
+    # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
+    dw_fc1 = transposed(normed.t() @ dwide) if needs_w_fc1 else None
+    del update, normed, dwide
+    dw_out = dh.t() @ attended if needs_w_out else None
+    dattended = dh @ w_out
+    db_fc2 = column_sums(dout) if needs_b_fc2 else None
+    return dh, dattended, sums[0], sums[1], None, dw_out, dw_fc1, dw_fc2, sums[2], db_fc1, db_fc2
 
 
 FEW_ROWS = 2048
@@ -171,14 +245,14 @@ def may_infer(layers, hidden_states: Tensor) -> bool:
 
 
 def _pristine(block, dtype: torch.dtype) -> bool:
-    layer, attention, mlp = block._modules, block._modules["self_attn"], block._modules["mlp"]  # sparing __getattr__
-    linears = *attention._modules.values(), mlp._modules["fc1"], mlp._modules["fc2"]
+    attention, mlp = block._modules["self_attn"], block._modules["mlp"]
     activation = mlp._modules.get("activation_fn")
+    norm1, norm2, *linears = _leaves(block)
     return (
         type(activation) is GELU_TANH
         and all(_plain(x, nn.Linear, dtype) for x in linears)
-        and _plain(layer["layer_norm1"], nn.LayerNorm, dtype)
-        and _plain(layer["layer_norm2"], nn.LayerNorm, dtype)
+        and _plain(norm1, nn.LayerNorm, dtype)
+        and _plain(norm2, nn.LayerNorm, dtype)
         and not (_hooked(attention) or _hooked(mlp) or _hooked(activation))
     )
 
@@ -258,5 +332,5 @@ def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return x.addmm_(rows, weight.t()) if x.is_cuda else x.add_(F.linear(rows, weight))
 
 
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight, norm.bias, norm.eps
+def _norm(norm) -> tuple[Tensor, Tensor, float]:
+    return norm._parameters["weight"], norm._parameters["bias"], norm.eps

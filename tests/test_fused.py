@@ -8,6 +8,8 @@ from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops.segments import Segments
 
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
+DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
 
 
@@ -136,6 +138,35 @@ def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
         norm.register_forward_hook(lambda *_: seen.append(1))
         assert torch.equal(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa", norm), expected)
         assert len(seen) == 1 and torch.equal(fused.infer([], x, Segments([12]), "sdpa", norm), norm(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "frozen", [(), ("weight",), ("bias",), ("q_proj", "fc1", "fc2.bias"), ("norm", "out_proj")], ids=str
+)
+def test_a_layer_in_one_function_is_the_layer_in_three(model, monkeypatch, device, frozen):
+    """Around our own attention; gradients of what wants some, a second time where the graph is kept."""
+    monkeypatch.setattr(fused, "FEW_ROWS", 0)
+    block, segments = model.encoder.layers[1].to(device), Segments([5, 1, 20], device)
+    for name, parameter in block.named_parameters():
+        nn.init.normal_(parameter, std=0.2)
+        parameter.requires_grad_(not any(part in name for part in frozen))
+    wanted = {name: p for name, p in block.named_parameters() if p.requires_grad}
+    x, grad = (torch.randn(26, 64, generator=torch.Generator().manual_seed(i)).to(device) for i in range(2))
+    found = []
+    for backend, needs_x in (("triton", True), ("eager", True), ("triton", False)):
+        leaf = x.clone().requires_grad_(needs_x)
+        inputs = [*wanted.values(), *[leaf] * needs_x]
+        out = fused.layer(block, leaf, segments, backend)
+        assert (out.grad_fn.name() == "_LayerBackward") == (backend == "triton")
+        found.append([out.detach(), *torch.autograd.grad(out, inputs, grad, retain_graph=True)])
+        for again, first in zip(torch.autograd.grad(out, inputs, grad), found[-1][1:]):
+            assert torch.equal(again, first)
+    for i, (name, one) in enumerate(zip(["out", *wanted, "x"], found[0])):
+        three = found[1][i]
+        assert (one - three).norm() <= 1e-5 * three.norm() + 1e-4 * ("k_proj.bias" in name), name
+        if name != "x":
+            assert torch.equal(found[2][i], one), name
 
 
 def test_second_derivatives_are_refused(model):

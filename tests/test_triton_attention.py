@@ -563,7 +563,7 @@ def test_the_hopper_backward_gets_the_tensors_as_they_are(hopper_backward, monke
     qkv, grad = random_qkv(57, 2, 72, torch.float16), random_qkv(57, 2, 72, torch.float16, 1)[:, 0]
     dqkv = torch.empty_like(qkv)
     (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
-    out, lse = attention._forward(q, k, v, offsets([17, 40]), 130, 0.1)
+    out, lse = attention.forward(q, k, v, offsets([17, 40]), 130, 0.1)
     monkeypatch.setattr(attention, "capability", lambda x: 90)
     for capturing in (True, False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)

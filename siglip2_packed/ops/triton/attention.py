@@ -58,7 +58,7 @@ def varlen_attention(
     """
     check_rows(q=q, k=k, v=v)
     scale = check(q, cu_seqlens, max_seqlen, softmax_scale)
-    run = _attention if traced() else _Attention.apply if torch.is_grad_enabled() else _forward
+    run = _attention if traced() else _Attention.apply if torch.is_grad_enabled() else forward
     return run(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
 
@@ -72,7 +72,7 @@ def varlen_attention_qkvpacked(
     scale = check(qkv, cu_seqlens, max_seqlen, softmax_scale)
     if not (traced() or torch.is_grad_enabled()):
         q, k, v = qkv.unbind(1)
-        return _forward(q, k, v, cu_seqlens, max_seqlen, scale)[0]
+        return forward(q, k, v, cu_seqlens, max_seqlen, scale)[0]
     run = _attention_qkvpacked if traced() else _AttentionQKVPacked.apply
     return run(qkv, cu_seqlens, max_seqlen, scale)[0]
 
@@ -81,7 +81,7 @@ def varlen_attention_qkvpacked(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, cu_seqlens, max_seqlen, scale)
+    return forward(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
 def _gradients(
@@ -103,10 +103,10 @@ def _gradients(
 @torch.library.custom_op("siglip2_packed::varlen_attention_qkvpacked", mutates_args=())
 def _attention_qkvpacked(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
-    return _forward(q, k, v, cu_seqlens, max_seqlen, scale)
+    return forward(q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-def _gradients_qkvpacked(
+def gradients_qkvpacked(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -118,7 +118,7 @@ def _gradients_qkvpacked(
 
 _attention_backward = torch.library.custom_op("siglip2_packed::varlen_attention_backward", _gradients, mutates_args=())
 _attention_qkvpacked_backward = torch.library.custom_op(
-    "siglip2_packed::varlen_attention_qkvpacked_backward", _gradients_qkvpacked, mutates_args=()
+    "siglip2_packed::varlen_attention_qkvpacked_backward", gradients_qkvpacked, mutates_args=()
 )
 
 
@@ -164,7 +164,7 @@ def _attention_qkvpacked_autograd(ctx, grad, _):
     qkv, cu_seqlens, out, lse = ctx.saved_tensors
     if grad is None:
         return (None,) * 4
-    run = _attention_qkvpacked_backward if traced() else _gradients_qkvpacked
+    run = _attention_qkvpacked_backward if traced() else gradients_qkvpacked
     return run(grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None
 
 
@@ -177,7 +177,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
+        output = forward(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -187,14 +187,14 @@ class _Attention(torch.autograd.Function):
 class _AttentionQKVPacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, *inputs):
-        output = _forward(*qkv.unbind(1), *inputs)
+        output = forward(*qkv.unbind(1), *inputs)
         _save(ctx, (qkv, *inputs), output)
         return output
 
     backward = staticmethod(once_differentiable(_attention_qkvpacked_autograd))  # type: ignore[assignment]
 
 
-def _forward(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, K]` and the base-2 log-sum-exp `[H, T]` in float32."""
