@@ -80,10 +80,10 @@ class Float8Layer(nn.Module):
             raise ValueError(f"float8 knows GELU's tanh form only, got {type(block.mlp.activation_fn).__name__}")
         self.norm1, self.norm2 = block.layer_norm1, block.layer_norm2
         self.head_dim = block.self_attn.head_dim
-        self.qkv = Float8Linear(*fused._joined(block.self_attn))
-        self.out = Float8Linear(block.self_attn.out_proj.weight, block.self_attn.out_proj.bias)
-        self.fc1 = Float8Linear(block.mlp.fc1.weight, block.mlp.fc1.bias)
-        self.fc2 = Float8Linear(block.mlp.fc2.weight, block.mlp.fc2.bias)
+        attention, mlp = block.self_attn, block.mlp
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        self.qkv = Float8Linear(torch.cat([x.weight for x in projections]), torch.cat([x.bias for x in projections]))
+        self.out, self.fc1, self.fc2 = (Float8Linear(x.weight, x.bias) for x in (attention.out_proj, mlp.fc1, mlp.fc2))
 
     def forward(self, x: Tensor, update: tuple | None, segments: Segments, backend: str) -> tuple[Tensor, tuple]:
         """The stream `[T, D]` and what is still to be added to it, before and after the layer."""

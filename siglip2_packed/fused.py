@@ -29,6 +29,7 @@ from siglip2_packed.ops.tracing import traced
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 PLAIN = (nn.Parameter, Tensor)
+Norm = tuple[Tensor, Tensor, float]
 
 
 @torch.no_grad()
@@ -41,14 +42,13 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm:
     waiting = bias = None  # the sum `[D]` of the biases before the last one, and the last
     x = hidden_states.clone()
     for block in layers:
-        attention, mlp = block.self_attn, block.mlp
-        normed, waiting = layer_norm(x, *_norm(block.layer_norm1), waiting, bias)
-        qkv = F.linear(normed, *_joined(attention)).unflatten(1, (3, -1, attention.head_dim))
-        _add_product(x, varlen_attention_qkvpacked(qkv, segments, backend).flatten(1), attention.out_proj.weight)
-        bias = attention.out_proj.bias
-        normed, waiting = layer_norm(x, *_norm(block.layer_norm2), waiting, bias)
-        _add_product(x, linear_gelu(normed, mlp.fc1.weight, mlp.fc1.bias), mlp.fc2.weight)
-        bias = mlp.fc2.bias
+        norm1, norm2, weights, biases = _parameters(block)
+        normed, waiting = layer_norm(x, *norm1, waiting, bias)
+        qkv = F.linear(normed, _cat(*weights[:3]), _cat(*biases[:3])).unflatten(1, (3, -1, _head_dim(block)))
+        _add_product(x, _attend(qkv, segments, backend).flatten(1), weights[3])
+        normed, waiting = layer_norm(x, *norm2, waiting, biases[3])
+        _add_product(x, linear_gelu(normed, weights[4], biases[4]), weights[5])
+        bias = biases[5]
     if norm is not None and _plain(norm, nn.LayerNorm, x.dtype):
         return layer_norm(x, *_norm(norm), waiting, bias)[0]
     x = x if bias is None else x.add_(waiting + bias)
@@ -57,11 +57,10 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm:
 
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
-    norm1, norm2, *linears = _leaves(block)
-    weights, biases = ([module._parameters[name] for module in linears] for name in ("weight", "bias"))
-    first = *_norm(norm1), *weights[:3], *biases[:3]
-    second = *_norm(norm2), *weights[3:], *biases[3:]
-    head_dim = block._modules["self_attn"].head_dim
+    norm1, norm2, weights, biases = _parameters(block)
+    first = *norm1, *weights[:3], *biases[:3]
+    second = *norm2, *weights[3:], *biases[3:]
+    head_dim = _head_dim(block)
     if backend == "triton" and len(hidden_states):
         return _Layer.apply(hidden_states, segments.cu_seqlens, segments.max_seqlen, head_dim, *first, *second)
     x, qkv = _NormQKV.apply(hidden_states, *first)
@@ -80,6 +79,27 @@ def _leaves(block) -> list[nn.Module]:
         mlp["fc1"],
         mlp["fc2"],
     ]
+
+
+def _parameters(block) -> tuple[Norm, Norm, list, list]:
+    """weight, bias and eps of both norms; weights, and biases, of q_proj, k_proj, v_proj, out_proj, fc1 and fc2."""
+    norm1, norm2, *linears = _leaves(block)
+    weights, biases = ([module._parameters[name] for module in linears] for name in ("weight", "bias"))
+    return _norm(norm1), _norm(norm2), weights, biases
+
+
+def _head_dim(block) -> int:
+    return block._modules["self_attn"].head_dim
+
+
+def _attend(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
+    """varlen_attention_qkvpacked without gradients."""
+    if backend != "triton" or not len(qkv):
+        return varlen_attention_qkvpacked(qkv, segments, backend)
+    from siglip2_packed.ops.triton import attention  # spares the checks, for which the dispatch has stood
+
+    q, k, v = qkv.unbind(1)
+    return attention.forward(q, k, v, segments.cu_seqlens, segments.max_seqlen, qkv.shape[3] ** -0.5)[0]
 
 
 def _without_autocast(backward: Any) -> Any:
@@ -310,13 +330,8 @@ def _projections(attention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     return attention.q_proj, attention.k_proj, attention.v_proj
 
 
-def _joined(attention) -> tuple[Tensor, Tensor]:
-    """Weight `[3D, D]` and bias `[3D]` of the three projections as one: themselves if they lie side by side."""
-    q, k, v = _projections(attention)
-    return _cat(q.weight, k.weight, v.weight), _cat(q.bias, k.bias, v.bias)
-
-
 def _cat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Weights `[3D, D]` or biases `[3D]` of the three projections as one: themselves if they lie side by side."""
     step = q.numel() * q.element_size()
     side_by_side = k.data_ptr() == q.data_ptr() + step and v.data_ptr() == k.data_ptr() + step
     if side_by_side and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.is_contiguous():
@@ -332,5 +347,5 @@ def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     return x.addmm_(rows, weight.t()) if x.is_cuda else x.add_(F.linear(rows, weight))
 
 
-def _norm(norm) -> tuple[Tensor, Tensor, float]:
+def _norm(norm) -> Norm:
     return norm._parameters["weight"], norm._parameters["bias"], norm.eps

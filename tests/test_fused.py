@@ -283,7 +283,7 @@ def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
     fused.join_projections(model.encoder.layers)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     attention = model.encoder.layers[0].self_attn
-    weight, _ = fused._joined(attention)
+    weight = fused._cat(*(x.weight for x in fused._projections(attention)))
     assert weight.data_ptr() == attention.q_proj.weight.data_ptr()
     with torch.no_grad():
         assert torch.equal(model(**packed).last_hidden_state, expected)
@@ -296,7 +296,7 @@ def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**packed).last_hidden_state, changed)
     moved = model.to(torch.float64).to(torch.float32)
-    weight, _ = fused._joined(moved.encoder.layers[0].self_attn)
+    weight = fused._cat(*(x.weight for x in fused._projections(moved.encoder.layers[0].self_attn)))
     assert weight.data_ptr() != moved.encoder.layers[0].self_attn.q_proj.weight.data_ptr()
     with torch.no_grad():
         assert torch.equal(moved(**packed).last_hidden_state, changed)
