@@ -117,9 +117,10 @@ def launch(
     rows = [Row(image.ordinal, image.name, error=image.error) for image in pack.failed]
     if not pack.images:
         return lambda: rows
+    patches_on_device = to_device(pack.patches, model.device)
     stop_clock = clock(model.device)
     output: Any = model(
-        pixel_values=processor.normalize(pack.patches.to(model.device, non_blocking=True)),
+        pixel_values=processor.normalize(patches_on_device),
         grid_thw=torch.tensor([(1, *image.grid) for image in pack.images]),
     )
     features: dict[str, Tensor] = {"patches": output.last_hidden_state} if patches else {}
@@ -146,11 +147,23 @@ def launch(
     return finish
 
 
+def to_device(patches: Tensor, device: torch.device) -> Tensor:
+    """On a GPU the copy goes on beside the pack before, which is still being computed."""
+    if device.type != "cuda":
+        return patches.to(device)
+    side, current = copy_stream(device, "in"), torch.cuda.current_stream(device)
+    with torch.cuda.stream(side):
+        moved = patches.to(device, non_blocking=True)
+    current.wait_stream(side)
+    moved.record_stream(current)
+    return moved
+
+
 def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Starts the copies beside whatever the device does next; the result waits for them."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return lambda: tensors
-    side = copy_stream(next(iter(tensors.values())).device)
+    side = copy_stream(next(iter(tensors.values())).device, "out")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
@@ -166,7 +179,7 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
 
 
 @lru_cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
+def copy_stream(device: torch.device, direction: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 

@@ -1,9 +1,9 @@
 """Encoder layers with their element-wise work fused into fewer passes over memory.
 
 The same computation as the modules of `encoder`, on their parameters, where nothing has been hung on those modules
-(hooks, adapters, quantised weights, compilation) and a pack has work enough for a GPU: `applies` tells. `infer` runs
-all layers for inference; `layer` runs one with gradients, its backward written out, so that outputs of LayerNorm and
-GELU and the sum before layer_norm2 are made again in backward instead of being kept.
+(hooks, adapters, quantised weights, compilation): `applies` tells. `infer` runs all layers for inference; `layer` runs
+one with gradients, its backward written out, so that outputs of LayerNorm and GELU and the sum before layer_norm2 are
+made again in backward instead of being kept.
 
 Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 """
@@ -241,16 +241,9 @@ def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
     return dh, dattended, sums[0], sums[1], None, dw_out, dw_fc1, dw_fc2, sums[2], db_fc1, db_fc2
 
 
-FEW_ROWS = 2048
-"""With fewer, a step on CUDA waits for the host, and autograd's own nodes cost the host less than these functions."""
-
-
 def applies(block, hidden_states: Tensor) -> bool:
-    """Whether a layer is what `encoder` built, so that its parameters say all that it computes, and there is work."""
-    if _watched(hidden_states):  # asked first: torch.compile would take a graph for either side of FEW_ROWS
-        return False
-    few = hidden_states.is_cuda and hidden_states.shape[0] < FEW_ROWS
-    return not few and _pristine(block, hidden_states.dtype)
+    """Whether a layer is what `encoder` built, so that its parameters say all that it computes."""
+    return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
 
 
 def may_infer(layers, hidden_states: Tensor) -> bool:

@@ -112,7 +112,9 @@ class CUDAGraphs:
         if budget is None or not total:
             return None
         longest = min(max(64, _power_of_2(layout.max_seqlen)), _power_of_2(budget))
-        return Bucket(budget, _power_of_2(len(layout.lengths)), _power_of_2(len(layout.grids)), longest)
+        least = budget // 1024 * 8  # so that full packs of more or fewer images have a graph in common
+        segments, images = (max(least, _power_of_2(len(x))) for x in (layout.lengths, layout.grids))
+        return Bucket(budget, segments, images, longest)
 
 
 def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2PackedVisionModel | CUDAGraphs:

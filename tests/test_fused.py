@@ -144,9 +144,8 @@ def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
 @pytest.mark.parametrize(
     "frozen", [(), ("weight",), ("bias",), ("q_proj", "fc1", "fc2.bias"), ("norm", "out_proj")], ids=str
 )
-def test_a_layer_in_one_function_is_the_layer_in_three(model, monkeypatch, device, frozen):
+def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen):
     """Around our own attention; gradients of what wants some, a second time where the graph is kept."""
-    monkeypatch.setattr(fused, "FEW_ROWS", 0)
     block, segments = model.encoder.layers[1].to(device), Segments([5, 1, 20], device)
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -181,20 +180,6 @@ def test_second_derivatives_are_refused(model):
         (grad,) = torch.autograd.grad(out[-1].square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
-
-
-def test_few_rows_on_cuda_go_through_the_modules(model, monkeypatch):
-    class Rows:
-        device, dtype, is_cuda = torch.device("cuda"), torch.float32, True
-
-        def __init__(self, *shape):
-            self.shape = shape
-
-    block, rows = model.encoder.layers[0], fused.FEW_ROWS
-    assert [fused.applies(block, Rows(n, 64)) for n in (0, rows - 1, rows)] == [False, False, True]
-    assert fused.applies(block, torch.zeros(1, 64))
-    monkeypatch.setattr(fused, "traced", lambda: True)
-    assert not fused.applies(block, Rows())  # does not look at the number of rows, on which a compiler would guard
 
 
 def test_the_callers_input_is_left_alone(model):

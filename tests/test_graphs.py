@@ -77,6 +77,10 @@ def test_buckets(checkpoint):
     assert graphs.bucket(make_layout([(1, 16, 17)])) == (300, 1, 1, 512)
     assert graphs.bucket(make_layout([(1, 20, 20)])) is None
     assert graphs.bucket(make_layout([])) is None
+    graphs.budgets = [1024, 16384]
+    for images in (1, 5, 64, 128):  # full packs have one graph
+        assert graphs.bucket(make_layout([(1, 16384 // images, 1)] * images))[:3] == (16384, 128, 128)
+    assert graphs.bucket(make_layout([(1, 1, 1)] * 129))[1:3] == (256, 256)
 
 
 def test_what_cannot_be_graphed_says_why(checkpoint):
