@@ -231,10 +231,12 @@ def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
     del active
     update = F.linear(attended, w_out, b_out)
     dh = dwide @ w_fc1  # after the norm, then before
-    normed, sums = layer_norm_backward_(dh, dout, x, update, *norm)
+    weight, bias, eps = norm
+    normed, sums = layer_norm_backward_(dh, dout, x, update, weight, bias, eps, place=update)
+    del update
     # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
     dw_fc1 = transposed(normed.t() @ dwide) if needs_w_fc1 else None
-    del update, normed, dwide
+    del normed, dwide
     dw_out = dh.t() @ attended if needs_w_out else None
     dattended = dh @ w_out
     db_fc2 = column_sums(dout) if needs_b_fc2 else None

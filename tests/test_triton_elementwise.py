@@ -82,7 +82,10 @@ def test_layer_norm_backward(op, shape, with_update, dtype, device):
     dh = dh + residual
     expected = dh, out.detach(), dw, db, dh.sum(0)
     again = op.add_layer_norm(x, update, weight, bias, 1e-6, bias)[0]
+    given = grad.clone(), residual, x, update.clone() if with_update else None, weight, bias, 1e-6
+    in_place = op.layer_norm_backward_(*given, place=given[3])
     out, sums = op.layer_norm_backward_(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
+    assert torch.equal(in_place[0], out) and torch.equal(in_place[1], sums) and torch.equal(given[0], grad)
     if with_update:  # the forward's output once more: h is rounded as there
         assert (out != again).double().mean() <= 0.02
     for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), (grad, out, *sums), expected):

@@ -49,19 +49,27 @@ def add_layer_norm(
 
 
 def layer_norm_backward_(
-    grad: Tensor, residual: Tensor, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Backward of out = LayerNorm(h), h = x + update (or x), where h also goes on past the norm.
 
     Args:
         grad: `[T, D]`, contiguous, of out; becomes the whole gradient of h.
         residual: `[T, D]`, of h on its way past the norm.
+        place: `[T, D]`, contiguous, nobody needs it any longer, so that out may be put there; update itself, say.
 
     Returns:
         out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of h's.
     """
     if on_triton(x):
-        return _triton().layer_norm_backward_(grad, residual, x, update, weight, bias, eps)
+        return _triton().layer_norm_backward_(grad, residual, x, update, weight, bias, eps, place)
     h = x if update is None else x + update
     out, mean, scale = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(

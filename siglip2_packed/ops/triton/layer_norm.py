@@ -52,21 +52,30 @@ def add_layer_norm(
 
 
 def layer_norm_backward_(
-    grad: Tensor, residual: Tensor, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    grad: Tensor,
+    residual: Tensor,
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Of out = LayerNorm(h), h = x + update (or x): grad becomes dh = residual + what flows through the norm.
 
     Args:
         grad: `[T, D]`, contiguous, of out; overwritten.
         residual: `[T, D]`, the gradient that reaches h past the norm.
+        place: `[T, D]`, contiguous, for out, a new tensor when left out; may be update, whose rows are read first.
 
     Returns:
         out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of dh, in x's dtype.
     """
     assert grad.is_contiguous()
+    assert place is None or place.is_contiguous()
     T, D = x.shape
     residual, x, weight, bias = (y.contiguous() for y in (residual, x, weight, bias))
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if place is None else place
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
     sums = torch.empty((programs, 3, D), dtype=torch.float32, device=x.device)
@@ -86,9 +95,13 @@ def layer_norm_backward_(
 layer_norm_op = torch.library.custom_op("siglip2_packed::layer_norm", layer_norm, mutates_args=())
 late_layer_norm_op = torch.library.custom_op("siglip2_packed::late_layer_norm", late_layer_norm, mutates_args=())
 add_layer_norm_op = torch.library.custom_op("siglip2_packed::add_layer_norm", add_layer_norm, mutates_args=())
-backward_op = torch.library.custom_op(
-    "siglip2_packed::layer_norm_backward_", layer_norm_backward_, mutates_args=["grad"]
-)
+
+
+@torch.library.custom_op("siglip2_packed::layer_norm_backward_", mutates_args=["grad"])
+def backward_op(
+    grad: Tensor, residual: Tensor, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return layer_norm_backward_(grad, residual, x, update, weight, bias, eps)
 
 
 @layer_norm_op.register_fake
