@@ -163,8 +163,9 @@ def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Starts the copies beside whatever the device does next; the result waits for them."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return lambda: tensors
-    side = copy_stream(next(iter(tensors.values())).device, "out")
-    side.wait_stream(torch.cuda.current_stream())
+    device = next(iter(tensors.values())).device
+    side = copy_stream(device, "out")
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
     for tensor in tensors.values():

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 
+from siglip2_packed.attention import Siglip2PackedAttention
 from siglip2_packed.ops.attention import varlen_attention_qkvpacked
 from siglip2_packed.ops.columns import column_sums, transposed
 from siglip2_packed.ops.gelu import linear_gelu, linear_gelu_backward, linear_gelu_keep
@@ -254,14 +255,21 @@ def may_infer(layers, hidden_states: Tensor) -> bool:
         hidden_states.requires_grad or any(p.requires_grad for block in layers for p in block.parameters())
     ):
         return False
+    from siglip2_packed.encoder import Siglip2PackedEncoderLayer
+
     return not _watched(hidden_states) and all(
-        _pristine(block, hidden_states.dtype) and not _hooked(block) for block in layers
+        type(block) is Siglip2PackedEncoderLayer and _pristine(block, hidden_states.dtype) and not _hooked(block)
+        for block in layers
     )
 
 
 def _pristine(block, dtype: torch.dtype) -> bool:
+    from siglip2_packed.encoder import Siglip2PackedMLP
+
     attention, mlp = block._modules["self_attn"], block._modules["mlp"]
-    activation = mlp._modules.get("activation_fn")
+    if type(attention) is not Siglip2PackedAttention or type(mlp) is not Siglip2PackedMLP:
+        return False
+    activation: Any = mlp._modules["activation_fn"]
     norm1, norm2, *linears = _leaves(block)
     return (
         type(activation) is GELU_TANH

@@ -205,7 +205,7 @@ class _Graph:
         image_of_row[:total] = np.repeat(np.arange(n), lengths)
         image_of_row[total:] = -1
         self.metadata.copy_(self.host, non_blocking=True)
-        self.copied.record()
+        self.copied.record(torch.cuda.current_stream(self.metadata.device))
 
 
 def _power_of_2(n: int) -> int:

@@ -247,7 +247,55 @@ def wrap_linear(model):
     return lambda: attention.q_proj.seen
 
 
-@pytest.mark.parametrize("change", [hook_module, hook_layer, replace_forward, wrap_linear])
+def subclass(part):
+    """Another class with the same children, as somebody's own attention, MLP or layer may be."""
+
+    def change(model):
+        layer = model.encoder.layers[1]
+        module, seen = layer if part == "layer" else getattr(layer, part), []
+
+        class Own(type(module)):
+            def forward(self, *args):
+                seen.append(1)
+                return super().forward(*args)
+
+        module.__class__ = Own
+        return lambda: len(seen)
+
+    change.__name__ = f"subclass_{part}"
+    return change
+
+
+def wrap(part):
+    """Another module around it, as checkpoint wrappers are."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.seen = inner, 0
+
+        def forward(self, *args):
+            self.seen += 1
+            return self.inner(*args)
+
+    def change(model):
+        if part == "layer":
+            model.encoder.layers[1] = wrapped = Wrapped(model.encoder.layers[1])
+        else:
+            wrapped = Wrapped(getattr(model.encoder.layers[1], part))
+            setattr(model.encoder.layers[1], part, wrapped)
+        return lambda: wrapped.seen
+
+    change.__name__ = f"wrap_{part}"
+    return change
+
+
+PARTS = "layer", "self_attn", "mlp"
+
+
+@pytest.mark.parametrize(
+    "change", [hook_module, hook_layer, replace_forward, wrap_linear, *map(subclass, PARTS), *map(wrap, PARTS)]
+)
 def test_what_hangs_on_a_module_runs(model, patches, change):
     packed = PackedPatches(patches(GRIDS), GRIDS)
     expected = model(**packed).last_hidden_state

@@ -55,7 +55,7 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
     All contiguous.
     """
-    if on_triton(x):
+    if on_triton(grad):
         from siglip2_packed.ops.triton.gelu import gelu_backward_
 
         return gelu_backward_(grad, x, out)

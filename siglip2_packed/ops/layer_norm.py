@@ -68,7 +68,7 @@ def layer_norm_backward_(
     Returns:
         out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of h's.
     """
-    if on_triton(x):
+    if on_triton(grad):
         return _triton().layer_norm_backward_(grad, residual, x, update, weight, bias, eps, place)
     h = x if update is None else x + update
     out, mean, scale = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
@@ -80,8 +80,16 @@ def layer_norm_backward_(
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether element-wise work on x runs in Triton: on CUDA, where Triton can be imported."""
-    return x.is_cuda and why_missing("triton") is None
+    """Whether element-wise work on x runs in Triton, whose kernels compute in float32 and take no batched tensors."""
+    return x.is_cuda and x.dtype != torch.float64 and why_missing("triton") is None and not any(f(x) for f in BATCHED)
+
+
+# of torch.func.vmap, and of `is_grads_batched=True`
+BATCHED = [
+    getattr(torch._C._functorch, name)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+]
 
 
 @functools.cache
