@@ -2,6 +2,7 @@ r"""Tower, projector and a small causal LM trained on captioned images, on one d
 
     torchrun --nproc-per-node 1 benchmarks/train_tower.py       # so400m, bfloat16, on one GPU
     torchrun --nproc-per-node 2 benchmarks/train_tower.py       # then on two: prints the scaling efficiency too
+    torchrun --nproc-per-node 2 benchmarks/train_tower.py --budget 65536 --workers 14   # work enough for a slow host
 
     export OMP_NUM_THREADS=1                                    # on a CPU, with one rank and then two, a minute each
     torchrun --nproc-per-node 2 benchmarks/train_tower.py --shape tiny --dtype float32 --lr 5e-3 \

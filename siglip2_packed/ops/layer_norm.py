@@ -14,6 +14,13 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import why_missing
 
+# whether a tensor is one of torch.func.vmap's, or of `is_grads_batched=True`
+BATCHED = [
+    getattr(torch._C._functorch, name)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+]
+
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, waiting: Tensor | None = None, late: Tensor | None = None
@@ -82,14 +89,6 @@ def layer_norm_backward_(
 def on_triton(x: Tensor) -> bool:
     """Whether element-wise work on x runs in Triton, whose kernels compute in float32 and take no batched tensors."""
     return x.is_cuda and x.dtype != torch.float64 and why_missing("triton") is None and not any(f(x) for f in BATCHED)
-
-
-# of torch.func.vmap, and of `is_grads_batched=True`
-BATCHED = [
-    getattr(torch._C._functorch, name)
-    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
-    if hasattr(torch._C._functorch, name)
-]
 
 
 @functools.cache

@@ -33,7 +33,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.triton import hopper
-from siglip2_packed.ops.triton.arguments import LOG2_E, capability, device_of, multiprocessors, run_compiled
+from siglip2_packed.ops.triton.arguments import (
+    LOG2_E,
+    capability,
+    ceil_div,
+    device_of,
+    multiprocessors,
+    run_compiled,
+)
 from siglip2_packed.ops.triton.columns import fold
 
 EPILOGUES = {"gelu": 0, "keep": 1, "backward": 2}
@@ -74,9 +81,9 @@ PLANS = {  # the fastest of eight on an H100, D = 1152, F = 4304
     "backward": Plan(128, 128, 16, 5, 0),
 }
 FEW_ROWS = 2048
-"""With fewer, tiles are too few for the multiprocessors, and cuBLAS, which cuts the product otherwise, is faster."""
+"""With fewer, a multiprocessor has hardly four tiles; cuBLAS, which may cut such a product otherwise, does it."""
 NARROW = 768
-"""Products with fewer columns, which nobody has measured, are left to cuBLAS as well."""
+"""Products with fewer columns are left to cuBLAS as well: too few tiles, and nobody has measured them."""
 
 
 @gluon.jit
@@ -421,7 +428,7 @@ def fits(*tensors: Tensor) -> bool:
 
 def _partial_sums(wide: Tensor) -> Tensor:
     T, F = wide.shape
-    return torch.empty((-(-T // PLANS["backward"].rows), F), dtype=torch.float32, device=wide.device)
+    return torch.empty((ceil_div(T, PLANS["backward"].rows), F), dtype=torch.float32, device=wide.device)
 
 
 def _arguments(kind, epilogue: str, x, weight, bias, wide, active, dwide, sums):
@@ -438,7 +445,7 @@ def _arguments(kind, epilogue: str, x, weight, bias, wide, active, dwide, sums):
 def _launch(kernel, epilogue: str, x, weight, bias, wide, active, dwide, sums, *, blocks: int = 0) -> None:
     """On one thread block a multiprocessor, where no other number of `blocks` is asked for."""
     plan = PLANS[epilogue]
-    tiles = -(-x.shape[0] // plan.rows) * -(-active.shape[1] // plan.columns)
+    tiles = ceil_div(x.shape[0], plan.rows) * ceil_div(active.shape[1], plan.columns)
     with device_of(x):
         arguments = _arguments(hopper.UncheckedDescriptor, epilogue, x, weight, bias, wide, active, dwide, sums)
         run_compiled(kernel, (min(tiles, blocks or multiprocessors(x.device)), 1, 1), arguments)
