@@ -727,7 +727,7 @@ def test_which_packs_are_few_rows(monkeypatch):
            [(1, 1), (32, 256), (33, 256), (32, 257), (512, 256)]]  # fmt: skip
     assert few == [True, True, False, False, False]
     tiles = [attention.forward_tile(72, torch.bfloat16, n, 90, True) for n in (64, 128, 129, 256)]
-    assert [(tile["M"], tile["N"], tile["SINGLE"]) for tile in tiles] == [
+    assert [constants for constants, _ in tiles] == [
         (64, 64, True), (64, 128, True), (64, 64, False), (64, 64, False)
     ]  # fmt: skip
 

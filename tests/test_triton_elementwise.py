@@ -159,7 +159,7 @@ def test_a_compiled_kernel_is_looked_for_once(monkeypatch):
     from siglip2_packed.ops.triton import arguments
 
     class Kernel:
-        def warmup(self, *args, grid, num_warps):
+        def warmup(self, *args, grid, **options):
             looked.append(args)
             return len(looked)
 
@@ -184,6 +184,9 @@ def test_a_compiled_kernel_is_looked_for_once(monkeypatch):
     arguments.launch(kernels[0], (1, 1, 1), (x[1:],), (5,), (8,), num_warps=1)
     arguments.launch(kernels[0], (1, 1, 1), (x,), (5,), (8,), num_warps=1)
     assert ran[8:] == [7, 8]  # nor is theirs remembered for aligned ones
+    for options in ({"num_warps": 1}, {"num_warps": 1, "num_stages": 2}, {"num_warps": 1, "num_stages": 3}) * 2:
+        arguments.launch(kernels[0], (1, 1, 1), (x,), (5,), (9,), **options)
+    assert ran[10:] == [9, 10, 11] * 2
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -101,20 +101,21 @@ def device_of(x: Tensor):
     return torch.cuda.device(x.device)
 
 
-def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, constexprs: tuple, num_warps: int) -> None:
-    """`kernel[grid](*tensors, *numbers, *constexprs)`, but looks only once for the compiled kernel that fits.
+def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, constants: tuple, **options: int) -> None:
+    """`kernel[grid](*tensors, *numbers, *constants, **options)`, but looks only once for the compiled kernel that fits.
 
     The search costs the host more than all else in a launch. It is left out where what the search goes by is the same:
-    device, dtypes, alignment to 16 bytes, constexprs. Integers among `numbers` must be marked `do_not_specialize`.
+    device, dtypes, alignment to 16 bytes, constants (constexprs, and integers that kernels are specialized on) and
+    options. Integers among `numbers` must be marked `do_not_specialize`.
     """
-    arguments = *tensors, *numbers, *constexprs
+    arguments = *tensors, *numbers, *constants
     if INTERPRETED:
-        kernel[grid](*arguments, num_warps=num_warps)
+        kernel[grid](*arguments, **options)
         return
-    key = id(kernel), tensors[0].get_device(), constexprs, *[x.dtype for x in tensors]
+    key = id(kernel), tensors[0].get_device(), constants, *options.items(), *[x.dtype for x in tensors]
     compiled = None if sum([x.data_ptr() % 16 for x in tensors]) else _compiled.get(key)
     if compiled is None:
-        compiled = kernel.warmup(*arguments, grid=grid, num_warps=num_warps)
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
         if not any(x.data_ptr() % 16 for x in tensors):
             _compiled[key] = compiled
     run_compiled(compiled, grid, arguments)

@@ -6,6 +6,8 @@ the tensors. One launch for any mix of lengths, no copy of strided inputs, no de
 Shapes: T rows, S segments, H heads, K head_dim.
 """
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +24,7 @@ from siglip2_packed.ops.triton.arguments import (
     check_rows,
     device_of,
     hopper_kernels,
+    launch,
     multiprocessors,
     strides,
 )
@@ -210,24 +213,15 @@ def forward(
         hopper = hopper_kernels("attention_hopper") if capability(q) == 90 and not few else None
         if hopper and hopper.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale * LOG2_E):
             return out, lse
-        tile = forward_tile(K, q.dtype, max_seqlen, capability(q), few)
-        blocks = max(1, ceil_div(max_seqlen, tile["M"]))
-        kernels.forward_kernel[((S + 1) * H * blocks,)](
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_seqlens,
-            scale * LOG2_E,
-            T,
-            S,
-            H,
-            blocks,
-            *strides(q, k, v, out),
-            **lanes(K),
-            **precision(q.dtype),
-            **tile,
+        constants, options = forward_tile(K, q.dtype, max_seqlen, capability(q), few)
+        blocks = max(1, ceil_div(max_seqlen, constants[0]))
+        launch(
+            kernels.forward_kernel,
+            ((S + 1) * H * blocks, 1, 1),
+            (q, k, v, out, lse, cu_seqlens),
+            (scale * LOG2_E, T, S, blocks),
+            (H, *strides(q, k, v, out), *lanes(K), *constants, precision(q.dtype)),
+            **options,
         )
     return out, lse
 
@@ -252,27 +246,17 @@ def _backward(
     if T == 0:
         return
     grad, q, k, v, out, lse = *map(aligned, (grad, q, k, v, out)), lse.contiguous()
-    common = lanes(K) | precision(q.dtype)
+    scales = scale, scale * LOG2_E
     with device_of(q):
         if tile := backward_short_tile(K, q.dtype, max_seqlen, capability(q)):
-            kernels.backward_short_kernel[((S + 1) * H,)](
-                q,
-                k,
-                v,
-                grad,
-                dq,
-                dk,
-                dv,
-                lse,
-                cu_seqlens,
-                scale,
-                scale * LOG2_E,
-                T,
-                S,
-                H,
-                *strides(q, k, v, grad, dq),
-                **common,
-                **tile,
+            constants, options = tile
+            launch(
+                kernels.backward_short_kernel,
+                ((S + 1) * H, 1, 1),
+                (q, k, v, grad, dq, dk, dv, lse, cu_seqlens),
+                (*scales, T, S),
+                (H, *strides(q, k, v, grad, dq), *lanes(K), *constants, precision(q.dtype)),
+                **options,
             )
             return
         delta = torch.empty_like(lse)
@@ -280,61 +264,40 @@ def _backward(
         if hopper and hopper.backward(grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale):
             return
         tile_q, tile_kv = backward_tiles(K, q.dtype, capability(q))
-        blocks = max(1, ceil_div(max_seqlen, tile_q["M"]))
-        kernels.backward_q_kernel[((S + 1) * H * blocks,)](
-            q,
-            k,
-            v,
-            out,
-            grad,
-            dq,
-            lse,
-            delta,
-            cu_seqlens,
-            scale,
-            scale * LOG2_E,
-            T,
-            S,
-            H,
-            blocks,
-            *strides(q, k, v, out, grad, dq),
-            **common,
-            **tile_q,
+        constants, options = tile_q
+        blocks = max(1, ceil_div(max_seqlen, constants[0]))
+        launch(
+            kernels.backward_q_kernel,
+            ((S + 1) * H * blocks, 1, 1),
+            (q, k, v, out, grad, dq, lse, delta, cu_seqlens),
+            (*scales, T, S, blocks),
+            (H, *strides(q, k, v, out, grad, dq), *lanes(K), *constants, precision(q.dtype)),
+            **options,
         )
-        blocks = max(1, ceil_div(max_seqlen, tile_kv["N"]))
-        kernels.backward_kv_kernel[((S + 1) * H * blocks,)](
-            q,
-            k,
-            v,
-            grad,
-            dk,
-            dv,
-            lse,
-            delta,
-            cu_seqlens,
-            scale,
-            scale * LOG2_E,
-            T,
-            S,
-            H,
-            blocks,
-            *strides(q, k, v, grad, dk),
-            **common,
-            **tile_kv,
+        constants, options = tile_kv
+        blocks = max(1, ceil_div(max_seqlen, constants[1]))
+        launch(
+            kernels.backward_kv_kernel,
+            ((S + 1) * H * blocks, 1, 1),
+            (q, k, v, grad, dk, dv, lse, delta, cu_seqlens),
+            (*scales, T, S, blocks),
+            (H, *strides(q, k, v, grad, dk), *lanes(K), *constants, precision(q.dtype)),
+            **options,
         )
 
 
-def lanes(K: int) -> dict[str, int]:
-    """K cut in two powers of two, the second at most half the first and at least 16, or rounded up to one."""
+@functools.cache
+def lanes(K: int) -> tuple[int, int, int]:
+    """K, and K cut in two powers of two, the second at most half the first and at least 16, or rounded up to one."""
     main = max(16, triton.next_power_of_2(K + 1) // 2)
     tail = max(16, triton.next_power_of_2(K - main)) if main < K else 0
     if tail > main // 2:
         main, tail = 2 * main, 0
-    return {"K": K, "MAIN": main, "TAIL": tail}
+    return K, main, tail
 
 
-def precision(dtype: torch.dtype) -> dict[str, str]:
-    return {"PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+def precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 # Tiles: measured on an H100 at T = 16384, 16 heads, and frozen, because autotuning would stall a training run at every
@@ -342,37 +305,43 @@ def precision(dtype: torch.dtype) -> dict[str, str]:
 # reads shared memory out of bounds. maxnreg buys a second or third resident block for a few spilled registers.
 
 
+Tile = tuple[tuple[int, ...], dict[str, int]]  # constants of the kernel, options of its compilation
+
+
 def few_rows(q: Tensor, max_seqlen: int) -> bool:
     """Whether larger blocks than of 64 queries would leave multiprocessors without work."""
     return max_seqlen <= 256 and q.shape[0] * q.shape[1] <= 128 * multiprocessors(q.device)
 
 
-def forward_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int, few: bool) -> dict:
+def forward_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int, few: bool) -> Tile:
+    """M queries, N keys, and whether all keys of a segment are one tile."""
     if dtype == torch.float32:
-        return {"M": 32, "N": 32, "SINGLE": False, "num_warps": 4, "num_stages": 2}
+        return (32, 32, False), {"num_warps": 4, "num_stages": 2}
     if max_seqlen <= 128:
-        return {"M": 64, "N": 64 if max_seqlen <= 64 else 128, "SINGLE": True, "num_warps": 4, "num_stages": 1}
+        return (64, 64 if max_seqlen <= 64 else 128, True), {"num_warps": 4, "num_stages": 1}
     if capability // 10 == 9 and K <= 80 and few:
-        return {"M": 64, "N": 64, "SINGLE": False, "num_warps": 4, "num_stages": 3}
+        return (64, 64, False), {"num_warps": 4, "num_stages": 3}
     if capability // 10 == 9 and K <= 80:
-        return {"M": 128, "N": 64, "SINGLE": False, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
-    return {"M": 64, "N": 64, "SINGLE": False, "num_warps": 4, "num_stages": 2}
+        return (128, 64, False), {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    return (64, 64, False), {"num_warps": 4, "num_stages": 2}
 
 
-def backward_short_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int) -> dict | None:
+def backward_short_tile(K: int, dtype: torch.dtype, max_seqlen: int, capability: int) -> Tile | None:
+    """M rows: all of a segment."""
     if max_seqlen <= 32 or (max_seqlen <= 64 and dtype != torch.float32):
-        return {"M": 32 if max_seqlen <= 32 else 64, "num_warps": 4, "num_stages": 1}
+        return (32 if max_seqlen <= 32 else 64,), {"num_warps": 4, "num_stages": 1}
     if max_seqlen <= 128 and dtype != torch.float32 and capability // 10 == 9 and K <= 80:
-        return {"M": 128, "num_warps": 8, "num_stages": 1}
+        return (128,), {"num_warps": 8, "num_stages": 1}
     return None
 
 
-def backward_tiles(K: int, dtype: torch.dtype, capability: int) -> tuple[dict, dict]:
+def backward_tiles(K: int, dtype: torch.dtype, capability: int) -> tuple[Tile, Tile]:
+    """M queries, N keys, for dq and for dk and dv."""
     if dtype == torch.float32:
-        return {"M": 32, "N": 16, "num_warps": 4, "num_stages": 2}, {"M": 16, "N": 32, "num_warps": 4, "num_stages": 2}
+        return ((32, 16), {"num_warps": 4, "num_stages": 2}), ((16, 32), {"num_warps": 4, "num_stages": 2})
     if capability // 10 == 9 and K <= 80:
         return (
-            {"M": 64, "N": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 104},
-            {"M": 32, "N": 64, "num_warps": 4, "num_stages": 3 if K <= 64 else 2, "maxnreg": 168},
+            ((64, 32), {"num_warps": 4, "num_stages": 3, "maxnreg": 104}),
+            ((32, 64), {"num_warps": 4, "num_stages": 3 if K <= 64 else 2, "maxnreg": 168}),
         )
-    return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}, {"M": 32, "N": 64, "num_warps": 4, "num_stages": 2}
+    return ((64, 32), {"num_warps": 4, "num_stages": 2}), ((32, 64), {"num_warps": 4, "num_stages": 2})
