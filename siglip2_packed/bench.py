@@ -30,6 +30,7 @@ from siglip2_packed.random_checkpoint import SHAPES, randomize
 from siglip2_packed.workloads import WORKLOADS, forward_flops, grids
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16, by the data sheets; MFU is printed for these only
+WARM_UP = 0.25
 BOUND = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-4}
 
 
@@ -319,17 +320,33 @@ def step(provider: Packed, inputs: Any, mode: str) -> Callable[[], object]:
 
 
 def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device, samples: int = 3) -> dict[str, list[float]]:
-    """Milliseconds: in every round each function runs once to warm up, then `samples` times.
+    """Milliseconds: in every round each function runs to warm up, then `samples` times.
 
     On CUDA one step follows the other without waiting, as in a loop over data: the host prepares a step while the
-    device works on the one before.
+    device works on the one before. There warm-up takes at least `WARM_UP` seconds: the clock of a card at its power
+    limit, and so the time of the first steps, is that of what ran before.
     """
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(rounds):
         for key, function in steps.items():
-            function()
-            times[key] += (_cuda_milliseconds if device.type == "cuda" else _cpu_milliseconds)(function, samples)
+            if device.type == "cuda":
+                _warm_up(function)
+                times[key] += _cuda_milliseconds(function, samples)
+            else:
+                function()
+                times[key] += _cpu_milliseconds(function, samples)
     return times
+
+
+def _warm_up(function: Callable) -> None:
+    """At most one step ahead of the device."""
+    begin, before = time.perf_counter(), torch.cuda.Event()
+    before.record()
+    while time.perf_counter() - begin < WARM_UP:
+        function()
+        before.synchronize()
+        before = torch.cuda.Event()
+        before.record()
 
 
 def _cpu_milliseconds(function: Callable, samples: int) -> list[float]:

@@ -208,7 +208,7 @@ def _norm_qkv_backward(needs, dx, dqkv, x, norm, weights):
     normed, sums = layer_norm_backward_(grad, dx, x, None, *norm)
     dweights = (dqkv.t() @ normed).chunk(3) if any(needs[:3]) else [None] * 3
     dbiases = column_sums(dqkv).chunk(3) if any(needs[3:]) else [None] * 3
-    return grad, sums[0], sums[1], None, *dweights, *dbiases
+    return grad, *sums, None, *dweights, *dbiases
 
 
 def _project_mlp(x, attended, norm, linears):
@@ -224,7 +224,7 @@ def _project_mlp(x, attended, norm, linears):
 
 def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
     w_out, w_fc1, w_fc2, b_out = linears
-    needs_w_out, needs_w_fc1, needs_w_fc2, _, _, needs_b_fc2 = needs
+    needs_w_out, needs_w_fc1, needs_w_fc2, *_ = needs
     last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
     active = wide if last else torch.empty_like(wide)
     dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
@@ -240,8 +240,8 @@ def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
     del normed, dwide
     dw_out = dh.t() @ attended if needs_w_out else None
     dattended = dh @ w_out
-    db_fc2 = column_sums(dout) if needs_b_fc2 else None
-    return dh, dattended, sums[0], sums[1], None, dw_out, dw_fc1, dw_fc2, sums[2], db_fc1, db_fc2
+    dweight, dbias, db_out, db_fc2 = sums
+    return dh, dattended, dweight, dbias, None, dw_out, dw_fc1, dw_fc2, db_out, db_fc1, db_fc2
 
 
 def applies(block, hidden_states: Tensor) -> bool:

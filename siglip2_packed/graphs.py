@@ -44,9 +44,10 @@ class CUDAGraphs:
     Args:
         model: on a CUDA device, bfloat16 or float16, in its final place.
         budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
+        least: so does a pack of fewer patches.
     """
 
-    def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS):
+    def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS, least: int = 1):
         if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
             raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
         weight = model.embeddings.patch_embedding.weight
@@ -54,6 +55,7 @@ class CUDAGraphs:
         resolve_backend("triton", weight.device, weight.dtype, head_dim(model.config), needs_grad=False)
         self.model = model
         self.budgets = sorted(budgets)
+        self.least = least
         self._graphs: dict[Bucket, _Graph] = {}
         self._weights: list[tuple] = []
         fused.join_projections(layer for layer in model.encoder.layers if hasattr(layer, "self_attn"))
@@ -106,10 +108,10 @@ class CUDAGraphs:
         )
 
     def bucket(self, layout: Layout) -> Bucket | None:
-        """The smallest bucket that a pack fits; None for an empty pack and for one beyond every budget."""
+        """The smallest bucket that a pack fits; None for a pack beyond every budget, and for one too small for any."""
         total = sum(layout.lengths)
         budget = next((x for x in self.budgets if total <= x), None)
-        if budget is None or not total:
+        if budget is None or total < max(1, self.least):
             return None
         longest = min(max(64, _power_of_2(layout.max_seqlen)), _power_of_2(budget))
         least = budget // 1024 * 8  # so that full packs of more or fewer images have a graph in common
@@ -118,7 +120,7 @@ class CUDAGraphs:
 
 
 def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2PackedVisionModel | CUDAGraphs:
-    """The model for packs up to a budget: in CUDA graphs where they can be had, else itself.
+    """The model for packs up to a budget: full ones in a CUDA graph where it can be had, the last one as it is.
 
     A large pack keeps the device busy for longer than its launches take; but hundreds of them compete with decoding
     for the interpreter, and one does not.
@@ -127,7 +129,7 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
     if model.device.type != "cuda" or not half or model.config._attn_implementation not in ("auto", "triton"):
         return model
     try:
-        return CUDAGraphs(model, [*(x for x in BUDGETS if x < patch_budget), patch_budget])
+        return CUDAGraphs(model, [patch_budget], least=patch_budget // 2)
     except ValueError:  # no Triton, or it is not right here
         return model
 

@@ -613,7 +613,8 @@ def test_cuda(checkpoint, photos, expected, tmp_path, budget):
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", [40, 300])
 def test_half_precision_is_replayed_from_cuda_graphs(checkpoint, photos, expected, tmp_path, monkeypatch, budget):
-    """Of packs whose features are fetched while the next is replayed, each row of the right image."""
+    """Of packs whose features are fetched while the next is replayed, each row of the right image; the last, a small
+    one, is not worth a graph."""
     replays, replay = [], graphs._Graph.replay
     monkeypatch.setattr(
         graphs._Graph, "replay", lambda self, *args: (replays.append(self.bucket), replay(self, *args))[1]
@@ -621,7 +622,7 @@ def test_half_precision_is_replayed_from_cuda_graphs(checkpoint, photos, expecte
     flags = ["--device", "cuda", "--dtype", "float16", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
     assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 1
     check(tmp_path / "out", expected, GOOD * 5, tolerance=2e-2, bad=BAD * 5)
-    assert len(replays) > 1 and max(bucket.patches for bucket in replays) <= budget
+    assert len(replays) > 1 and {bucket.patches for bucket in replays} == {budget}
 
 
 def test_run_json_says_what_was_asked_for(finished, checkpoint):

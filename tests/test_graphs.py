@@ -71,16 +71,18 @@ def test_a_bucket_is_captured_once(model, patches):
 
 def test_buckets(checkpoint):
     graphs = CUDAGraphs.__new__(CUDAGraphs)
-    graphs.budgets = [64, 100, 300]
+    graphs.budgets, graphs.least = [64, 100, 300], 1
     assert graphs.bucket(make_layout([(1, 4, 4)])) == (64, 1, 1, 64)
     assert graphs.bucket(make_layout([(1, 8, 8), (2, 2, 2), (1, 5, 4)])) == (100, 4, 4, 64)
     assert graphs.bucket(make_layout([(1, 16, 17)])) == (300, 1, 1, 512)
     assert graphs.bucket(make_layout([(1, 20, 20)])) is None
     assert graphs.bucket(make_layout([])) is None
-    graphs.budgets = [1024, 16384]
+    graphs.budgets, graphs.least = [1024, 16384], 500
+    assert graphs.bucket(make_layout([(1, 499, 1)])) is None
+    assert graphs.bucket(make_layout([(1, 500, 1)])) == (1024, 8, 8, 512)
     for images in (1, 5, 64, 128):  # full packs have one graph
         assert graphs.bucket(make_layout([(1, 16384 // images, 1)] * images))[:3] == (16384, 128, 128)
-    assert graphs.bucket(make_layout([(1, 1, 1)] * 129))[1:3] == (256, 256)
+    assert graphs.bucket(make_layout([(1, 4, 1)] * 129))[1:3] == (256, 256)
 
 
 def test_what_cannot_be_graphed_says_why(checkpoint):

@@ -80,15 +80,16 @@ def test_layer_norm_backward(op, shape, with_update, dtype, device):
     out = exact_norm(h, w, b, 1e-6)
     dh, dw, db = torch.autograd.grad(out, (h, w, b), grad.double())
     dh = dh + residual
-    expected = dh, out.detach(), dw, db, dh.sum(0)
+    expected = dh, out.detach(), dw, db, *((dh.sum(0), residual.double().sum(0)) if with_update else ())
     again = op.add_layer_norm(x, update, weight, bias, 1e-6, bias)[0]
     given = grad.clone(), residual, x, update.clone() if with_update else None, weight, bias, 1e-6
     in_place = op.layer_norm_backward_(*given, place=given[3])
     out, sums = op.layer_norm_backward_(grad, residual, x, update if with_update else None, weight, bias, 1e-6)
     assert torch.equal(in_place[0], out) and torch.equal(in_place[1], sums) and torch.equal(given[0], grad)
-    if with_update:  # the forward's output once more: h is rounded as there
+    if with_update:  # the forward's output once more: h is rounded as there, and summed in the same order
         assert (out != again).double().mean() <= 0.02
-    for name, result, ref in zip(("dh", "out", "dweight", "dbias", "dh_sum"), (grad, out, *sums), expected):
+    names = "dh", "out", "dweight", "dbias", *(("dh_sum", "residual_sum") if with_update else ())
+    for name, result, ref in zip(names, (grad, out, *sums), expected, strict=True):
         assert result.dtype == dtype and relative_error(result, ref) <= 2 * BOUND[dtype], name
 
 

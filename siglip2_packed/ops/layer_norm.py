@@ -73,7 +73,8 @@ def layer_norm_backward_(
         place: `[T, D]`, contiguous, nobody needs it any longer, so that out may be put there; update itself, say.
 
     Returns:
-        out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of h's.
+        out `[T, D]` once more; `[2, D]`, the gradients of weight and bias; with an update `[4, D]`: also the column
+        sums of h's and of residual.
     """
     if on_triton(grad):
         return _triton().layer_norm_backward_(grad, residual, x, update, weight, bias, eps, place)
@@ -83,7 +84,8 @@ def layer_norm_backward_(
         grad, h, h.shape[-1:], mean, scale, weight, bias, [True, True, True]
     )
     grad.copy_(dx.add_(residual))  # copied: vmap has no rules for `out=`
-    return out, torch.stack((dweight, dbias, grad.sum(0)))
+    sums = (dweight, dbias) if update is None else (dweight, dbias, grad.sum(0), residual.sum(0))
+    return out, torch.stack(sums)
 
 
 def on_triton(x: Tensor) -> bool:

@@ -29,7 +29,7 @@ def fold(sums: Tensor, dtype: torch.dtype) -> Tensor:
     G, C = sums.shape
     out = torch.empty(C, dtype=dtype, device=sums.device)
     with device_of(sums):
-        launch(fold_kernel, (ceil_div(C, 32), 1, 1), (sums, out), (G,), (C, 32, 128), num_warps=4)
+        launch(fold_kernel, (ceil_div(C, 16), 1, 1), (sums, out), (G,), (C, 16, 256), num_warps=4)
     return out
 
 
@@ -50,7 +50,7 @@ def partial_sums_kernel(x, sums, T, C: tl.constexpr, COLUMNS: tl.constexpr, ROWS
     """A block of columns, every G-th group of ROWS rows: sums `[G, C]`."""
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([COLUMNS], tl.float32)
-    for first in range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS):
+    for first in tl.range(tl.program_id(1) * ROWS, T, tl.num_programs(1) * ROWS, num_stages=3):
         rows = first + tl.arange(0, ROWS)
         at = rows.to(tl.int64)[:, None] * C + columns[None, :]
         mask = (rows < T)[:, None] & (columns < C)[None, :]

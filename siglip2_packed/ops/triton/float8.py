@@ -1,6 +1,6 @@
 """Rows in float8 with a scale each, made in the pass that a LayerNorm, a residual sum or GELU takes anyway.
 
-Shapes: T rows, C columns.
+Shapes: T rows, C columns in blocks of W.
 """
 
 import torch
@@ -8,10 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, next_power_of_2
-from siglip2_packed.ops.triton.layer_norm import _normalise
+from siglip2_packed.ops.triton import arguments, rows
+from siglip2_packed.ops.triton.arguments import LOG2_E, device_of, launch
 
 LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
+SLOPE_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654)
+EXP2, RECIPROCAL = tl.constexpr("ex2.approx.ftz.f32 $0, $1;"), tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+INTERPRETED = tl.constexpr(arguments.INTERPRETED)
+CUBIC_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654 * 0.044715)
 
 
 def quantize_rows(
@@ -38,6 +42,7 @@ def quantize_rows(
     total = x if update is None else torch.empty_like(x)
     product, row_scale, column_scale, shift = update or (x, scale, scale, x)
     weight, bias, eps = norm or (x, x, 0.0)
+    width, warps = rows.cut(C, at_once=8, most=36)
     if T:
         with device_of(x):
             launch(
@@ -45,8 +50,8 @@ def quantize_rows(
                 (T, 1, 1),
                 (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
                 (float(eps),),
-                (C, next_power_of_2(C), update is not None, norm is not None, gelu),
-                num_warps=4 if C > 2048 else 2,
+                (C, width, update is not None, norm is not None, gelu),
+                num_warps=warps,
             )
     return out, scale, total
 
@@ -65,29 +70,46 @@ def quantize_kernel(
     scale,
     eps,
     C: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    W: tl.constexpr,
     UPDATE: tl.constexpr,
     NORM: tl.constexpr,
     GELU: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, COLUMNS)
-    mask = columns < C
-    at = row * C + columns
-    h = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+    number = tl.program_id(0).to(tl.int64)
+    row = number * C
+    h = rows.read(x + row, C, W)
     if UPDATE:
-        scales = tl.load(row_scale + row) * tl.load(column_scale + columns, mask=mask, other=0.0)
-        h += tl.load(product + at, mask=mask, other=0.0).to(tl.float32) * scales
-        h += tl.load(shift + columns, mask=mask, other=0.0).to(tl.float32)
-        h = h.to(total.dtype.element_ty)
-        tl.store(total + at, h, mask=mask)
-        h = h.to(tl.float32)
+        update = rows.scaled(rows.read(product + row, C, W), tl.load(row_scale + number))
+        update = rows.multiply(update, rows.read(column_scale, C, W))
+        h = rows.add(rows.add(h, update), rows.read(shift, C, W))
+        h = rows.rounded(h, total.dtype.element_ty)
+        rows.write(total + row, h, C, W)
     if NORM:
-        h, _ = _normalise(h, mask, eps, C)
-        h = h * tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-        h += tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
+        h, _ = rows.normalise(h, eps, C, W)
+        h = rows.add(rows.multiply(h, rows.read(weight, C, W)), rows.read(bias, C, W))
     if GELU:
-        h *= tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-    largest = tl.maximum(tl.max(tl.abs(h), 0), 1e-12)
-    tl.store(scale + row, largest / LARGEST)
-    tl.store(out + at, (h * (LARGEST / largest)).to(out.dtype.element_ty), mask=mask)
+        h = _gelu(h)
+    largest = tl.maximum(rows.largest(h), 1e-12)
+    tl.store(scale + number, largest / LARGEST)
+    rows.write(out + row, rows.scaled(h, LARGEST / largest), C, W)
+
+
+@triton.jit
+def _gelu(a):
+    """gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3)."""
+    blocks = ()
+    for i in tl.static_range(len(a)):
+        u = a[i]
+        blocks = blocks + (u * _sigmoid(u * (SLOPE_LOG2 + CUBIC_LOG2 * u * u)),)
+    return blocks
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + 2^x). Triton's own exp2 and division take twice as long, for the sake of numbers that are nearly 0."""
+    if INTERPRETED:
+        y = 1.0 / (1.0 + tl.exp2(x))
+    else:
+        power = tl.inline_asm_elementwise(EXP2, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        y = tl.inline_asm_elementwise(RECIPROCAL, "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1)
+    return y

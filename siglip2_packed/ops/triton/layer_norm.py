@@ -2,7 +2,7 @@
 
 Rows are read once, in float32, whatever the dtype; the time is that of reading and writing the tensors.
 
-Shapes: T rows, D columns, G programs of a backward.
+Shapes: T rows, D columns in blocks of W, G programs of a backward.
 """
 
 import torch
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors, next_power_of_2
+from siglip2_packed.ops.triton import rows
+from siglip2_packed.ops.triton.arguments import device_of, launch, multiprocessors
 from siglip2_packed.ops.triton.columns import fold
 
 
@@ -69,7 +70,8 @@ def layer_norm_backward_(
         place: `[T, D]`, contiguous, for out, a new tensor when left out; may be update, whose rows are read first.
 
     Returns:
-        out `[T, D]` once more; `[3, D]`: the gradients of weight and bias, and the column sums of dh, in x's dtype.
+        out `[T, D]` once more; `[2, D]`, the gradients of weight and bias, in x's dtype; with an update `[4, D]`: also
+        the column sums of dh and of residual, the gradients of what was added to h and to what follows it.
     """
     assert grad.is_contiguous()
     assert place is None or place.is_contiguous()
@@ -78,17 +80,19 @@ def layer_norm_backward_(
     out = torch.empty_like(x) if place is None else place
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
-    sums = torch.empty((programs, 3, D), dtype=torch.float32, device=x.device)
+    width, warps = _cut_for_training(D)
+    stages = 3 if D * x.element_size() <= 6144 else 1  # of rows in shared memory, of which older cards have less
+    sums = torch.empty((programs, 2 if update is None else 4, D), dtype=torch.float32, device=x.device)
     with device_of(x):
         launch(
             backward_kernel,
             (programs, 1, 1),
             (grad, residual, x, x if update is None else update, weight, bias, out, sums),
             (T, float(eps)),
-            (D, next_power_of_2(D), update is not None),
-            num_warps=2 if D > 512 else 1,
+            (D, width, update is not None, stages),
+            num_warps=warps,
         )
-    return out, fold(sums.view(programs, 3 * D), x.dtype).view(3, D)
+    return out, fold(sums.flatten(1), x.dtype).view(-1, D)
 
 
 # The operators, for whom wants to see them; the functions are called without their cost, which is that of a launch.
@@ -121,7 +125,12 @@ def _(x, update, weight, bias, eps, shift):
 
 @backward_op.register_fake
 def _(grad, residual, x, update, weight, bias, eps):
-    return x.new_empty(x.shape), x.new_empty((3, x.shape[1]))
+    return x.new_empty(x.shape), x.new_empty((2 if update is None else 4, x.shape[1]))
+
+
+def _cut_for_training(D: int) -> tuple[int, int]:
+    """One for forward and backward, where the forward's output is made again: to the bit, as sums go the same way."""
+    return rows.cut(D, at_once=4, most=20)
 
 
 def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=None):
@@ -130,14 +139,16 @@ def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=
         return
     x = x.contiguous()
     tensors = [x if y is None else y.contiguous() for y in (x, update, add, carry, weight, bias, out, total)]
+    inference = add is not None and update is None
+    width, warps = rows.cut(D, at_once=8, most=36) if inference else _cut_for_training(D)
     with device_of(x):
         launch(
             forward_kernel,
             (T, 1, 1),
             tuple(tensors),
             (float(eps),),
-            (D, next_power_of_2(D), update is not None, add is not None, carry is not None),
-            num_warps=2 if D > 512 else 1,
+            (D, width, update is not None, add is not None, carry is not None),
+            num_warps=warps,
         )
 
 
@@ -153,7 +164,7 @@ def forward_kernel(
     total,
     eps,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    W: tl.constexpr,
     UPDATE: tl.constexpr,
     ADD: tl.constexpr,
     CARRY: tl.constexpr,
@@ -163,25 +174,22 @@ def forward_kernel(
     UPDATE: h = x + update, and total = h + add, rows both. Else, with ADD: h = x + total, total = carry + add.
     """
     row = tl.program_id(0).to(tl.int64) * D
-    columns = tl.arange(0, COLUMNS)
-    mask = columns < D
-    h = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
+    h = rows.read(x + row, D, W)
     if ADD:
-        a = tl.load(add + columns, mask=mask, other=0.0).to(tl.float32)
+        a = rows.read(add, D, W)
         if CARRY:
-            a += tl.load(carry + columns, mask=mask, other=0.0)
+            a = rows.add(a, rows.read(carry, D, W))
         if UPDATE:
-            h += tl.load(update + row + columns, mask=mask, other=0.0).to(tl.float32)
-            tl.store(total + row + columns, (h + a).to(total.dtype.element_ty), mask=mask)
-            h = h.to(x.dtype.element_ty).to(tl.float32)
+            h = rows.add(h, rows.read(update + row, D, W))
+            rows.write(total + row, rows.add(h, a), D, W)
+            h = rows.rounded(h, x.dtype.element_ty)
         else:
-            h += a
+            h = rows.add(h, a)
             if row == 0:
-                tl.store(total + columns, a, mask=mask)
-    normed, _ = _normalise(h, mask, eps, D)
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row + columns, (normed * w + b).to(out.dtype.element_ty), mask=mask)
+                rows.write(total, a, D, W)
+    normed, _ = rows.normalise(h, eps, D, W)
+    scaled = rows.multiply(normed, rows.read(weight, D, W))
+    rows.write(out + row, rows.add(scaled, rows.read(bias, D, W)), D, W)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -197,42 +205,39 @@ def backward_kernel(
     T,
     eps,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    W: tl.constexpr,
     UPDATE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """One program takes every G-th row. dh overwrites grad, column sums `[3, D]` stay in registers until the end."""
-    columns = tl.arange(0, COLUMNS)
-    mask = columns < D
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + columns, mask=mask, other=0.0).to(tl.float32)
-    dweight = tl.zeros([COLUMNS], tl.float32)
-    dbias = tl.zeros([COLUMNS], tl.float32)
-    dx_sum = tl.zeros([COLUMNS], tl.float32)
-    for i in range(tl.program_id(0), T, tl.num_programs(0)):
-        row = tl.cast(i, tl.int64) * D
-        h = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad + row + columns, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(residual + row + columns, mask=mask, other=0.0).to(tl.float32)
+    """One program takes every G-th row, the next ones under way. dh overwrites grad, column sums stay in registers:
+    of grad * normed, grad, and with an update of dh and residual.
+    """
+    dweight, dbias = rows.zeros(D, W), rows.zeros(D, W)
+    dh_sum, residual_sum = rows.zeros(D, W), rows.zeros(D, W)
+    for number in tl.range(tl.program_id(0), T, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(number, tl.int64) * D
+        h = rows.read(x + row, D, W)
+        g = rows.read(grad + row, D, W)
+        r = rows.read(residual + row, D, W)
         if UPDATE:
-            h += tl.load(update + row + columns, mask=mask, other=0.0).to(tl.float32)
-            h = h.to(x.dtype.element_ty).to(tl.float32)
-        normed, scale = _normalise(h, mask, eps, D)
-        tl.store(out + row + columns, (normed * w + b).to(out.dtype.element_ty), mask=mask)
-        dweight += g * normed
-        dbias += g
-        g *= w
-        d = r + scale * (g - tl.sum(g, 0) / D - normed * (tl.sum(g * normed, 0) / D))
-        dx_sum += d
-        tl.store(grad + row + columns, d.to(grad.dtype.element_ty), mask=mask)
-    sums += tl.program_id(0) * 3 * D + columns
-    tl.store(sums, dweight, mask=mask)
-    tl.store(sums + D, dbias, mask=mask)
-    tl.store(sums + 2 * D, dx_sum, mask=mask)
-
-
-@triton.jit
-def _normalise(h, mask, eps, D: tl.constexpr):
-    """(h - mean) / sqrt(variance + eps), zeros where masked, and 1 / sqrt(variance + eps)."""
-    centred = tl.where(mask, h - tl.sum(h, 0) / D, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / D + eps)
-    return centred * scale, scale
+            h = rows.rounded(rows.add(h, rows.read(update + row, D, W)), x.dtype.element_ty)
+        normed, scale = rows.normalise(h, eps, D, W)
+        w = rows.read(weight, D, W)
+        rows.write(out + row, rows.add(rows.multiply(normed, w), rows.read(bias, D, W)), D, W)
+        dweight = rows.add(dweight, rows.multiply(g, normed))
+        dbias = rows.add(dbias, g)
+        # dh = residual + scale * (g w - mean(g w) - normed * mean(g w normed))
+        g = rows.multiply(g, w)
+        mean, along = rows.total(g) / D, rows.total(rows.multiply(g, normed)) / D
+        g = rows.add(rows.shifted(g, -mean), rows.scaled(normed, -along))
+        dh = rows.add(r, rows.scaled(g, scale))
+        rows.write(grad + row, dh, D, W)
+        if UPDATE:
+            dh_sum = rows.add(dh_sum, dh)
+            residual_sum = rows.add(residual_sum, r)
+    sums += tl.program_id(0) * (4 * D if UPDATE else 2 * D)
+    rows.write(sums, dweight, D, W)
+    rows.write(sums + D, dbias, D, W)
+    if UPDATE:
+        rows.write(sums + 2 * D, dh_sum, D, W)
+        rows.write(sums + 3 * D, residual_sum, D, W)
