@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )
     workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # forks before there is a model, while that is quick
-    with decoding_pool(pick_device(args.device), workers, args.decode_in) as pool:
+    with decoding_pool(pick_device(args.device), processor, workers, args.decode_in) as pool:
         return encode_inputs(args, out, inputs, processor, pool, workers)
 
 

@@ -22,7 +22,16 @@ from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, features, graphs, shards
 from siglip2_packed.cli import main
-from siglip2_packed.decode import DECODE_IN, Decoded, decode, decoding_pool, packs, read_image
+from siglip2_packed.decode import (
+    DECODE_IN,
+    Decoded,
+    DecodingProcesses,
+    Shelf,
+    decode,
+    decoding_pool,
+    packs,
+    read_image,
+)
 from siglip2_packed.features import Meter, encode, launch
 from siglip2_packed.sources import Input
 
@@ -460,7 +469,7 @@ def test_ranks_that_disagree(checkpoint, photos, tmp_path, start):
 
 
 def decode_and_wait(held):
-    pool = decoding_pool(torch.device("cpu"), 2, "processes")
+    pool = decoding_pool(torch.device("cpu"), Siglip2PackedImageProcessor(), 2, "processes")
     assert pool.submit(os.getpid).result() != os.getpid()
     held.send("ready")
     time.sleep(600)
@@ -490,7 +499,7 @@ def tower(checkpoint):
 
 @pytest.fixture
 def pool():
-    with decoding_pool(torch.device("cpu"), 2) as threads:
+    with decoding_pool(torch.device("cpu"), Siglip2PackedImageProcessor(), 2) as threads:
         yield threads
 
 
@@ -550,8 +559,40 @@ def test_whatever_an_image_provokes_is_its_error(tower, monkeypatch):
 @pytest.mark.parametrize("decode_in", DECODE_IN)
 def test_images_are_decoded_in_their_order(tower, decode_in):
     sources = [image_bytes(0, (400, 300) if i % 8 == 0 else (4, 4)) for i in range(40)]
-    with decoding_pool(torch.device("cpu"), 2, decode_in) as pool:
+    with decoding_pool(torch.device("cpu"), tower[1], 2, decode_in) as pool:
         assert [image.ordinal for image in decode(inputs(*sources), tower[1], pool, 1)] == list(range(40))
+
+
+@pytest.mark.parametrize("places", [1, 5, 24])
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_patches_come_by_shared_memory_unless_it_is_full(tower, places, kept):
+    """Each image's own, whether a consumer drops them at once or keeps all; broken ones take no place."""
+    _, processor = tower
+    size = processor.max_num_patches * 3 * processor.patch_size**2
+    sources = [b"" if i % 10 == 3 else image_bytes(i, (8 + i % 5, 9)) for i in range(60)]
+    images = []
+    with DecodingProcesses(2, Shelf(places, size)) as pool:
+        for i, image in enumerate(decode(inputs(*sources), processor, pool, 1)):
+            expected = read_image(processor, i, image.name, sources[i])
+            assert image[:3] == expected[:3] and image[4:] == expected[4:]
+            images.append((image, expected))
+            for image, expected in images:
+                assert (image.patches is None) == (i % 10 == 3 and i == image.ordinal) or i != image.ordinal
+                assert image.error or np.array_equal(image.patches, expected.patches)
+            del images[: len(images) - kept], image
+        borrowed = {place for place in range(places) if place not in pool.shelf.free}
+        assert len(borrowed) == sum(image.patches is not None and image.patches.base is not None for image, _ in images)
+        images.clear()
+        assert sorted(pool.shelf.free) == list(range(places))
+
+
+def test_patches_larger_than_a_place_come_all_the_same(tower):
+    _, processor = tower
+    sources = [image_bytes(i, (8, 9)) for i in range(10)]
+    with DecodingProcesses(1, Shelf(4, 100)) as pool:
+        for i, image in enumerate(decode(inputs(*sources), processor, pool, 1)):
+            assert np.array_equal(image.patches, read_image(processor, i, "", sources[i]).patches)
+        assert len(pool.shelf.free) == 4
 
 
 def test_normalize_is_the_processors_arithmetic(photos):
@@ -574,7 +615,7 @@ def test_encode_refuses_processors_that_do_not_resize(tower, pool):
 def test_a_consumer_that_stops_early_leaves_no_thread_and_no_process(tower, decode_in):
     model, processor = tower
     before = threading.active_count()
-    with decoding_pool(model.device, 2, decode_in) as pool:
+    with decoding_pool(model.device, processor, 2, decode_in) as pool:
         rows = encode(model, processor, inputs(*[image_bytes(0, (8, 8))] * 300), pool, patch_budget=16, workers=2)
         next(rows)
         rows.close()

@@ -13,9 +13,9 @@ from siglip2_packed.ops.triton.arguments import LOG2_E, device_of, launch
 
 LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
 SLOPE_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654)
+CUBIC_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654 * 0.044715)
 EXP2, RECIPROCAL = tl.constexpr("ex2.approx.ftz.f32 $0, $1;"), tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 INTERPRETED = tl.constexpr(arguments.INTERPRETED)
-CUBIC_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654 * 0.044715)
 
 
 def quantize_rows(
@@ -88,20 +88,16 @@ def quantize_kernel(
         h, _ = rows.normalise(h, eps, C, W)
         h = rows.add(rows.multiply(h, rows.read(weight, C, W)), rows.read(bias, C, W))
     if GELU:
-        h = _gelu(h)
+        h = rows.each(h, _gelu)
     largest = tl.maximum(rows.largest(h), 1e-12)
     tl.store(scale + number, largest / LARGEST)
     rows.write(out + row, rows.scaled(h, LARGEST / largest), C, W)
 
 
 @triton.jit
-def _gelu(a):
+def _gelu(u):
     """gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3)."""
-    blocks = ()
-    for i in tl.static_range(len(a)):
-        u = a[i]
-        blocks = blocks + (u * _sigmoid(u * (SLOPE_LOG2 + CUBIC_LOG2 * u * u)),)
-    return blocks
+    return u * _sigmoid(u * (SLOPE_LOG2 + CUBIC_LOG2 * u * u))
 
 
 @triton.jit

@@ -5,6 +5,9 @@ A single block would have to be a power of two wide: 1152 columns would be the w
 Shapes: D columns of a row.
 """
 
+# mypy: disable-error-code="assignment"
+# (a tuple grows where Triton unrolls the loop)
+
 import functools
 
 import triton
@@ -13,8 +16,7 @@ import triton.language as tl
 
 @functools.cache
 def cut(D: int, at_once: int, most: int) -> tuple[int, int]:
-    """W, and the warps of a row, of whose columns a thread has `at_once` a block, next to each other, and `most` in all.
-    """
+    """W and the warps of a row: a thread has `at_once` columns of a block, side by side, and at most `most` in all."""
     warps = 1
     while 32 * warps * most < D:
         warps *= 2
@@ -31,7 +33,7 @@ def read(row, D: tl.constexpr, W: tl.constexpr):
             block = tl.load(row + columns)
         else:
             block = tl.load(row + columns, mask=columns < D, other=0.0)
-        blocks = blocks + (block.to(tl.float32),)
+        blocks += (block.to(tl.float32),)
     return blocks
 
 
@@ -51,7 +53,7 @@ def write(row, blocks, D: tl.constexpr, W: tl.constexpr):
 def zeros(D: tl.constexpr, W: tl.constexpr):
     blocks = ()
     for _ in tl.static_range(0, D, W):
-        blocks = blocks + (tl.zeros([W], tl.float32),)
+        blocks += (tl.zeros([W], tl.float32),)
     return blocks
 
 
@@ -59,7 +61,7 @@ def zeros(D: tl.constexpr, W: tl.constexpr):
 def add(a, b):
     blocks = ()
     for i in tl.static_range(len(a)):
-        blocks = blocks + (a[i] + b[i],)
+        blocks += (a[i] + b[i],)
     return blocks
 
 
@@ -67,7 +69,7 @@ def add(a, b):
 def multiply(a, b):
     blocks = ()
     for i in tl.static_range(len(a)):
-        blocks = blocks + (a[i] * b[i],)
+        blocks += (a[i] * b[i],)
     return blocks
 
 
@@ -76,7 +78,7 @@ def shifted(a, by):
     """a + a number."""
     blocks = ()
     for i in tl.static_range(len(a)):
-        blocks = blocks + (a[i] + by,)
+        blocks += (a[i] + by,)
     return blocks
 
 
@@ -85,7 +87,16 @@ def scaled(a, by):
     """a times a number."""
     blocks = ()
     for i in tl.static_range(len(a)):
-        blocks = blocks + (a[i] * by,)
+        blocks += (a[i] * by,)
+    return blocks
+
+
+@triton.jit
+def each(a, function: tl.constexpr):
+    """A function of every column."""
+    blocks = ()
+    for i in tl.static_range(len(a)):
+        blocks += (function(a[i]),)
     return blocks
 
 
@@ -93,7 +104,7 @@ def scaled(a, by):
 def rounded(a, dtype: tl.constexpr):
     blocks = ()
     for i in tl.static_range(len(a)):
-        blocks = blocks + (a[i].to(dtype).to(tl.float32),)
+        blocks += (a[i].to(dtype).to(tl.float32),)
     return blocks
 
 
@@ -124,6 +135,6 @@ def normalise(h, eps, D: tl.constexpr, W: tl.constexpr):
         block = h[i] - mean
         if i * W + W > D:
             block = tl.where(i * W + tl.arange(0, W) < D, block, 0.0)
-        centred = centred + (block,)
+        centred += (block,)
     scale = tl.rsqrt(total(multiply(centred, centred)) / D + eps)
     return scaled(centred, scale), scale
