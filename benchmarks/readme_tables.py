@@ -118,40 +118,42 @@ VARIANTS = {
 
 
 def encoder() -> str:
-    tables = []
-    for path in sorted(RESULTS.glob("encoder_*.csv")):
-        rows = pd.read_csv(path)
-        first = rows.iloc[0]
-        values = rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
-        present = {key: label for key, label in ENCODERS.items() if key in values}
-        lines = [
-            f"{first.card}, so400m, bfloat16, token features, ms (median) and peak GiB of training; "
-            f"torch {first.torch}, triton {first.triton}, transformers {first.transformers}, {first.date}",
-            "",
-            f"| workload | {' | '.join(present.values())} | over transformers |",
-            "|---" * (len(present) + 2) + "|",
-        ]
-        for mode, metric in (("forward", "time"), ("train", "time"), ("train", "peak_memory")):
-            for workload in rows.workload.unique():
-                if (workload, mode, metric) not in values.index:
-                    continue
-                row = values.loc[(workload, mode, metric)]
-                digits = 2 if row["siglip2_packed"] < 10 else 1
-                cells = ["" if pd.isna(row[key]) else f"{row[key]:.{digits}f}" for key in present]
-                ratio = row["transformers_sdpa_padded"] / row["siglip2_packed"]
-                ratio = f"{ratio:.2f}x" if metric == "time" else f"{1 / ratio:.2f} of it"
-                unit = "GiB" if metric == "peak_memory" else mode
-                lines.append(f"| {workload}, {unit} | {' | '.join(cells)} | {ratio} |")
-        tables.append("\n".join(lines))
-        notes = []
-        for (workload, mode), times in rows[rows.metric == "time"].groupby(["workload", "mode"], sort=False):
-            times = times.set_index("provider")["p50"]
-            notes += [
-                f"{label} {workload} {mode} {times[key]:.2f} ms" for key, label in VARIANTS.items() if key in times
-            ]
-        if notes:
-            tables.append("Variants: " + "; ".join(notes) + ".")
-    return "\n\n".join(tables)
+    """The latest run in sight, those of other cards folded up."""
+    runs = sorted((pd.read_csv(path) for path in RESULTS.glob("encoder_*.csv")), key=lambda rows: rows.date.max())
+    latest, *others = reversed(runs)
+    folded = [f"<details><summary>{x.card[0]}</summary>\n\n{encoder_table(x)}\n\n</details>" for x in others]
+    return "\n\n".join([encoder_table(latest), *folded])
+
+
+def encoder_table(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    values = rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
+    present = {key: label for key, label in ENCODERS.items() if key in values}
+    lines = [
+        f"{first.card}, so400m, bfloat16, token features, ms (median) and peak GiB of training; "
+        f"torch {first.torch}, triton {first.triton}, transformers {first.transformers}, {first.date}",
+        "",
+        f"| workload | {' | '.join(present.values())} | over transformers |",
+        "|---" * (len(present) + 2) + "|",
+    ]
+    for mode, metric in (("forward", "time"), ("train", "time"), ("train", "peak_memory")):
+        for workload in rows.workload.unique():
+            if (workload, mode, metric) not in values.index:
+                continue
+            row = values.loc[(workload, mode, metric)]
+            digits = 2 if row["siglip2_packed"] < 10 else 1
+            cells = ["" if pd.isna(row[key]) else f"{row[key]:.{digits}f}" for key in present]
+            ratio = row["transformers_sdpa_padded"] / row["siglip2_packed"]
+            ratio = f"{ratio:.2f}x" if metric == "time" else f"{1 / ratio:.2f} of it"
+            unit = "GiB" if metric == "peak_memory" else mode
+            lines.append(f"| {workload}, {unit} | {' | '.join(cells)} | {ratio} |")
+    notes = []
+    for (workload, mode), times in rows[rows.metric == "time"].groupby(["workload", "mode"], sort=False):
+        times = times.set_index("provider")["p50"]
+        notes += [f"{label} {workload} {mode} {times[key]:.2f} ms" for key, label in VARIANTS.items() if key in times]
+    if notes:
+        lines += ["", "Variants: " + "; ".join(notes) + "."]
+    return "\n".join(lines)
 
 
 def plot_encoder() -> None:
