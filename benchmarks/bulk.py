@@ -102,7 +102,7 @@ def in_threads(function, files):
 
 def ours(files, ckpt, device, dtype):
     processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
-    pool = decoding_pool(torch.device(device), processor)
+    pool = decoding_pool(torch.device(device), processor, patch_budget=BUDGET)
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)

@@ -5,8 +5,6 @@ Patches stay 8-bit until they are on the device, a quarter of what would have to
 
 from __future__ import annotations
 
-import contextlib
-import math
 import mmap
 import multiprocessing
 import os
@@ -32,7 +30,10 @@ from siglip2_packed.sources import Input
 DECODE_IN = ("threads", "processes")
 IMAGES_PER_JOB = 8
 JOBS_PER_WORKER = 3
+MOST_SHARED = 4 << 30
+"""Bytes. Images for which there is no room come through the pipe."""
 T = TypeVar("T")
+U = TypeVar("U")
 END = object()
 
 
@@ -43,8 +44,8 @@ class Decoded(NamedTuple):
     patches: np.ndarray | None = None
     """`[h·w, P]` uint8, or None where `error` says why not."""
     error: str = ""
-    place: int | None = None
-    """Where the shelf has the patches, on the way from a process."""
+    place: slice | None = None
+    """Where its job's memory has the patches, on the way from a process."""
 
     @property
     def length(self) -> int:
@@ -64,8 +65,9 @@ def decoding_pool(
     processor: Siglip2PackedImageProcessor,
     workers: int | None = None,
     decode_in: str | None = None,
+    patch_budget: int = 16384,
 ) -> Executor:
-    """`workers` (one a core when left out) threads, or processes beside a GPU.
+    """`workers` (one a core when left out) threads, or processes beside a GPU, for packs of the processor's images.
 
     Pillow lets go of the GIL where the time goes. What remains, a quarter of a millisecond an image, is nothing to a
     CPU; at the 2,000 images a second of a GPU it would keep the thread that launches the kernels waiting.
@@ -75,38 +77,42 @@ def decoding_pool(
     workers = workers or cores()
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
-    places = JOBS_PER_WORKER * IMAGES_PER_JOB * workers + 256  # on their way, and waiting for a pack
-    return DecodingProcesses(workers, Shelf(places, processor.max_num_patches * 3 * processor.patch_size**2))
+    job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
+    waiting = max(
+        64, patch_budget // processor.max_num_patches
+    )  # jobs with images that are in no pack yet, at the most
+    return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, job))
 
 
 class Shelf:
-    """Memory that processes share, with places for an image each. A pipe, which holds 64 KiB and is read by one thread,
-    would take a millisecond for each of them.
+    """Memory that processes share, with places for the patches of a job each. A pipe, which holds 64 KiB and is read by
+    one thread, would take a millisecond an image.
     """
 
     def __init__(self, places: int, size: int):
-        self.memory = np.frombuffer(mmap.mmap(-1, places * size), np.uint8).reshape(places, size)
-        self.free = deque(range(places))
+        places = min(places, MOST_SHARED // size)
+        try:
+            self.memory = mmap.mmap(-1, max(1, places * size))
+        except OSError:  # so much is not to be had
+            places, self.memory = 0, mmap.mmap(-1, 1)
+        self.size, self.free = size, deque(range(places))
 
-    def take(self, count: int) -> list[int]:
-        """`count` places that nobody uses, or as many as there are; those given back last come first."""
-        taken: list[int] = []
-        with contextlib.suppress(IndexError):
-            while len(taken) < count:
-                taken.append(self.free.pop())
-        return taken
+    def take(self) -> int | None:
+        """A place that nobody uses, if there is one: the one given back last."""
+        try:
+            return self.free.pop()
+        except IndexError:
+            return None
 
-    def fits(self, patches: np.ndarray) -> bool:
-        return patches.nbytes <= self.memory.shape[1]
+    def at(self, place: int) -> np.ndarray:
+        """`[size]` bytes."""
+        return np.frombuffer(self.memory, np.uint8, self.size, place * self.size)
 
-    def put(self, place: int, patches: np.ndarray) -> None:
-        self.memory[place, : patches.size].reshape(patches.shape)[:] = patches
-
-    def lend(self, place: int, shape: tuple[int, int]) -> np.ndarray:
-        """What was put there. The place is free again once the array is gone; views of it do not count."""
-        patches = self.memory[place, : math.prod(shape)].reshape(shape)
-        weakref.finalize(patches, self.free.append, place).atexit = False
-        return patches
+    def lend(self, place: int) -> np.ndarray:
+        """`[size]` bytes. The place is free again once the array and all views of it are gone."""
+        array = self.at(place)
+        weakref.finalize(array, self.free.append, place).atexit = False
+        return array
 
 
 class DecodingProcesses(ProcessPoolExecutor):
@@ -147,33 +153,43 @@ def decode(
     """In the order of the inputs, a few images a worker ahead."""
     inputs = iter(inputs)
     some = iter(lambda: list(islice(inputs, IMAGES_PER_JOB)), [])
-    shelf = pool.shelf if isinstance(pool, DecodingProcesses) else None
-    jobs = (partial(read_images, processor, images, shelf.take(len(images)) if shelf else []) for images in some)
-    for images, unused in ahead(jobs, pool, JOBS_PER_WORKER * workers):
-        for image in images:
-            if shelf and image.place is not None:
-                patches = shelf.lend(image.place, (image.length, 3 * processor.patch_size**2))
-                yield image._replace(patches=patches, place=None)
-                del patches
-            else:
-                yield image
-        if shelf:
-            shelf.free.extend(unused)
+    shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
+    jobs = ((partial(read_images, processor, images, place := shelf.take()), place) for images in some)
+
+    def give_back(place: int | None) -> None:
+        if place is not None:
+            shelf.free.append(place)
+
+    for images, place in ahead(jobs, pool, JOBS_PER_WORKER * workers, give_back):
+        if place is not None:
+            images = from_place(images, shelf.lend(place))
+        yield from images
 
 
-def read_images(
-    processor: Siglip2PackedImageProcessor, inputs: list[Input], places: list[int]
-) -> tuple[list[Decoded], list[int]]:
-    """The images, patches put in places of the shelf as long as there are some; the places that are left."""
-    images = []
-    for item in inputs:
-        image = read_image(processor, *item)
-        if places and _shelf and image.patches is not None and _shelf.fits(image.patches):
-            place = places.pop()
-            _shelf.put(place, image.patches)
+def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[Decoded]:
+    images = [read_image(processor, *item) for item in inputs]
+    return images if place is None or _shelf is None else to_place(images, _shelf.at(place))
+
+
+def to_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
+    """The images without those patches that are in the memory now, one after the other."""
+    moved, end = [], 0
+    for image in images:
+        if image.patches is not None and image.patches.size <= memory.size - end:
+            place = slice(end, end := end + image.patches.size)
+            memory[place] = image.patches.reshape(-1)
             image = image._replace(patches=None, place=place)
-        images.append(image)
-    return images, places
+        moved.append(image)
+    return moved
+
+
+def from_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
+    return [
+        image
+        if image.place is None
+        else image._replace(patches=memory[image.place].reshape(image.length, -1), place=None)
+        for image in images
+    ]
 
 
 def read_image(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, source: object) -> Decoded:
@@ -213,18 +229,29 @@ def packs(images: Iterable[Decoded], budget: int, window: int, pin_memory: bool 
         yield Pack([], torch.zeros(0, 0, dtype=torch.uint8), failed)
 
 
-def ahead(jobs: Iterable[Callable[[], T]], pool: Executor, depth: int) -> Iterator[T]:
-    """Results of the jobs in their order, at most `depth` of them begun before they are asked for."""
-    begun: deque[Future[T]] = deque()
+def ahead(
+    jobs: Iterable[tuple[Callable[[], T], U]],
+    pool: Executor,
+    depth: int,
+    forget: Callable[[U], None] = lambda what: None,
+) -> Iterator[tuple[T, U]]:
+    """Results of the jobs, and what came with each, in order; at most `depth` of them begun before they are asked for.
+
+    `forget` is told, once the job is over, what came with each that nobody asked for.
+    """
+    begun: deque[tuple[Future[T], U]] = deque()
     try:
-        for job in jobs:
-            begun.append(pool.submit(job))
+        for job, what in jobs:
+            begun.append((pool.submit(job), what))
             if len(begun) == depth:
-                yield begun.popleft().result()
+                future, what = begun.popleft()
+                yield future.result(), what
         while begun:
-            yield begun.popleft().result()
+            future, what = begun.popleft()
+            yield future.result(), what
     finally:
-        for future in begun:
+        for future, what in begun:
+            future.add_done_callback(lambda _, what=what: forget(what))  # type: ignore[misc]
             future.cancel()
 
 

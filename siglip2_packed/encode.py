@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         )
     workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # forks before there is a model, while that is quick
-    with decoding_pool(pick_device(args.device), processor, workers, args.decode_in) as pool:
+    with decoding_pool(pick_device(args.device), processor, workers, args.decode_in, args.patch_budget) as pool:
         return encode_inputs(args, out, inputs, processor, pool, workers)
 
 
@@ -225,7 +225,7 @@ def to_folder(
             start = ranges.pop()[0]
         ranges.append((start, stop))
     made = shards.gather(rows(ranges, sum(stop - start for start, stop in map(extent, done))), size, total)
-    jobs = (partial(shards.write_shard, folder, number, some, fmt, empty) for number, some in made)
+    jobs = ((partial(shards.write_shard, folder, number, some, fmt, empty), None) for number, some in made)
     with ThreadPoolExecutor(1) as writer:
         for _ in ahead(jobs, writer, depth=2):
             pass

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,8 @@ from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.cli import main
 from siglip2_packed.decode import (
     DECODE_IN,
+    IMAGES_PER_JOB,
+    MOST_SHARED,
     Decoded,
     DecodingProcesses,
     Shelf,
@@ -32,7 +35,7 @@ from siglip2_packed.decode import (
     packs,
     read_image,
 )
-from siglip2_packed.features import Meter, encode, launch
+from siglip2_packed.features import Meter, StrictError, encode, launch
 from siglip2_packed.sources import Input
 
 SIZES = [(9, 20), (31, 8), (16, 16), (5, 40), (12, 13), (40, 5), (4, 4), (25, 30), (7, 7), (1, 60), (60, 1)]
@@ -563,36 +566,99 @@ def test_images_are_decoded_in_their_order(tower, decode_in):
         assert [image.ordinal for image in decode(inputs(*sources), tower[1], pool, 1)] == list(range(40))
 
 
-@pytest.mark.parametrize("places", [1, 5, 24])
+@pytest.mark.parametrize("places", [0, 1, 3, 24])
 @pytest.mark.parametrize("kept", [0, 1000])
-def test_patches_come_by_shared_memory_unless_it_is_full(tower, places, kept):
-    """Each image's own, whether a consumer drops them at once or keeps all; broken ones take no place."""
+def test_patches_come_by_shared_memory_while_there_is_room(tower, places, kept):
+    """Each image's own, whether a consumer drops them or keeps views of all; a place is free when nobody has it."""
     _, processor = tower
-    size = processor.max_num_patches * 3 * processor.patch_size**2
+    job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
     sources = [b"" if i % 10 == 3 else image_bytes(i, (8 + i % 5, 9)) for i in range(60)]
-    images = []
-    with DecodingProcesses(2, Shelf(places, size)) as pool:
-        for i, image in enumerate(decode(inputs(*sources), processor, pool, 1)):
-            expected = read_image(processor, i, image.name, sources[i])
-            assert image[:3] == expected[:3] and image[4:] == expected[4:]
-            images.append((image, expected))
-            for image, expected in images:
-                assert (image.patches is None) == (i % 10 == 3 and i == image.ordinal) or i != image.ordinal
-                assert image.error or np.array_equal(image.patches, expected.patches)
-            del images[: len(images) - kept], image
-        borrowed = {place for place in range(places) if place not in pool.shelf.free}
-        assert len(borrowed) == sum(image.patches is not None and image.patches.base is not None for image, _ in images)
-        images.clear()
+    expected = [read_image(processor, *item) for item in inputs(*sources)]
+    with DecodingProcesses(2, Shelf(places, job)) as pool:
+        memory, found, shared = np.frombuffer(pool.shelf.memory, np.uint8), [], 0
+        for image in decode(inputs(*sources), processor, pool, 1):
+            assert image._replace(patches=None) == expected[image.ordinal]._replace(patches=None)
+            if image.patches is not None:
+                shared += np.shares_memory(image.patches, memory)
+                found.append((image.ordinal, image.patches[:, :]))
+            del found[: len(found) - kept], image
+        del memory
+        assert all(np.array_equal(patches, expected[i].patches) for i, patches in found)
+        good, in_jobs = 54, sum(1 for i in range(min(60, 8 * places)) if i % 10 != 3)
+        assert len(found) == min(kept, good)
+        assert shared == in_jobs if kept else (shared > 0) == (places > 0)
+        found.clear()
         assert sorted(pool.shelf.free) == list(range(places))
 
 
 def test_patches_larger_than_a_place_come_all_the_same(tower):
     _, processor = tower
-    sources = [image_bytes(i, (8, 9)) for i in range(10)]
-    with DecodingProcesses(1, Shelf(4, 100)) as pool:
-        for i, image in enumerate(decode(inputs(*sources), processor, pool, 1)):
-            assert np.array_equal(image.patches, read_image(processor, i, "", sources[i]).patches)
-        assert len(pool.shelf.free) == 4
+    sources = [image_bytes(i, (8, 9)) for i in range(20)]
+    expected = [read_image(processor, *item).patches for item in inputs(*sources)]
+    with DecodingProcesses(1, Shelf(2, sum(map(np.size, expected[:3])))) as pool:
+        memory = np.frombuffer(pool.shelf.memory, np.uint8)
+        images = list(decode(inputs(*sources), processor, pool, 1))
+        assert [np.shares_memory(image.patches, memory) for image in images[:8]] == [True] * 3 + [False] * 5
+        assert all(np.array_equal(image.patches, patches) for image, patches in zip(images, expected, strict=True))
+
+
+def test_the_shelf_has_room_for_all_that_wait(tower):
+    _, processor = tower
+    sources = [image_bytes(i, (16, 16)) for i in range(200)]
+    with decoding_pool(torch.device("cpu"), processor, 2, "processes", patch_budget=640) as pool:
+        memory, size = (
+            np.frombuffer(pool.shelf.memory, np.uint8),
+            processor.max_num_patches * 3 * processor.patch_size**2,
+        )
+        assert pool.shelf.size == IMAGES_PER_JOB * size
+        images = list(decode(inputs(*sources), processor, pool, 2))
+        assert all(np.shares_memory(image.patches, memory) for image in images)
+        del images
+        filled = packs(decode(inputs(*sources), processor, pool, 2), 640, 80)
+        ends = [len(next(filled).images) for _ in range(5)]
+        assert sum(ends) == 200 and len(pool.shelf.free) == len(memory) // pool.shelf.size
+
+
+@pytest.mark.parametrize("how", ["closed", "strict", "model"])
+def test_places_come_back_from_a_run_that_stops_early(tower, monkeypatch, how):
+    def refuse(**_):
+        raise ValueError
+
+    model, processor = tower
+    sources = [b"" if i == 150 else image_bytes(i, (40, 40)) for i in range(300)]
+    with decoding_pool(torch.device("cpu"), processor, 2, "processes") as pool:
+        places = len(pool.shelf.free)
+        if how == "closed":
+            images = decode(inputs(*sources), processor, pool, 2)
+            next(images)
+            images.close()
+        else:
+            error = StrictError if how == "strict" else ValueError
+            if how == "model":
+                monkeypatch.setattr(model, "forward", refuse)
+            with pytest.raises(error):
+                list(encode(model, processor, inputs(*sources), pool, patch_budget=160, workers=2, strict=True))
+        pool.submit(os.getpid).result()
+        begin = time.monotonic()
+        while len(pool.shelf.free) < places and time.monotonic() < begin + 30:
+            time.sleep(0.05)
+        assert sorted(pool.shelf.free) == list(range(places))
+
+
+def test_a_shelf_takes_no_more_than_is_to_be_had(monkeypatch):
+    def map_at_most(bytes_):
+        def mapped(_, size):
+            if size > bytes_:
+                raise OSError(12, "Cannot allocate memory")
+            return bytearray(1)
+
+        monkeypatch.setattr(mmap, "mmap", mapped)
+
+    map_at_most(MOST_SHARED)
+    assert len(Shelf(10**9, 3 << 20).free) == MOST_SHARED // (3 << 20)
+    map_at_most(999)
+    assert len(Shelf(9, 100).free) == 9
+    assert not Shelf(10, 100).free
 
 
 def test_normalize_is_the_processors_arithmetic(photos):

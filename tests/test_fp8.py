@@ -38,20 +38,33 @@ def test_what_cannot_be_quantised_says_why(checkpoint):
 def test_quantised_in_one_pass(how, C, device):
     from siglip2_packed.ops.triton.float8 import quantize_rows
 
-    dtype, rows = (torch.bfloat16, 37) if device == "cuda" else (torch.float32, 3)
-    x, product = torch.randn(2, rows, C, device=device, dtype=dtype)
-    weight, bias, shift = torch.randn(3, C, device=device, dtype=dtype)
-    row_scale, column_scale = torch.rand(rows, 1, device=device), torch.rand(1, C, device=device)
+    dtype, rows = (torch.bfloat16, 37) if device == "cuda" else (torch.float32, 7)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
+
+    x, product = random(2, rows, C)
+    weight, bias, shift = random(3, C)
+    for row, peak in enumerate((0, 255, 256, 1023, 1024, C - 1)):
+        x[row, peak] = 50.0
+        weight[peak] = 3.0
+    if how in ("plain", "gelu"):
+        x[-1] = 0
+    row_scale, column_scale = (random(*shape, dtype=torch.float32).abs() for shape in ((rows, 1), (1, C)))
     update = (product, row_scale, column_scale, shift) if "add" in how else None
     rows, scale, total = quantize_rows(x, update, (weight, bias, 1e-6) if "norm" in how else None, how == "gelu")
     exact = x.double()
     if update:
         exact += product.double() * row_scale * column_scale + shift
     assert total.dtype == x.dtype and relative_error(total, exact) <= (2e-3 if update else 0)
+    exact = total.double()
     if "norm" in how:
         exact = F.layer_norm(exact, (C,), weight.double(), bias.double(), 1e-6)
     if how == "gelu":
         exact = F.gelu(exact, approximate="tanh")
+    largest = exact.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    assert ((scale * 448 - largest).abs() <= (1e-5 if device == "cuda" else 2e-6) * largest).all()
     bound = 0.04 if device == "cuda" else 0.12  # interpreted, float8 is truncated, not rounded
     assert relative_error(rows.float() * scale, exact) <= bound
 

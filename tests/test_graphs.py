@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
-from siglip2_packed.graphs import CUDAGraphs
+from siglip2_packed import graphs as module
+from siglip2_packed.graphs import CUDAGraphs, replayed
 from siglip2_packed.packing import make_layout
 
 PACKS = [[(1, 5, 7), (1, 3, 4), (1, 16, 2)], [(1, 4, 4), (2, 3, 5)], [(1, 8, 32)], [(1, 1, 1)], [(3, 13, 19)]]
@@ -83,6 +84,18 @@ def test_buckets(checkpoint):
     for images in (1, 5, 64, 128):  # full packs have one graph
         assert graphs.bucket(make_layout([(1, 16384 // images, 1)] * images))[:3] == (16384, 128, 128)
     assert graphs.bucket(make_layout([(1, 4, 1)] * 129))[1:3] == (256, 256)
+
+
+def test_encode_replays_packs_that_are_half_full_in_half_precision(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "CUDAGraphs", lambda *args, **kwargs: asked.append((args, kwargs)) or "graphs")
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    monkeypatch.setattr(Siglip2PackedVisionModel, "device", torch.device("cuda"))
+    assert replayed(model, 640) is model
+    assert replayed(model.to(torch.bfloat16), 640) == "graphs"
+    assert asked == [((model, [640]), {"least": 320})]
+    model.config._attn_implementation = "sdpa"
+    assert replayed(model, 640) is model
 
 
 def test_what_cannot_be_graphed_says_why(checkpoint):

@@ -83,7 +83,7 @@ def layer_norm_backward_(
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad, h, h.shape[-1:], mean, scale, weight, bias, [True, True, True]
     )
-    grad.copy_(dx.add_(residual))  # copied: vmap has no rules for `out=`
+    grad.copy_(dx + residual)  # copied: vmap has no rules for `out=`
     sums = (dweight, dbias) if update is None else (dweight, dbias, grad.sum(0), residual.sum(0))
     return out, torch.stack(sums)
 

@@ -81,7 +81,7 @@ def layer_norm_backward_(
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
     width, warps = _cut_for_training(D)
-    stages = 3 if D * x.element_size() <= 6144 else 1  # of rows in shared memory, of which older cards have less
+    stages = 3 if D * x.element_size() <= 6144 else 1  # rows under way take twelve times that of shared memory
     sums = torch.empty((programs, 2 if update is None else 4, D), dtype=torch.float32, device=x.device)
     with device_of(x):
         launch(

@@ -18,7 +18,7 @@ import triton.language as tl
 def cut(D: int, at_once: int, most: int) -> tuple[int, int]:
     """W and the warps of a row: a thread has `at_once` columns of a block, side by side, and at most `most` in all."""
     warps = 1
-    while 32 * warps * most < D:
+    while 32 * warps * most < D and warps < 32:
         warps *= 2
     return min(32 * warps * at_once, triton.next_power_of_2(D)), warps
 
