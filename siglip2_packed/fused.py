@@ -11,6 +11,7 @@ Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -144,12 +145,13 @@ class _Layer(torch.autograd.Function):
         x, qkv, out, lse, wide, cu_seqlens, weight1, bias1, weight2, bias2, *linears = ctx.saved_tensors
         norm1, norm2 = (weight1, bias1, ctx.eps[0]), (weight2, bias2, ctx.eps[1])
         needs = ctx.needs_input_grad
-        attended = out.view(x.shape)
-        dh, dattended, *second = _project_mlp_backward(needs[16:], dout, x, attended, wide, norm2, linears[3:])
-        dqkv = attention.gradients_qkvpacked(
-            dattended.view(out.shape), qkv, out, lse, cu_seqlens, ctx.max_seqlen, out.shape[2] ** -0.5
+        attended, spare = out.view(x.shape), _spare(wide)
+        dh, dattended, *second = _project_mlp_backward(needs[16:], dout, x, attended, wide, spare, norm2, linears[3:])
+        dqkv, scale = _within(spare, qkv.shape), out.shape[2] ** -0.5
+        attention.write_gradients_qkvpacked(
+            dqkv, dattended.view(out.shape), qkv, out, lse, cu_seqlens, ctx.max_seqlen, scale
         )
-        dx, *first = _norm_qkv_backward(needs[7:13], dh, dqkv.view(len(x), -1), x, norm1, linears[:3])
+        dx, *first = _norm_qkv_backward(needs[7:13], dh, dqkv.view(len(x), -1), x, norm1, linears[:3], dattended)
         return dx, None, None, None, *first, *second
 
 
@@ -190,11 +192,23 @@ class _ProjectMLP(torch.autograd.Function):
     def backward(ctx, dout):
         x, attended, wide, norm_weight, norm_bias, *linears = ctx.saved_tensors
         norm = norm_weight, norm_bias, ctx.eps
-        return _project_mlp_backward(ctx.needs_input_grad[5:], dout, x, attended, wide, norm, linears)
+        return _project_mlp_backward(ctx.needs_input_grad[5:], dout, x, attended, wide, _spare(wide), norm, linears)
 
 
 # norm: weight, bias, eps. projections: weights, then biases, of q, k and v; linears: those of out, fc1 and fc2, of
-# which backward needs the weights and the first bias. needs: which of the six want a gradient.
+# which backward needs the weights and the first bias. needs: which of the six want a gradient. place, spare: memory
+# that nobody needs any longer; training takes the most in the last layer's backward, and so takes less.
+
+
+def _spare(wide):
+    """`wide` itself, unless backward may be asked for once more; else as much memory."""
+    return torch.empty_like(wide) if torch._C._autograd._get_current_graph_task_keep_graph() else wide
+
+
+def _within(spare, shape):
+    """A contiguous tensor in spare memory, if there is enough."""
+    size = math.prod(shape)
+    return spare.view(-1)[:size].view(shape) if size <= spare.numel() else spare.new_empty(shape)
 
 
 def _norm_qkv(x, norm, projections):
@@ -202,10 +216,11 @@ def _norm_qkv(x, norm, projections):
     return F.linear(normed, _cat(*projections[:3]), _cat(*projections[3:]))
 
 
-def _norm_qkv_backward(needs, dx, dqkv, x, norm, weights):
+def _norm_qkv_backward(needs, dx, dqkv, x, norm, weights, place=None):
     """dx: the gradient that reaches x past the norm."""
     grad = dqkv @ _cat(*weights)  # of the norm, then of x
-    normed, sums = layer_norm_backward_(grad, dx, x, None, *norm)
+    weight, bias, eps = norm
+    normed, sums = layer_norm_backward_(grad, dx, x, None, weight, bias, eps, place)
     dweights = (dqkv.t() @ normed).chunk(3) if any(needs[:3]) else [None] * 3
     dbiases = column_sums(dqkv).chunk(3) if any(needs[3:]) else [None] * 3
     return grad, *sums, None, *dweights, *dbiases
@@ -222,19 +237,17 @@ def _project_mlp(x, attended, norm, linears):
     return _add_product(out, active, w_fc2), wide
 
 
-def _project_mlp_backward(needs, dout, x, attended, wide, norm, linears):
+def _project_mlp_backward(needs, dout, x, attended, wide, spare, norm, linears):
+    """spare: of the size of wide, or wide itself."""
     w_out, w_fc1, w_fc2, b_out = linears
     needs_w_out, needs_w_fc1, needs_w_fc2, *_ = needs
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()  # nobody will ask for `wide` again
-    active = wide if last else torch.empty_like(wide)
+    active = spare
     dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
     dw_fc2 = dout.t() @ active if needs_w_fc2 else None
-    del active
-    update = F.linear(attended, w_out, b_out)
+    update = torch.addmm(b_out, attended, w_out.t(), out=_within(spare, x.shape))  # active is gone
     dh = dwide @ w_fc1  # after the norm, then before
     weight, bias, eps = norm
     normed, sums = layer_norm_backward_(dh, dout, x, update, weight, bias, eps, place=update)
-    del update
     # dwideᵀ normed, asked of cuBLAS in the order that is a quarter faster for F > D
     dw_fc1 = transposed(normed.t() @ dwide) if needs_w_fc1 else None
     del normed, dwide

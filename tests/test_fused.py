@@ -7,6 +7,7 @@ from torch import nn
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.ops.triton import attention as attention_kernels
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
 DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,6 +39,12 @@ def plainly(monkeypatch, function):
         patch.setattr(fused, "applies", lambda *args: False)
         patch.setattr(fused, "may_infer", lambda *args: False)
         return function()
+
+
+def widened(block, width):
+    """An encoder layer with an MLP of another width."""
+    block.mlp.fc1, block.mlp.fc2 = nn.Linear(64, width), nn.Linear(width, 64)
+    return block
 
 
 def gradients(model, packed):
@@ -86,16 +93,24 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(model, patches):
     assert all(torch.equal(x, y) for other in (again, last) for x, y in zip(first, other))
 
 
-def test_gelus_output_takes_the_place_of_its_input_unless_the_graph_is_kept(model, patches):
-    kept, width = [], model.config.intermediate_size
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_the_last_backward_works_in_the_memory_of_wide(model, monkeypatch, backend):
+    """GELU's output, the sum before layer_norm2, gradients of q, k and v; not while the graph is kept."""
+    block, kept, written = widened(model.encoder.layers[0], 224), [], []
+    write = attention_kernels.write_gradients_qkvpacked
+    monkeypatch.setattr(
+        attention_kernels, "write_gradients_qkvpacked", lambda *args: (written.append(args[0]), write(*args))
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        out = model.encoder.layers[0](torch.randn(12, 64), Segments([12]), "sdpa").sum()
-    (wide,) = (x for x in kept if x.shape == (12, width))
+        out = fused.layer(block, torch.randn(12, 64), Segments([12]), backend).sum()
+    (wide,) = (x for x in kept if x.shape == (12, 224))
     before = wide.clone()
     out.backward(retain_graph=True)
     assert torch.equal(wide, before)
     out.backward()
-    assert torch.equal(wide, nn.functional.gelu(before, approximate="tanh"))
+    assert not torch.equal(wide, before)
+    own_memory = [dqkv.untyped_storage().data_ptr() != wide.untyped_storage().data_ptr() for dqkv in written]
+    assert own_memory == ([True, False] if backend == "triton" else [])
 
 
 def test_batched_gradients_are_those_of_each_alone(model):
@@ -144,9 +159,10 @@ def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
 @pytest.mark.parametrize(
     "frozen", [(), ("weight",), ("bias",), ("q_proj", "fc1", "fc2.bias"), ("norm", "out_proj")], ids=str
 )
-def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen):
+@pytest.mark.parametrize("width", [40, 128, 224])
+def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen, width):
     """Around our own attention; gradients of what wants some, a second time where the graph is kept."""
-    block, segments = model.encoder.layers[1].to(device), Segments([5, 1, 20], device)
+    block, segments = widened(model.encoder.layers[1], width).to(device), Segments([5, 1, 20], device)
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.2)
         parameter.requires_grad_(not any(part in name for part in frozen))

@@ -113,10 +113,24 @@ def gradients_qkvpacked(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    write_gradients_qkvpacked(dqkv, grad, qkv, out, lse, cu_seqlens, max_seqlen, scale)
+    return dqkv
+
+
+def write_gradients_qkvpacked(
+    dqkv: Tensor,
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+) -> None:
+    """Fills dqkv `[T, 3, H, K]`, contiguous."""
     q, k, v = qkv.unbind(1)
     dq, dk, dv = dqkv.unbind(1)
     _backward(grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
-    return dqkv
 
 
 _attention_backward = torch.library.custom_op("siglip2_packed::varlen_attention_backward", _gradients, mutates_args=())
