@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from siglip2_packed.ops.layer_norm import on_triton
 from siglip2_packed.ops.positions import places, resize_positions
 from siglip2_packed.ops.tracing import traced
+from siglip2_packed.ops.transfer import to_device
 
 
 class Siglip2PackedEmbeddings(nn.Module):
@@ -33,7 +34,7 @@ class Siglip2PackedEmbeddings(nn.Module):
             return self.add_positions(patches, *places(tuple(grids), patches.device))
         positions = resize_positions(self.position_embedding.weight, grids)
         if position_ids is not None:
-            positions = positions[position_ids.to(positions.device, non_blocking=True)]
+            positions = positions[to_device(position_ids, positions.device)]
         # the weights' dtype, not the patches': under autocast the residual stream stays in float32
         return patches + positions.to(dtype)
 

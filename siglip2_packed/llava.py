@@ -22,6 +22,7 @@ from siglip2_packed import weights
 from siglip2_packed.embeddings import patch_dim
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel, layer_index
+from siglip2_packed.ops.transfer import to_device
 from siglip2_packed.packing import pad
 from siglip2_packed.preprocess import CONFIG_FILES, Siglip2PackedImageProcessor
 
@@ -177,7 +178,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         ).last_hidden_state
         if pack.order is None:
             return features
-        return features[torch.argsort(pack.order).to(features.device, non_blocking=True)]
+        return features[to_device(torch.argsort(pack.order), features.device)]
 
     def _parameter(self) -> nn.Parameter:
         if not self.is_loaded:

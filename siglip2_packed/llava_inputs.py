@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip2_packed.ops.transfer import to_device
 from siglip2_packed.packing import Grid, check_mask, cumulative, integers, make_layout
 
 
@@ -76,7 +77,7 @@ def pack_images(images: Any, grid_thw: Any, patch_positions: Any, patch_dim: int
         raise ValueError(f"patch_positions has {sum(counts)} rows, images {len(images)}")
     pixel_values = _pixel_values(images, rows, counts, patch_dim)
     order, cu_seqlens, position_ids = _sort_by_frame(positions, grids, entry_of_image)
-    pixel_values = pixel_values[order.to(pixel_values.device, non_blocking=True)]
+    pixel_values = pixel_values[to_device(order, pixel_values.device)]
     return ImagePack(images, pixel_values, [(1, h, w) for _, h, w in grids], counts, cu_seqlens, position_ids, order)
 
 

@@ -1,5 +1,6 @@
 """What only a CUDA device shows: half precision at the so400m shape, the flash backends, syncs, memory."""
 
+import time
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
 from siglip2_packed.ops.attention_pool import triton_is_right
 from siglip2_packed.ops.dispatch import self_check
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.ops.transfer import STAGED
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -118,6 +120,29 @@ def test_a_forward_syncs_never_or_once(checkpoint, packed, dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_host_runs_ahead_of_a_busy_device(checkpoint, training):
+    """Also where the metadata of a pack are more than CUDA takes from pageable memory without waiting."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), dtype=torch.bfloat16).to(CUDA)
+    packs = []
+    for i in range(3):  # new grids every time: nothing is remembered
+        grids = [(1, 13, 19 + i), (1, 8, 32 + i), *[(1, 16, 16)] * 70]
+        packs.append(PackedPatches(torch.randn(sum(h * w for _, h, w in grids), 48).bfloat16(), grids).to(CUDA))
+    assert all(4 * len(pack["pixel_values"]) > STAGED for pack in packs)
+
+    with torch.set_grad_enabled(training):
+        model(**packs[0])
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(3):
+            torch.cuda._sleep(2**30)  # half a second
+        for pack in packs[1:]:
+            model(**pack)
+        launched = time.perf_counter() - start
+        torch.cuda.synchronize()
+        assert launched < 0.5 * (time.perf_counter() - start)
 
 
 def test_peak_memory_is_that_of_the_images_alone(checkpoint, packed):

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip2_packed.ops.transfer import to_device
+
 
 class Plan(NamedTuple):
     """Weighted sums of table rows, as `embedding_bag` takes them."""
@@ -47,13 +49,13 @@ def resize_positions(table: Tensor, grids: Sequence[tuple[int, int, int]]) -> Te
     rows_plan, cols_plan, patch = _plan(side, tuple(grids))
     rows = _weighted_sums(table.float().view(side, -1), rows_plan)
     distinct = _weighted_sums(rows.view(-1, table.shape[1]), cols_plan)
-    return distinct if patch is None else distinct[patch.to(table.device, non_blocking=True)]
+    return distinct if patch is None else distinct[to_device(patch, table.device)]
 
 
 def places(grids: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """First row, h and w of each image `[N, 3]`, and the image of each row `[T]`, int32, in one copy to the device."""
     n = len(grids)
-    places = _places(grids).to(device, non_blocking=True)
+    places = to_device(_places(grids), device)
     return places[: 3 * n], places[3 * n :]
 
 
@@ -68,7 +70,7 @@ def _places(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
 
 
 def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
-    taps, offsets, weights = (x.to(table.device, non_blocking=True) for x in plan)
+    taps, offsets, weights = (to_device(x, table.device) for x in plan)
     if len(taps) == 0:
         return table[:0]
     return F.embedding_bag(taps, table, offsets, mode="sum", per_sample_weights=weights)

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from siglip2_packed.ops.transfer import to_device
 from siglip2_packed.packing import cumulative
 
 
@@ -26,7 +27,7 @@ class Segments:
         self.lengths = list(lengths)
         self.max_seqlen = max(self.lengths) if self.lengths else 0
         self.device = torch.device(device)
-        self.cu_seqlens = cumulative(self.lengths).to(self.device, non_blocking=True)
+        self.cu_seqlens = to_device(cumulative(self.lengths), self.device)
 
     @classmethod
     def on_device(cls, cu_seqlens: Tensor, max_seqlen: int) -> Segments:
@@ -57,4 +58,4 @@ class Segments:
         sorted_lengths = lengths[order]
         sorted_starts = sorted_lengths.cumsum(0) - sorted_lengths
         rows = torch.arange(sum(self.lengths)) + (starts[order] - sorted_starts).repeat_interleave(sorted_lengths)
-        return rows.to(self.device, non_blocking=True), torch.argsort(rows).to(self.device, non_blocking=True)
+        return to_device(rows, self.device), to_device(torch.argsort(rows), self.device)
