@@ -438,6 +438,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose streams events are recorded on
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     config, state = weights(args.ckpt, args.shape, args.device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
