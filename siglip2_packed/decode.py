@@ -78,9 +78,7 @@ def decoding_pool(
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
     job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
-    waiting = max(
-        64, patch_budget // processor.max_num_patches
-    )  # jobs with images that are in no pack yet, at the most
+    waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
     return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, job))
 
 
@@ -152,15 +150,18 @@ def decode(
 ) -> Iterator[Decoded]:
     """In the order of the inputs, a few images a worker ahead."""
     inputs = iter(inputs)
-    some = iter(lambda: list(islice(inputs, IMAGES_PER_JOB)), [])
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
-    jobs = ((partial(read_images, processor, images, place := shelf.take()), place) for images in some)
+
+    def jobs() -> Iterator[tuple[Callable[[], list[Decoded]], int | None]]:
+        while some := list(islice(inputs, IMAGES_PER_JOB)):
+            place = shelf.take()
+            yield partial(read_images, processor, some, place), place
 
     def give_back(place: int | None) -> None:
         if place is not None:
             shelf.free.append(place)
 
-    for images, place in ahead(jobs, pool, JOBS_PER_WORKER * workers, give_back):
+    for images, place in ahead(jobs(), pool, JOBS_PER_WORKER * workers, give_back):
         if place is not None:
             images = from_place(images, shelf.lend(place))
         yield from images
