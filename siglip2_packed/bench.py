@@ -31,6 +31,7 @@ from siglip2_packed.workloads import WORKLOADS, forward_flops, grids
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16, by the data sheets; MFU is printed for these only
 WARM_UP = 0.25
+"""Seconds."""
 BOUND = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-4}
 
 

@@ -117,7 +117,7 @@ class DecodingProcesses(ProcessPoolExecutor):
     """Forked at once: quick as long as there is no model, and they touch neither torch nor the device."""
 
     def __init__(self, workers: int, shelf: Shelf):
-        super().__init__(workers, multiprocessing.get_context("fork"), follow_parent, (shelf,))
+        super().__init__(workers, multiprocessing.get_context("fork"), start_worker, (shelf,))
         self.shelf = shelf
         self.submit(os.getpid)
 
@@ -126,13 +126,17 @@ _shelf: Shelf | None = None
 """Of the parent, in a decoding process."""
 
 
-def follow_parent(shelf: Shelf) -> None:
+def start_worker(shelf: Shelf) -> None:
+    global _shelf
+    _shelf = shelf
+    follow_parent()
+
+
+def follow_parent() -> None:
     """A worker lets its parent go first, which has the device to feed, and leaves Ctrl-C to it.
 
     If the parent is killed the worker ends, where it would wait for jobs for ever.
     """
-    global _shelf
-    _shelf = shelf
     os.nice(10)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -197,7 +197,7 @@ class _ProjectMLP(torch.autograd.Function):
 
 # norm: weight, bias, eps. projections: weights, then biases, of q, k and v; linears: those of out, fc1 and fc2, of
 # which backward needs the weights and the first bias. needs: which of the six want a gradient. place, spare: memory
-# that nobody needs any longer; training takes the most in the last layer's backward, and so takes less.
+# that nobody needs any longer. It is in the last layer's backward that training takes the most.
 
 
 def _spare(wide):

@@ -80,10 +80,8 @@ class Siglip2PackedEncoder:
         self.model = replayed(model.to(pick_device(device)).eval(), patch_budget)
         self.width = model.config.hidden_size
         self.column, self.pooled, self.patches, self.patch_budget = column, pooled, patches, patch_budget
-        self.workers, self.pool = (
-            workers,
-            decoding_pool(self.model.device, self.processor, workers, decode_in, patch_budget),
-        )
+        self.pool = decoding_pool(self.model.device, self.processor, workers, decode_in, patch_budget)
+        self.workers = workers
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Adds grid_thw `[N, 3]`, pooled `[N, D]`, patches (N of `[h·w, D]`) and error `[N]`, "" where all is well.

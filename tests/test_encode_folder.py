@@ -606,11 +606,8 @@ def test_the_shelf_has_room_for_all_that_wait(tower):
     _, processor = tower
     sources = [image_bytes(i, (16, 16)) for i in range(200)]
     with decoding_pool(torch.device("cpu"), processor, 2, "processes", patch_budget=640) as pool:
-        memory, size = (
-            np.frombuffer(pool.shelf.memory, np.uint8),
-            processor.max_num_patches * 3 * processor.patch_size**2,
-        )
-        assert pool.shelf.size == IMAGES_PER_JOB * size
+        assert pool.shelf.size == IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
+        memory = np.frombuffer(pool.shelf.memory, np.uint8)
         images = list(decode(inputs(*sources), processor, pool, 2))
         assert all(np.shares_memory(image.patches, memory) for image in images)
         del images

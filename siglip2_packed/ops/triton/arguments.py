@@ -17,6 +17,9 @@ from torch import Tensor
 logger = logging.getLogger("siglip2_packed")
 
 LOG2_E = math.log2(math.e)
+# gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3): 2z is SLOPE u + CUBIC u^3
+GELU_SLOPE = 2 * 0.7978845608028654
+GELU_CUBIC = GELU_SLOPE * 0.044715
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 
 next_power_of_2 = functools.cache(triton.next_power_of_2)  # Triton's own take a third of a launch each

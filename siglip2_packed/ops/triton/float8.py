@@ -9,11 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip2_packed.ops.triton import arguments, rows
-from siglip2_packed.ops.triton.arguments import LOG2_E, device_of, launch
+from siglip2_packed.ops.triton.arguments import GELU_CUBIC, GELU_SLOPE, LOG2_E, device_of, launch
 
 LARGEST = tl.constexpr(448.0)  # of float8_e4m3fn
-SLOPE_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654)
-CUBIC_LOG2 = tl.constexpr(-LOG2_E * 2 * 0.7978845608028654 * 0.044715)
+SLOPE_LOG2, CUBIC_LOG2 = tl.constexpr(-LOG2_E * GELU_SLOPE), tl.constexpr(-LOG2_E * GELU_CUBIC)
 EXP2, RECIPROCAL = tl.constexpr("ex2.approx.ftz.f32 $0, $1;"), tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
 INTERPRETED = tl.constexpr(arguments.INTERPRETED)
 
@@ -96,7 +95,6 @@ def quantize_kernel(
 
 @triton.jit
 def _gelu(u):
-    """gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3)."""
     return u * _sigmoid(u * (SLOPE_LOG2 + CUBIC_LOG2 * u * u))
 
 

@@ -34,6 +34,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.triton import hopper
 from siglip2_packed.ops.triton.arguments import (
+    GELU_CUBIC,
+    GELU_SLOPE,
     LOG2_E,
     capability,
     ceil_div,
@@ -53,11 +55,8 @@ MAX_REGISTERS = 168  # of the launch
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # as TMA writes it, and as products read it
 PIECE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
-# gelu(u) = u (1 + tanh z) / 2 = u sigmoid(2z), z = sqrt(2/pi) (u + 0.044715 u^3)
-SLOPE = gl.constexpr(2 * 0.7978845608028654)
-SLOPE_LOG2 = gl.constexpr(-LOG2_E * 2 * 0.7978845608028654)
-CUBIC_LOG2 = gl.constexpr(-LOG2_E * 2 * 0.7978845608028654 * 0.044715)
-CUBIC_3 = gl.constexpr(3 * 2 * 0.7978845608028654 * 0.044715)
+SLOPE, CUBIC_3 = gl.constexpr(GELU_SLOPE), gl.constexpr(3 * GELU_CUBIC)
+SLOPE_LOG2, CUBIC_LOG2 = gl.constexpr(-LOG2_E * GELU_SLOPE), gl.constexpr(-LOG2_E * GELU_CUBIC)
 
 TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
 TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
