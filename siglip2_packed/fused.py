@@ -262,18 +262,22 @@ def applies(block, hidden_states: Tensor) -> bool:
     return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
 
 
-def may_infer(layers, hidden_states: Tensor) -> bool:
-    """Whether `infer` computes what calling these layers one by one would."""
-    if torch.is_grad_enabled() and (
-        hidden_states.requires_grad or any(p.requires_grad for block in layers for p in block.parameters())
-    ):
+def may_infer(encoder, hidden_states: Tensor) -> bool:
+    """Whether `infer` computes what calling the encoder, and it its layers one by one, would."""
+    if (torch.is_grad_enabled() and hidden_states.requires_grad) or trained(encoder):
         return False
-    from siglip2_packed.encoder import Siglip2PackedEncoderLayer
+    from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer
 
-    return not _watched(hidden_states) and all(
+    if _watched(hidden_states) or type(encoder) is not Siglip2PackedEncoder or _hooked(encoder):
+        return False
+    return all(
         type(block) is Siglip2PackedEncoderLayer and _pristine(block, hidden_states.dtype) and not _hooked(block)
-        for block in layers
+        for block in encoder.layers
     )
+
+
+def trained(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
 
 
 def _pristine(block, dtype: torch.dtype) -> bool:

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from siglip2_packed import fused
 from siglip2_packed.attention import head_dim
-from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
 from siglip2_packed.ops.dispatch import resolve_backend
 from siglip2_packed.ops.segments import Segments
@@ -168,12 +167,7 @@ class _Graph:
         model = self.model
         patches = model.embeddings.patch_embedding(self.pixel_values)
         hidden_states = model.embeddings.add_positions(patches, self.images, self.image_of_row)
-        encoder, norm = model.encoder, getattr(model, "post_layernorm", None)
-        if type(encoder) is Siglip2PackedEncoder and fused.may_infer(encoder.layers, hidden_states):
-            hidden_states = fused.infer(encoder.layers, hidden_states, self.segments, "triton", norm)
-        else:
-            hidden_states, _ = encoder(hidden_states, self.segments, "triton")
-            hidden_states = hidden_states if norm is None else norm(hidden_states)
+        hidden_states, _ = model._encode(hidden_states, self.segments, "triton")
         return hidden_states, model.head(hidden_states, self.image_segments) if hasattr(model, "head") else None
 
     def replay(self, pixel_values: Tensor, layout: Layout) -> ModelOutput:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import weights
+from siglip2_packed import fused, weights
 from siglip2_packed.attention import head_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings, patch_dim
 from siglip2_packed.encoder import Siglip2PackedEncoder
@@ -130,9 +130,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         hidden_states = self.embeddings(pixel_values, layout.grids, position_ids)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        hidden_states, all_hidden_states = self.encoder(hidden_states, segments, backend, output_hidden_states)
-        if hasattr(self, "post_layernorm"):
-            hidden_states = self.post_layernorm(hidden_states)
+        hidden_states, all_hidden_states = self._encode(hidden_states, segments, backend, output_hidden_states)
         if hasattr(self, "head"):
             pooled = self.head(hidden_states, Segments(layout.image_lengths, pixel_values.device))
             output: ModelOutput = BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
@@ -224,6 +222,20 @@ class Siglip2PackedVisionModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
+
+    def _encode(
+        self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """`[T, D]` -> `[T, D]` after all layers and post_layernorm, and the hidden states if asked for."""
+        encoder, norm = self.encoder, getattr(self, "post_layernorm", None)
+        all_hidden_states = None
+        if output_hidden_states or not fused.may_infer(encoder, hidden_states):
+            hidden_states, all_hidden_states = encoder(hidden_states, segments, backend, output_hidden_states)
+        elif norm is None or fused.trained(norm):
+            hidden_states = fused.infer(encoder.layers, hidden_states, segments, backend)
+        else:
+            return fused.infer(encoder.layers, hidden_states, segments, backend, norm), None
+        return hidden_states if norm is None else norm(hidden_states), all_hidden_states
 
     @torch.compiler.disable
     def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids=None) -> Layout:

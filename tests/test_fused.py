@@ -155,6 +155,25 @@ def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
         assert len(seen) == 1 and torch.equal(fused.infer([], x, Segments([12]), "sdpa", norm), norm(x))
 
 
+def test_the_norm_at_the_end_learns_over_a_frozen_encoder(model, patches, monkeypatch):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    model.requires_grad_(False).post_layernorm.requires_grad_(True)
+    _, expected = plainly(monkeypatch, lambda: gradients(model, packed))
+    _, grads = gradients(model, packed)
+    assert set(grads) == {"post_layernorm.weight", "post_layernorm.bias"} == set(expected)
+    assert all(relative_error(grads[name], expected[name]) <= 1e-5 for name in grads)
+
+
+def test_a_hook_on_the_encoder_sees_the_sum_before_the_norm(model, patches):
+    packed, seen = PackedPatches(patches(GRIDS), GRIDS), []
+    model.encoder.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
+    with torch.no_grad():
+        out = model(**packed).last_hidden_state
+        (before,) = seen
+        expected = model(**packed, output_hidden_states=True).hidden_states[-1]
+        assert relative_error(before, expected) <= 1e-6 and relative_error(out, model.post_layernorm(before)) <= 1e-6
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "frozen", [(), ("weight",), ("bias",), ("q_proj", "fc1", "fc2.bias"), ("norm", "out_proj")], ids=str
