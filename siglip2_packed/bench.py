@@ -12,6 +12,7 @@ import argparse
 import copy
 import importlib
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.packing import PackedPatches, pad, unpack
 from siglip2_packed.random_checkpoint import SHAPES, randomize
-from siglip2_packed.workloads import WORKLOADS, forward_flops, grids
+from siglip2_packed.workloads import WORKLOADS, attention_flops, forward_flops, grids
 
 PEAK_TFLOPS = {"H100": 989, "H200": 989}  # dense bfloat16, by the data sheets; MFU is printed for these only
+ATTENTION_TFLOPS = 500
+"""A forward's floor, on those cards: the time of `gemm_chain`, and attention's work at this rate."""
 WARM_UP = 0.25
 """Seconds."""
 BOUND = {torch.bfloat16: 0.05, torch.float16: 0.02, torch.float32: 1e-4}
@@ -237,7 +240,8 @@ def measure(
     device = packed["pixel_values"].device
     expected = reference(exact, packed)
     total, images = len(packed["pixel_values"]), len(packed["grid_thw"])
-    flops = forward_flops(config, [tuple(grid) for grid in packed["grid_thw"].tolist()])
+    images_thw = [tuple(grid) for grid in packed["grid_thw"].tolist()]
+    flops, attention = forward_flops(config, images_thw), attention_flops(config, images_thw)
     name = str(dtype).removeprefix("torch.")
     ready: dict[str, tuple[Packed, Any]] = {}
     for key, provider in providers.items():
@@ -264,6 +268,7 @@ def measure(
             if mode == "forward" or provider.trains
         }
         times = in_turn(steps, rounds, device)
+        floor = statistics.median(times.get("gemm_chain", [0.0])) + attention / ATTENTION_TFLOPS / 1e9
         for key, samples in times.items():
             rows.add(key, workload, mode, name, "time", samples, "ms")
             if key == "gemm_chain":
@@ -274,6 +279,8 @@ def measure(
             work = flops * (3 if mode == "train" else 1)
             peak = next((x for card, x in PEAK_TFLOPS.items() if card in rows.common["card"]), None)
             if peak and dtype == torch.bfloat16:
+                if "gemm_chain" in times:
+                    rows.add(key, workload, mode, name, "over_floor", [x / floor for x in samples], "")
                 rows.add(key, workload, mode, name, "mfu", [work / x / peak / 1e12 for x in seconds], "")
             if device.type == "cuda":
                 memory = peak_memory(ready[key][0], steps[key])
@@ -324,30 +331,31 @@ def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device, sampl
     """Milliseconds: in every round each function runs to warm up, then `samples` times.
 
     On CUDA one step follows the other without waiting, as in a loop over data: the host prepares a step while the
-    device works on the one before. There warm-up takes at least `WARM_UP` seconds: the clock of a card at its power
-    limit, and so the time of the first steps, is that of what ran before.
+    device works on the one before. There warm-up takes at least `WARM_UP` seconds, and so do the samples: the clock of
+    a card at its power limit is first that of what ran before, and then swings for tenths of a second.
     """
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(rounds):
         for key, function in steps.items():
             if device.type == "cuda":
-                _warm_up(function)
-                times[key] += _cuda_milliseconds(function, samples)
+                times[key] += _cuda_milliseconds(function, max(samples, _warm_up(function)))
             else:
                 function()
                 times[key] += _cpu_milliseconds(function, samples)
     return times
 
 
-def _warm_up(function: Callable) -> None:
-    """At most one step ahead of the device."""
-    begin, before = time.perf_counter(), torch.cuda.Event()
+def _warm_up(function: Callable) -> int:
+    """How many steps it took, at most one ahead of the device."""
+    begin, before, steps = time.perf_counter(), torch.cuda.Event(), 0
     before.record()
     while time.perf_counter() - begin < WARM_UP:
         function()
         before.synchronize()
         before = torch.cuda.Event()
         before.record()
+        steps += 1
+    return steps
 
 
 def _cpu_milliseconds(function: Callable, samples: int) -> list[float]:
@@ -390,7 +398,7 @@ def line(rows: Rows, workload: str, mode: str, provider: str) -> str:
                 yield float(row["p50"])
 
     units = {"time": "{:9.2f} ms", "patches_per_s": "{:9.0f} patches/s", "images_per_s": "{:8.1f} images/s"}
-    units |= {"mfu": "MFU {:.3f}", "peak_memory": "{:6.2f} GiB"}
+    units |= {"over_floor": "{:.2f}x its floor", "mfu": "MFU {:.3f}", "peak_memory": "{:6.2f} GiB"}
     parts = [text.format(value) for metric, text in units.items() for value in values(metric)]
     parts += [f"error {value:.1e}" for value in values("relative_error", "forward")]
     parts += [f"min cosine {value:.5f}" for value in values("min_cosine", "forward")]

@@ -37,8 +37,12 @@ def grids(name: str, *, images: int | None = None, seed: int = 0) -> list[Grid]:
 
 def forward_flops(config, grid_thw: Sequence[Grid]) -> int:
     """L·(2T(4D² + 2DF) + 4D·Σ len²) + 2TPD over real patches; padding never counts as work. Training: 3x."""
+    d, f, total = config.hidden_size, config.intermediate_size, sum(make_layout(grid_thw).lengths)
+    linear = config.num_hidden_layers * 2 * total * (4 * d * d + 2 * d * f)
+    return linear + attention_flops(config, grid_thw) + 2 * total * config.patch_size**2 * config.num_channels * d
+
+
+def attention_flops(config, grid_thw: Sequence[Grid]) -> int:
+    """L·4D·Σ len², every frame a segment."""
     lengths = make_layout(grid_thw).lengths
-    d, f, total = config.hidden_size, config.intermediate_size, sum(lengths)
-    attention = 4 * d * sum(length * length for length in lengths)
-    layer = 2 * total * (4 * d * d + 2 * d * f) + attention
-    return config.num_hidden_layers * layer + 2 * total * config.patch_size**2 * config.num_channels * d
+    return config.num_hidden_layers * 4 * config.hidden_size * sum(length * length for length in lengths)

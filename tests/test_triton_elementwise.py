@@ -115,16 +115,29 @@ def test_gelu_backward(op, shape, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (70, 1000), (300, 130)])
-@pytest.mark.parametrize("op", [columns_op, column_kernels])
-def test_columns(op, shape, dtype, device):
+def test_columns(shape, dtype, device):
     (x,) = draw(device, dtype, shape)
-    sums = op.column_sums(x)
+    sums = column_kernels.column_sums(x)
     assert sums.dtype == dtype and relative_error(sums, x.double().sum(0)) <= BOUND[dtype]
-    out = op.transposed(x)
+    out = column_kernels.transposed(x)
     assert out.is_contiguous() and torch.equal(out, x.t())
     wide = torch.cat((x, x), 1)
-    assert torch.equal(op.column_sums(wide[:, : shape[1]]), sums)
-    assert torch.equal(op.transposed(wide[:, : shape[1]]), out)
+    assert torch.equal(column_kernels.column_sums(wide[:, : shape[1]]), sums)
+    assert torch.equal(column_kernels.transposed(wide[:, : shape[1]]), out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 37, 300])
+@pytest.mark.parametrize("few", [301, 300, 0])
+def test_gradients_of_weights_and_biases(rows, few, dtype, device, monkeypatch):
+    """Few rows and many, by other kernels."""
+    monkeypatch.setattr(columns_op, "FEW_ROWS", few)
+    a, b = draw(device, dtype, (rows, 200), (rows, 72))
+    product, sums = columns_op.product_over_rows(a, b), columns_op.column_sums(a)
+    assert product.shape == (200, 72) and product.is_contiguous() and product.dtype == sums.dtype == dtype
+    assert (product - (a.double().t() @ b.double())).norm() <= BOUND[dtype] * product.double().norm()
+    assert (sums - a.double().sum(0)).norm() <= BOUND[dtype] * sums.double().norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)

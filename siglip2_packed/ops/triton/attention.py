@@ -274,7 +274,8 @@ def _backward(
             )
             return
         delta = torch.empty_like(lse)
-        hopper = hopper_kernels("attention_hopper_backward") if capability(q) == 90 else None
+        few = few_rows(q, max_seqlen)  # descriptors of tiles cost the host more than other kernels the device
+        hopper = hopper_kernels("attention_hopper_backward") if capability(q) == 90 and not few else None
         if hopper and hopper.backward(grad, q, k, v, out, lse, delta, dq, dk, dv, cu_seqlens, max_seqlen, scale):
             return
         tile_q, tile_kv = backward_tiles(K, q.dtype, capability(q))
