@@ -732,6 +732,28 @@ def test_which_packs_are_few_rows(monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("K", [64, 72, 128])
+def test_packs_of_the_self_check_take_every_tile(K, capability, dtype, monkeypatch):
+    from siglip2_packed.ops.dispatch import CHECKED_PACKS
+    from siglip2_packed.ops.triton import attention
+
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 100)
+
+    def tiles(rows, longest):
+        few = attention.few_rows(torch.zeros(rows, 3, 8), longest)
+        short = attention.backward_short_tile(K, dtype, longest, capability)
+        return repr(attention.forward_tile(K, dtype, longest, capability, few)), repr(short)
+
+    checked = [tiles(sum(lengths), max(lengths)) for lengths in CHECKED_PACKS]
+    possible = [
+        tiles(rows, longest) for longest in (1, 32, 33, 64, 65, 128, 129, 256, 257, 4096) for rows in (longest, 9999)
+    ]
+    for chosen, all_of_them in zip(zip(*checked), zip(*possible)):
+        assert set(chosen) == set(all_of_them)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[256], [100, 0, 156, 1], [7] * 30])
 @pytest.mark.parametrize("K", [64, 72])
