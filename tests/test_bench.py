@@ -31,6 +31,27 @@ def test_rows_of_every_provider_that_runs_here(tmp_path, capsys):
     assert "cudagraph: cannot be built" in capsys.readouterr().out
 
 
+def test_a_forwards_floor_is_its_products_and_attention(monkeypatch):
+    config, state = bench.weights(None, "tiny", "cpu")
+    grids = [(1, 400, 300), (2, 13, 19)]
+    packed = bench.PackedPatches(torch.randn(400 * 300 + 2 * 13 * 19, 48).bfloat16(), grids)
+    attention = config.num_hidden_layers * 4 * config.hidden_size * ((400 * 300) ** 2 + 2 * (13 * 19) ** 2)
+    names = "siglip2_packed", "gemm_chain"
+    for name in names:
+        monkeypatch.setattr(bench.PROVIDERS[name], "tokens", lambda self, inputs: torch.zeros(1))
+        monkeypatch.setattr(bench.PROVIDERS[name], "inputs", lambda self, packed: None)
+    monkeypatch.setattr(bench, "reference", lambda exact, packed: torch.ones(1, 1))
+    monkeypatch.setattr(bench.PROVIDERS["siglip2_packed"], "rows", lambda *_: torch.ones(1, 1))
+    monkeypatch.setattr(bench, "in_turn", lambda steps, *_: {name: [4.0, 2.0, 9.0] for name in steps})
+    providers = {name: bench.PROVIDERS[name](config, state, "cpu", torch.bfloat16) for name in names}
+    rows = Rows("encoder", "NVIDIA H100 80GB HBM3")
+    bench.measure(rows, config, None, "long", packed, providers, ["forward", "train"], torch.bfloat16, 1)
+    (row,) = [row for row in rows.rows if row["metric"] == "over_floor"]
+    assert (row["provider"], row["mode"]) == ("siglip2_packed", "forward")
+    assert float(row["p50"]) == pytest.approx(4 / (4 + attention / 500e12 * 1e3), rel=1e-4)
+    assert attention / 500e12 * 1e3 > 1
+
+
 @pytest.mark.parametrize("fault", ["wrong", "nan"])
 def test_a_wrong_answer_is_refused_and_not_timed(tmp_path, monkeypatch, capsys, fault):
     class Wrong(bench.Packed):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from siglip2_packed.ops.layer_norm import on_triton
 
-
 FEW_ROWS = 2048
 """With fewer, a pass over the rows takes less time than the host takes to launch one kernel more."""
 
