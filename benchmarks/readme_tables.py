@@ -150,7 +150,7 @@ def encoder_table(rows: pd.DataFrame) -> str:
             cells.append(ratio)
             if floor:
                 over = values["siglip2_packed"].get((workload, mode, "over_floor")) if metric == "time" else None
-                cells.append(f"{over:.2f}x" if over else "")
+                cells.append(f"{over:.2f}x" if pd.notna(over) else "")
             lines.append(f"| {workload}, {unit} | {' | '.join(cells)} |")
     notes = []
     for (workload, mode), times in rows[rows.metric == "time"].groupby(["workload", "mode"], sort=False):

@@ -328,7 +328,7 @@ def step(provider: Packed, inputs: Any, mode: str) -> Callable[[], object]:
 
 
 def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device, samples: int = 3) -> dict[str, list[float]]:
-    """Milliseconds: in every round each function runs to warm up, then `samples` times.
+    """Milliseconds: in every round each function runs to warm up, then at least `samples` times.
 
     On CUDA one step follows the other without waiting, as in a loop over data: the host prepares a step while the
     device works on the one before. There warm-up takes at least `WARM_UP` seconds, and so do the samples: the clock of
@@ -338,24 +338,12 @@ def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device, sampl
     for _ in range(rounds):
         for key, function in steps.items():
             if device.type == "cuda":
-                times[key] += _cuda_milliseconds(function, max(samples, _warm_up(function)))
+                _cuda_milliseconds(function, 1)
+                times[key] += _cuda_milliseconds(function, samples)
             else:
                 function()
                 times[key] += _cpu_milliseconds(function, samples)
     return times
-
-
-def _warm_up(function: Callable) -> int:
-    """How many steps it took, at most one ahead of the device."""
-    begin, before, steps = time.perf_counter(), torch.cuda.Event(), 0
-    before.record()
-    while time.perf_counter() - begin < WARM_UP:
-        function()
-        before.synchronize()
-        before = torch.cuda.Event()
-        before.record()
-        steps += 1
-    return steps
 
 
 def _cpu_milliseconds(function: Callable, samples: int) -> list[float]:
@@ -367,11 +355,14 @@ def _cpu_milliseconds(function: Callable, samples: int) -> list[float]:
 
 
 def _cuda_milliseconds(function: Callable, samples: int) -> list[float]:
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    """Of at least so many steps, and of those of `WARM_UP` seconds; the host is at most two ahead of the device."""
+    begin, events = time.perf_counter(), [torch.cuda.Event(enable_timing=True)]
     events[0].record()
-    for event in events[1:]:
+    while len(events) <= samples or time.perf_counter() - begin < WARM_UP:
         function()
-        event.record()
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+        events[max(0, len(events) - 3)].synchronize()
     events[-1].synchronize()
     return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
@@ -440,7 +431,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to run (cuda if there is one)")  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="bfloat16 on CUDA, else float32")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of three samples of each provider (5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of at least three samples of each provider (5)")
     parser.add_argument("--out", type=Path, help="CSV to write the rows to")
     parser.set_defaults(run=run)
 

@@ -66,6 +66,8 @@ class Siglip2PackedEncoder(nn.Module):
         self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`[T, D]` -> `[T, D]` after the last layer, and, if asked for, all L+1 states, the input first."""
+        if not output_hidden_states and fused.may_infer(self.layers, hidden_states):
+            return fused.infer(self.layers, hidden_states, segments, backend), None
         states = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states, segments, backend)

@@ -36,7 +36,7 @@ Norm = tuple[Tensor, Tensor, float]
 
 @torch.no_grad()
 def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
-    """`[T, D]` -> `[T, D]` after all layers and `norm`, without gradients.
+    """`[T, D]` -> `[T, D]` after all layers and `norm`, an unchanged module, without gradients.
 
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
     the sum of the biases so far, which each LayerNorm adds in float32.
@@ -51,10 +51,9 @@ def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm:
         normed, waiting = layer_norm(x, *norm2, waiting, biases[3])
         _add_product(x, linear_gelu(normed, weights[4], biases[4]), weights[5])
         bias = biases[5]
-    if norm is not None and _plain(norm, nn.LayerNorm, x.dtype):
+    if norm is not None:
         return layer_norm(x, *_norm(norm), waiting, bias)[0]
-    x = x if bias is None else x.add_(waiting + bias)
-    return x if norm is None else norm(x)
+    return x if bias is None else x.add_(waiting + bias)
 
 
 def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -261,22 +260,35 @@ def applies(block, hidden_states: Tensor) -> bool:
     return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
 
 
-def may_infer(encoder, hidden_states: Tensor) -> bool:
-    """Whether `infer` computes what calling the encoder, and it its layers one by one, would."""
-    if (torch.is_grad_enabled() and hidden_states.requires_grad) or trained(encoder):
+def may_infer(layers, hidden_states: Tensor) -> bool:
+    """Whether `infer` computes what calling these layers one by one would."""
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(map(_trained, layers))):
         return False
-    from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer
+    from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 
-    if _watched(hidden_states) or type(encoder) is not Siglip2PackedEncoder or _hooked(encoder):
-        return False
-    return all(
+    return not _watched(hidden_states) and all(
         type(block) is Siglip2PackedEncoderLayer and _pristine(block, hidden_states.dtype) and not _hooked(block)
-        for block in encoder.layers
+        for block in layers
     )
 
 
-def trained(module: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+def may_infer_with(norm, encoder, hidden_states: Tensor) -> bool:
+    """Whether `infer` with this norm at the end computes what calling the encoder, and then the norm, would."""
+    from siglip2_packed.encoder import Siglip2PackedEncoder
+
+    return (
+        not traced()
+        and type(encoder) is Siglip2PackedEncoder
+        and not _hooked(encoder)
+        and norm is not None
+        and _plain(norm, nn.LayerNorm, hidden_states.dtype)
+        and not (torch.is_grad_enabled() and _trained(norm))
+        and may_infer(encoder.layers, hidden_states)
+    )
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _pristine(block, dtype: torch.dtype) -> bool:

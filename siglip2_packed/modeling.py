@@ -228,13 +228,9 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`[T, D]` -> `[T, D]` after all layers and post_layernorm, and the hidden states if asked for."""
         encoder, norm = self.encoder, getattr(self, "post_layernorm", None)
-        all_hidden_states = None
-        if output_hidden_states or not fused.may_infer(encoder, hidden_states):
-            hidden_states, all_hidden_states = encoder(hidden_states, segments, backend, output_hidden_states)
-        elif norm is None or fused.trained(norm):
-            hidden_states = fused.infer(encoder.layers, hidden_states, segments, backend)
-        else:
+        if not output_hidden_states and fused.may_infer_with(norm, encoder, hidden_states):
             return fused.infer(encoder.layers, hidden_states, segments, backend, norm), None
+        hidden_states, all_hidden_states = encoder(hidden_states, segments, backend, output_hidden_states)
         return hidden_states if norm is None else norm(hidden_states), all_hidden_states
 
     @torch.compiler.disable

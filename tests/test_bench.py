@@ -1,6 +1,7 @@
 """The benchmark checks answers before it times them, and times what it says."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,34 @@ def test_a_forwards_floor_is_its_products_and_attention(monkeypatch):
     assert (row["provider"], row["mode"]) == ("siglip2_packed", "forward")
     assert float(row["p50"]) == pytest.approx(4 / (4 + attention / 500e12 * 1e3), rel=1e-4)
     assert attention / 500e12 * 1e3 > 1
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.8, 3), (0.02, 13)])
+def test_samples_take_as_long_as_the_warm_up(monkeypatch, seconds, samples):
+    """Each is one step; the first of all, which compiles, is not among them."""
+    now, naps = 0.0, iter([5.0])
+
+    def step():
+        nonlocal now
+        now += next(naps, seconds)
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            self.time = now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return 1e3 * (later.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now))
+    times = bench.in_turn({"step": step}, 2, torch.device("cuda"))["step"]
+    assert times == pytest.approx([1e3 * seconds] * 2 * samples)
 
 
 @pytest.mark.parametrize("fault", ["wrong", "nan"])

@@ -143,16 +143,23 @@ def test_float64_is_not_rounded(model, patches, monkeypatch):
     assert all((grads[name] - g).norm() <= 1e-13 * largest for name, g in expected_grads.items())
 
 
-def test_the_norm_at_the_end_is_the_modules(model, monkeypatch):
+@pytest.fixture
+def norms(monkeypatch):
+    """The norms that `infer` was given."""
+    seen, infer = [], fused.infer
+    monkeypatch.setattr(fused, "infer", lambda *args: (seen.append(args[4:]), infer(*args))[1])
+    return seen
+
+
+def test_the_norm_at_the_end_is_the_modules(model, patches, norms):
     """In one pass with the last sum, or called where something hangs on it."""
-    x, norm, seen = torch.randn(12, 64), model.post_layernorm, []
-    nn.init.normal_(norm.weight)
+    packed, seen = PackedPatches(patches(GRIDS), GRIDS), []
+    nn.init.normal_(model.post_layernorm.weight)
     with torch.no_grad():
-        expected = norm(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa"))
-        assert relative_error(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa", norm), expected) <= 1e-6
-        norm.register_forward_hook(lambda *_: seen.append(1))
-        assert torch.equal(fused.infer(model.encoder.layers, x, Segments([12]), "sdpa", norm), expected)
-        assert len(seen) == 1 and torch.equal(fused.infer([], x, Segments([12]), "sdpa", norm), norm(x))
+        out = model(**packed).last_hidden_state
+        model.post_layernorm.register_forward_hook(lambda *_: seen.append(1))
+        assert relative_error(out, model(**packed).last_hidden_state) <= 1e-6
+    assert len(seen) == 1 and norms == [(model.post_layernorm,), ()]
 
 
 def test_the_norm_at_the_end_learns_over_a_frozen_encoder(model, patches, monkeypatch):
@@ -164,7 +171,15 @@ def test_the_norm_at_the_end_learns_over_a_frozen_encoder(model, patches, monkey
     assert all(relative_error(grads[name], expected[name]) <= 1e-5 for name in grads)
 
 
-def test_a_hook_on_the_encoder_sees_the_sum_before_the_norm(model, patches):
+def test_what_hangs_on_the_norm_at_the_end_learns_over_a_frozen_tower(model, patches):
+    packed, scale = PackedPatches(patches(GRIDS), GRIDS), nn.Parameter(torch.ones(()))
+    model.requires_grad_(False).post_layernorm.register_forward_hook(lambda module, args, out: out * scale)
+    features = model(**packed).last_hidden_state
+    features.square().sum().backward()
+    assert scale.grad.item() == pytest.approx(2 * features.square().sum().item(), rel=1e-5)
+
+
+def test_a_hook_on_the_encoder_sees_the_sum_before_the_norm(model, patches, norms):
     packed, seen = PackedPatches(patches(GRIDS), GRIDS), []
     model.encoder.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
     with torch.no_grad():
@@ -172,6 +187,21 @@ def test_a_hook_on_the_encoder_sees_the_sum_before_the_norm(model, patches):
         (before,) = seen
         expected = model(**packed, output_hidden_states=True).hidden_states[-1]
         assert relative_error(before, expected) <= 1e-6 and relative_error(out, model.post_layernorm(before)) <= 1e-6
+    assert norms == [()]
+
+
+def test_an_encoder_of_another_class_is_called(model, patches):
+    class Rolled(type(model.encoder)):
+        def forward(self, *args):
+            hidden_states, states = super().forward(*args)
+            return hidden_states.roll(1, 1), states
+
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    nn.init.normal_(model.post_layernorm.weight)
+    with torch.no_grad():
+        expected = model.post_layernorm(model(**packed, output_hidden_states=True).hidden_states[-1].roll(1, 1))
+        model.encoder.__class__ = Rolled
+        assert relative_error(model(**packed).last_hidden_state, expected) <= 1e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)

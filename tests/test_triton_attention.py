@@ -757,9 +757,11 @@ def test_packs_of_the_self_check_take_every_tile(K, capability, dtype, monkeypat
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[256], [100, 0, 156, 1], [7] * 30])
 @pytest.mark.parametrize("K", [64, 72])
-def test_few_rows(lengths, K):
+def test_few_rows(lengths, K, monkeypatch):
+    """Are not for the Hopper kernels."""
     from siglip2_packed.ops.triton import attention
 
+    monkeypatch.setattr(attention, "hopper_kernels", lambda name: pytest.fail(f"asked for {name}"))
     qkv, cu = random_qkv(sum(lengths), 16, K, torch.bfloat16), offsets(lengths)
     assert attention.few_rows(qkv[:, 0], max(lengths)) and not attention.few_rows(qkv[:, 0], 257)
     assert not attention.few_rows(qkv[:1, 0].expand(2000, 16, K), 256)

@@ -129,15 +129,15 @@ def test_columns(shape, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 37, 300])
-@pytest.mark.parametrize("few", [301, 300, 0])
+@pytest.mark.parametrize("few", [301, 0])
 def test_gradients_of_weights_and_biases(rows, few, dtype, device, monkeypatch):
     """Few rows and many, by other kernels."""
     monkeypatch.setattr(columns_op, "FEW_ROWS", few)
     a, b = draw(device, dtype, (rows, 200), (rows, 72))
     product, sums = columns_op.product_over_rows(a, b), columns_op.column_sums(a)
     assert product.shape == (200, 72) and product.is_contiguous() and product.dtype == sums.dtype == dtype
-    assert (product - (a.double().t() @ b.double())).norm() <= BOUND[dtype] * product.double().norm()
-    assert (sums - a.double().sum(0)).norm() <= BOUND[dtype] * sums.double().norm()
+    for result, exact in ((product, a.double().t() @ b.double()), (sums, a.double().sum(0))):
+        assert (result - exact).norm() <= BOUND[dtype] * exact.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
