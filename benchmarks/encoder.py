@@ -1,6 +1,6 @@
 """The encoder beside its peers on every workload: `siglip2-packed bench` with all providers, rows kept.
 
-    python benchmarks/encoder.py              # about six minutes on an H100
+    python benchmarks/encoder.py              # about seven minutes on an H200
 
 Prints lines as they come; the README's table and plot are made from the rows by readme_tables.py. Flags of the command
 (`siglip2-packed bench --help`) may follow and replace those set here.

@@ -268,7 +268,7 @@ def measure(
             if mode == "forward" or provider.trains
         }
         times = in_turn(steps, rounds, device)
-        floor = statistics.median(times.get("gemm_chain", [0.0])) + attention / ATTENTION_TFLOPS / 1e9
+        chain = times.get("gemm_chain")
         for key, samples in times.items():
             rows.add(key, workload, mode, name, "time", samples, "ms")
             if key == "gemm_chain":
@@ -279,7 +279,8 @@ def measure(
             work = flops * (3 if mode == "train" else 1)
             peak = next((x for card, x in PEAK_TFLOPS.items() if card in rows.common["card"]), None)
             if peak and dtype == torch.bfloat16:
-                if "gemm_chain" in times:
+                if chain:
+                    floor = statistics.median(chain) + attention / ATTENTION_TFLOPS / 1e9
                     rows.add(key, workload, mode, name, "over_floor", [x / floor for x in samples], "")
                 rows.add(key, workload, mode, name, "mfu", [work / x / peak / 1e12 for x in seconds], "")
             if device.type == "cuda":
