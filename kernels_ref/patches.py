@@ -1,27 +1,23 @@
 """Images to patches and back, and what a grid says about the rows of a pack."""
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """`[N, C, H, W]` -> `[N, h·w, patch_size²·C]`: patches in raster order, each (py, px, c), c fastest."""
-    N, C, height, width = images.shape
+    height, width = images.shape[2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}x{patch_size}")
-    h, w = height // patch_size, width // patch_size
-    patches = images.reshape(N, C, h, patch_size, w, patch_size).permute(0, 2, 4, 3, 5, 1)  # [N, h, w, py, px, C]
-    return patches.reshape(N, h * w, patch_size * patch_size * C)
+    return rearrange(images, "N C (h py) (w px) -> N (h w) (py px C)", py=patch_size, px=patch_size)
 
 
 def unpatchify(patches: Tensor, patch_size: int, h: int, w: int) -> Tensor:
     """`[N, h·w, patch_size²·C]` -> `[N, C, h·patch_size, w·patch_size]`, the inverse of `patchify`."""
-    N, rows, P = patches.shape
-    if rows != h * w:
-        raise ValueError(f"a grid of {h}x{w} has {h * w} patches, got {rows}")
-    C = P // patch_size**2
-    images = patches.reshape(N, h, w, patch_size, patch_size, C).permute(0, 5, 1, 3, 2, 4)  # [N, C, h, py, w, px]
-    return images.reshape(N, C, h * patch_size, w * patch_size)
+    if patches.shape[1] != h * w:
+        raise ValueError(f"a grid of {h}x{w} has {h * w} patches, got {patches.shape[1]}")
+    return rearrange(patches, "N (h w) (py px C) -> N C (h py) (w px)", h=h, py=patch_size, px=patch_size)
 
 
 def grid_rows(grid_thw: Tensor) -> list[tuple[int, int, int]]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
@@ -207,13 +208,12 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
         raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
     if images.ndim != 4:
         raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
-    n, channels, height, width = images.shape
+    n, _, height, width = images.shape
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
-    h, w = height // patch_size, width // patch_size
-    patches = images.reshape(n, channels, h, patch_size, w, patch_size).permute(0, 2, 4, 3, 5, 1)
-    grid_thw = torch.tensor([[1, h, w]], dtype=torch.long, device=images.device).repeat(n, 1)
-    return patches.reshape(n * h * w, patch_size * patch_size * channels), grid_thw
+    patches = rearrange(images, "n c (h py) (w px) -> (n h w) (py px c)", py=patch_size, px=patch_size)
+    grid = [[1, height // patch_size, width // patch_size]]
+    return patches, torch.tensor(grid, dtype=torch.long, device=images.device).repeat(n, 1)
 
 
 def pack(

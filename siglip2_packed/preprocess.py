@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from transformers.utils.hub import cached_file
 
@@ -301,7 +302,7 @@ class Siglip2PackedImageProcessor:
             assert isinstance(image, Image.Image)
             image = image.resize((w * p, h * p), resample=self.resample)
 
-        patches = np.asarray(image).reshape(h, p, w, p, 3).transpose(0, 2, 1, 3, 4).reshape(h * w, p * p * 3)
+        patches = rearrange(np.asarray(image), "(h py) (w px) c -> (h w) (py px c)", py=p, px=p)
         scale = factor * (self.rescale_factor if self.do_rescale else 1 / 255)
         return _Patches(patches, scale, (h, w), (height, width))
 
@@ -309,9 +310,8 @@ class Siglip2PackedImageProcessor:
         # Bit for bit transformers' arithmetic: scaled in float64, rounded to float32, normalised in float32.
         np.multiply(frame.patches, frame.scale, out=out, dtype=np.float64, casting="same_kind")
         if self.do_normalize:
-            repeats = self.patch_size**2
-            np.subtract(out, np.tile(np.array(self.image_mean, dtype=np.float32), repeats), out=out)
-            np.divide(out, np.tile(np.array(self.image_std, dtype=np.float32), repeats), out=out)
+            np.subtract(out, _patch_of(tuple(self.image_mean), self.patch_size), out=out)
+            np.divide(out, _patch_of(tuple(self.image_std), self.patch_size), out=out)
 
     def _threads(self, jobs: int) -> int:
         threads = self.num_threads
@@ -354,6 +354,14 @@ def _sort_out(
         else:
             kept[index] = read
     return kept, skipped
+
+
+@lru_cache
+def _patch_of(colour: tuple[float, ...], patch_size: int) -> np.ndarray:
+    """`[P]` float32: a patch whose every pixel has this colour."""
+    patch = np.tile(np.array(colour, dtype=np.float32), patch_size**2)
+    patch.flags.writeable = False  # all images' share it
+    return patch
 
 
 @lru_cache

@@ -113,8 +113,8 @@ def packed(batch):
     return batch["pixel_values"][batch["pixel_attention_mask"].bool()], grid_thw
 
 
-def test_imports_torch_only():
-    allowed = {"torch", "math", "collections", "itertools", "typing", "json", "os", "pathlib", "safetensors"}
+def test_imports_torch_and_einops_only():
+    allowed = {"torch", "einops", "math", "collections", "itertools", "typing", "json", "os", "pathlib", "safetensors"}
     for file in Path(ref.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
