@@ -3,194 +3,45 @@
 Compared with two independent computations of the same images in float32: `kernels_ref`, and
 `transformers.Siglip2VisionModel`, both padded. A stage passes only if the largest absolute difference, the relative
 error and the worst token's cosine are all within their bounds; a cosine alone would pass wrong positions.
-
-Shapes: N images, T patches of all of them, D hidden size, L layers.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import transformers
-from PIL import Image, ImageOps
-from torch import Tensor
 
-import kernels_ref
 from siglip2_packed.attention import head_dim
-from siglip2_packed.compare import Row, compare, measure
 from siglip2_packed.doctor import environment
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
+from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
+from siglip2_packed.inspection.references import (
+    MISPLACED,
+    Case,
+    References,
+    full_precision,
+    image_case,
+    load_packed,
+    load_references,
+    random_cases,
+    run_packed,
+    run_references,
+    wrong_positions,
+)
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.dispatch import length_class, resolve_backend
-from siglip2_packed.packing import PackedPatches, convert_to_packing_format
-from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.sources import image_files
 
-Stages = dict[str, Tensor]
-"""What a model computed: "patches" `[T, P]`, "embeddings", "layer 1" to "layer L" and "final" `[T, D]`, and, with a
-pooling head, "pooled" `[N, D]`."""
-
-# wider than the position table, narrower, a row, a column, and smaller on both sides
-GRIDS = ((13, 19), (8, 32), (1, 256), (7, 1), (5, 7), (2, 3))
-MISPLACED = f"transformers {transformers.__version__} misplaces images one patch wide on CPU"
 # colour, grey, alpha, text, a palette; landscape and portrait
 PHOTOGRAPHS = (
     "astronaut.png chelsea.png coffee.png rocket.jpg camera.png logo.png page.png motorcycle_left.png "
     "no_time_for_that_tiny.gif"
 ).split()
-
-
-@dataclass(frozen=True)
-class Case:
-    """The same images in the two forms that are compared.
-
-    `packed` is what our own code made of them; `padded` holds pixel_values `[N, max, P]`, pixel_attention_mask and
-    spatial_shapes, made by `patches_by` without it.
-    """
-
-    name: str
-    images: list[str]
-    packed: PackedPatches
-    padded: dict[str, Tensor]
-    patches_by: str
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        return [(h, w) for h, w in self.padded["spatial_shapes"].tolist()]
-
-
-class Transformers(NamedTuple):
-    model: Any
-    not_loaded: list[str]
-    """Tensors that the checkpoint did not give, which are therefore random."""
-
-
-def load_packed(ckpt: str, device: torch.device, dtype: torch.dtype, attention: str) -> Siglip2PackedVisionModel:
-    model: Any = Siglip2PackedVisionModel.from_pretrained(ckpt, dtype=dtype, attn_implementation=attention)
-    return model.to(device).eval()
-
-
-def load_reference(ckpt: str, device: torch.device) -> kernels_ref.Siglip2Naflex:
-    return kernels_ref.Siglip2Naflex(ckpt, device=device, dtype=torch.float32).eval()
-
-
-def load_transformers(ckpt: str, device: torch.device, dtype: torch.dtype, head: bool) -> Transformers:
-    """`head=False` for a checkpoint without a pooling head, for which transformers would make up a random one."""
-    config = transformers.Siglip2VisionConfig.from_pretrained(ckpt)
-    config.vision_use_head = head
-    loaded: Any = transformers.Siglip2VisionModel.from_pretrained(
-        ckpt, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
-    model, info = loaded
-    not_loaded = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
-    return Transformers(model.to(device).eval(), not_loaded)
-
-
-def run_packed(model: Siglip2PackedVisionModel, case: Case) -> Stages:
-    patches = case.packed["pixel_values"]
-    output = model(**{**case.packed, "pixel_values": patches.to(model.device)}, output_hidden_states=True)
-    pooled = output.pooler_output if hasattr(model, "head") else None
-    return {"patches": patches, **_stages(output.hidden_states, output.last_hidden_state, pooled)}
-
-
-def run_reference(reference: kernels_ref.Siglip2Naflex, case: Case) -> Stages:
-    state: dict[str, Tensor] = reference.state
-    device = state["post_layernorm.bias"].device
-    names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-    pixels, mask, shapes = (case.padded[name].to(device) for name in names)
-    output = kernels_ref.padded_encoder(state, reference.config, pixels, mask, shapes, output_hidden_states=True)
-    assert output.hidden_states is not None
-    return _unpadded(case, output.hidden_states, output.last_hidden_state, output.pooler_output)
-
-
-def run_transformers(model: Any, case: Case) -> Stages:
-    parameter = next(model.parameters())
-    padded = {name: tensor.to(parameter.device) for name, tensor in case.padded.items()}
-    padded["pixel_values"] = padded["pixel_values"].to(parameter.dtype)
-    output = model(**padded, output_hidden_states=True)
-    return _unpadded(case, output.hidden_states, output.last_hidden_state, output.pooler_output)
-
-
-def _unpadded(case: Case, hidden_states: Sequence[Tensor], final: Tensor, pooled: Tensor | None) -> Stages:
-    mask = case.padded["pixel_attention_mask"].bool()
-    rows = [state[mask.to(state.device)] for state in (*hidden_states, final)]
-    return {"patches": case.padded["pixel_values"][mask], **_stages(rows[:-1], rows[-1], pooled)}
-
-
-def _stages(hidden_states: Sequence[Tensor], final: Tensor, pooled: Tensor | None) -> Stages:
-    layers = {f"layer {k}": state for k, state in enumerate(hidden_states) if k}
-    stages = {"embeddings": hidden_states[0], **layers, "final": final}
-    return stages if pooled is None else {**stages, "pooled": pooled}
-
-
-def wrong_positions(model: Any, grids: Sequence[tuple[int, int]]) -> list[int]:
-    """Images with one patch a row or column whose positions transformers gets wrong.
-
-    4.57 resizes the table with torch's antialiased interpolate, which is off on CPU where the output is one wide.
-    What it makes of such a size is asked of the model itself.
-    """
-    embeddings = getattr(model, "vision_model", model).embeddings
-    table = embeddings.position_embedding.weight.float()
-    side = embeddings.position_embedding_size
-    wrong = []
-    for index, (h, w) in enumerate(grids):
-        if 1 in (h, w):
-            theirs = embeddings.resize_positional_embeddings(
-                table.reshape(side, side, -1), torch.tensor([[h, w]], device=table.device), max_length=h * w
-            )[0]
-            right = kernels_ref.resize_positions(table, h, w)
-            if float((theirs - right).norm()) > 1e-4 * float(right.norm()):
-                wrong.append(index)
-    return wrong
-
-
-def random_case(name: str, images: Sequence[Tensor], patch_size: int) -> Case:
-    """Images `[C, H, W]` of any sizes."""
-    packs = [convert_to_packing_format(image[None], patch_size) for image in images]
-    packed = PackedPatches(torch.cat([patches for patches, _ in packs]), torch.cat([grid for _, grid in packs]))
-    rows = [kernels_ref.patchify(image[None], patch_size)[0] for image in images]
-    shapes = [[image.shape[1] // patch_size, image.shape[2] // patch_size] for image in images]
-    padded = {
-        "pixel_values": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        "pixel_attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], True).int(),
-        "spatial_shapes": torch.tensor(shapes),
-    }
-    return Case(name, [f"{h}x{w}" for h, w in shapes], packed, padded, "kernels_ref")
-
-
-def random_cases(config: Any, batch_size: int, size: tuple[int, int], seed: int) -> Iterator[Case]:
-    """A batch of one size, as the seed's script has it, and a pack of grids that show wrong positions."""
-    generator = torch.Generator().manual_seed(seed)
-    patch, channels = config.patch_size, config.num_channels
-    height, width = size
-    batch = [torch.randn(channels, height, width, generator=generator) for _ in range(batch_size)]
-    yield random_case(f"{batch_size} random images of {height}x{width}", batch, patch)
-    mixed = [torch.randn(channels, h * patch, w * patch, generator=generator) for h, w in GRIDS]
-    yield random_case(f"{len(mixed)} random images of different shapes", mixed, patch)
-
-
-def image_case(name: str, files: Sequence[Path], ckpt: str, max_num_patches: int | None) -> Case:
-    """Images from files, at their own sizes, through our processor and through transformers'."""
-    ours = Siglip2PackedImageProcessor.from_pretrained(ckpt)
-    # transformers' other processor resizes with torchvision, whose pixels differ from those of the checkpoints
-    kind = getattr(transformers, "Siglip2ImageProcessorPil", None) or transformers.Siglip2ImageProcessor
-    limit: Any = {} if max_num_patches is None else {"max_num_patches": max_num_patches}
-    packed = ours([str(file) for file in files], **limit)
-    padded = kind.from_pretrained(ckpt)([_open(file) for file in files], return_tensors="pt", **limit)
-    return Case(name, [file.name for file in files], packed, dict(padded), "transformers")
-
-
-def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{file}: mode {image.mode}, which transformers reads differently; align takes 8 bits")
-        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def photographs() -> list[Path]:
@@ -237,147 +88,77 @@ def run(args: argparse.Namespace) -> int:
             if value != "absent":
                 print(f"{name:<15} {value}")
 
-        reference = load_reference(args.ckpt, device)
-        head = "head.probe" in reference.state
-        theirs = load_transformers(args.ckpt, device, torch.float32, head)
-        low = None if dtype == torch.float32 else load_transformers(args.ckpt, device, dtype, head).model
-        rows = [loading(theirs, len(reference.state))]
-        print(f"{'weights':<15} {'PASS' if rows[0].passed else 'FAIL'}: {rows[0].note}")
+        references = load_references(args.ckpt, device, dtype)
+        weights = loading(references)
+        print(f"{'weights':<15} {'PASS' if weights.passed else 'FAIL'}: {weights.note}")
 
-        @torch.inference_mode()
-        def compare_case(case: Case) -> list[Row]:
+        def examine(case: Case, show: Callable[[Case, Sequence[Comparison], str], None]) -> list[Comparison]:
             backends[case.name] = resolve_backend(*settings, length_class([h * w for h, w in case.grids]))
-            packed = run_packed(ours, case)
-            references = {"kernels_ref": run_reference(reference, case)}
-            if not theirs.not_loaded:
-                references["transformers"] = run_transformers(theirs.model, case)
-            baseline = None if low is None or theirs.not_loaded else run_transformers(low, case)
-            wrong = wrong_positions(theirs.model, case.grids)
-            if len(wrong) == len(case.images):
-                print(f"  {case.name}: with kernels_ref only, {MISPLACED}")
-            compared: list[Row] = []
-            for name, stages in references.items():
-                compared += compare_stages(
-                    case, name, packed, stages, dtype=dtype, threshold=args.threshold, baseline=baseline, wrong=wrong
-                )
+            compared = compare_case(case, ours, references, dtype, args.threshold)
+            show(case, compared, backends[case.name])
             return compared
 
+        compared = [weights]
         if files:
             print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
             for file in files:
-                case = image_case(file.name, [file], args.ckpt, args.max_num_patches)
-                rows += (section := compare_case(case))
-                print_alone(case, section, backends[case.name])
+                compared += examine(image_case(file.name, [file], args.ckpt, args.max_num_patches), print_alone)
             together = f"{len(files)} images in one pack"
             cases = iter([image_case(together, files, args.ckpt, args.max_num_patches)])
         else:
             cases = random_cases(ours.config, args.batch_size, args.image_size, args.seed)
         for case in cases:
-            rows += (section := compare_case(case))
-            print_stages(case, section, backends[case.name])
+            compared += examine(case, print_stages)
 
-    failed = sum(not row.passed for row in rows)
-    summary = f"{failed} of {len(rows)} FAILED" if failed else f"ALL TESTS PASSED ({len(rows)} comparisons)"
+    failed = sum(not one.passed for one in compared)
+    summary = f"{failed} of {len(compared)} FAILED" if failed else f"ALL TESTS PASSED ({len(compared)} comparisons)"
     print(f"\n{summary}")
     if args.json:
-        listed = [asdict(row) | {"attention": backends.get(row.case, "")} for row in rows]
-        write_json(args.json, {"passed": not failed, "summary": summary, "environment": found, "rows": listed})
+        rows = [asdict(one) | {"attention": backends.get(one.case, "")} for one in compared]
+        write_json(args.json, {"passed": not failed, "summary": summary, "environment": found, "rows": rows})
     return 1 if failed else 0
 
 
-def compare_stages(
-    case: Case,
-    against: str,
-    ours: Stages,
-    reference: Stages,
-    *,
-    dtype: torch.dtype = torch.float32,
-    threshold: float = 0.99,
-    baseline: Stages | None = None,
-    wrong: Sequence[int] = (),
-) -> list[Row]:
-    """The rows of a case against one reference.
-
-    Args:
-        baseline: what transformers computes in `dtype`; see `compare.bounds`.
-        wrong: images whose positions transformers gets wrong: neither compared with it nor part of the baseline.
-    """
-    everyone = range(len(case.images))
-    right = [index for index in everyone if index not in wrong]
-    chosen = right if against == "transformers" else list(everyone)
-    if wrong and not chosen:
-        return []
-    note = ""
-    if len(chosen) < len(case.images):
-        note = f"without {', '.join(case.images[index] for index in wrong)}: {MISPLACED}"
-
-    def row(stage: str, depth: int, dtype: torch.dtype) -> Row:
-        x, ref, low = (stages.get(stage) for stages in (ours, reference, baseline or {}))
-        errors = None
-        if ref is not None and low is not None and right:
-            errors = measure(_rows_of(low, case, right, stage), _rows_of(ref, case, right, stage))
-        return compare(
-            _rows_of(x, case, chosen, stage),
-            _rows_of(ref, case, chosen, stage),
-            [case.images[index] for index in chosen],
-            [case.grids[index] for index in chosen],
-            case=case.name,
-            stage=stage,
-            against=against,
-            dtype=dtype,
-            depth=depth,
-            threshold=threshold,
-            baseline=errors,
-            note=note,
-        )
-
-    rows = [row(stage, k, dtype) for k, stage in enumerate(name for name in ours | reference if name != "patches")]
-    # patches are float32 whatever the model's dtype, and the references that were given them have nothing to add
-    return [row("patches", 0, torch.float32), *rows] if against == case.patches_by else rows
-
-
-def _rows_of(rows: Tensor | None, case: Case, images: Sequence[int], stage: str) -> Any:
-    """The rows of some images; as they are, if all are wanted or if they do not fit the grids."""
-    lengths = [1 if stage == "pooled" else h * w for h, w in case.grids]
-    if rows is None or len(images) == len(lengths) or len(rows) != sum(lengths):
-        return rows
-    return torch.cat([rows.split(lengths)[index] for index in images])
-
-
-def loading(theirs: Transformers, tensors: int) -> Row:
-    missing = theirs.not_loaded
-    note = f"all {tensors} tensors loaded"
-    if missing:
-        some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
-        note = (
-            f"{len(missing)} tensors are not loaded but random ({some}), so nothing is compared with transformers. "
-            "Siglip2PackedVisionModel.save_pretrained writes keys that it loads"
-        )
-    return Row("weights", "transformers", "transformers", not missing, note=note)
+@torch.inference_mode()
+def compare_case(
+    case: Case, model: Siglip2PackedVisionModel, references: References, dtype: torch.dtype, threshold: float
+) -> list[Comparison]:
+    """Every stage of the model, which computes in `dtype`, against every reference."""
+    ours, (stages, baseline) = run_packed(model, case), run_references(references, case)
+    wrong = wrong_positions(references.theirs.model, case.grids)
+    if len(wrong) == len(case.images):
+        print(f"  {case.name}: with kernels_ref only, {MISPLACED}")
+    limits: dict[str, Any] = {"dtype": dtype, "threshold": threshold, "baseline": baseline, "wrong": wrong}
+    compared = (compare_stages(case, name, ours, theirs, **limits) for name, theirs in stages.items())
+    return list(itertools.chain.from_iterable(compared))
 
 
 NUMBERS = f"{'max abs':>8} {'relative':>9} {'bound':>8} {'min cosine':>11} {'mean cosine':>12}"
 
 
-def print_alone(case: Case, rows: Sequence[Row], backend: str) -> None:
+def print_alone(case: Case, compared: Sequence[Comparison], backend: str) -> None:
     """One image: a line for each reference, with the stage that came closest to its bounds."""
-    for against in dict.fromkeys(row.reference for row in rows):
-        worst = max((row for row in rows if row.reference == against), key=lambda row: row.severity)
+    for against, stages in _by_reference(compared):
+        worst = max(stages, key=lambda stage: stage.severity)
         token = "" if worst.token is None else f", token {worst.token} {worst.position}"
         print(f"  {case.name:<26} {against:<13} {worst.numbers}   {worst.stage}{token} ({backend})")
-    if not all(row.passed for row in rows):
-        print_stages(case, rows, backend)
+    if not all(one.passed for one in compared):
+        print_stages(case, compared, backend)
 
 
-def print_stages(case: Case, rows: Sequence[Row], backend: str) -> None:
+def print_stages(case: Case, compared: Sequence[Comparison], backend: str) -> None:
     """A line for each stage and reference."""
     patches = sum(h * w for h, w in case.grids)
-    for against in dict.fromkeys(row.reference for row in rows):
+    for against, stages in _by_reference(compared):
         print(f"\n{case.name}, {patches} patches, attention {backend}, against {against}")
         print(f"  {'stage':<14} {NUMBERS}          worst")
-        for row in rows:
-            if row.reference == against:
-                print(f"  {row.stage:<14} {row.numbers}   {': '.join(filter(None, (row.where, row.note)))}")
+        for one in stages:
+            print(f"  {one.stage:<14} {one.numbers}   {': '.join(filter(None, (one.where, one.note)))}")
+
+
+def _by_reference(compared: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
+    for against, stages in itertools.groupby(compared, key=lambda one: one.reference):
+        yield against, list(stages)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -386,17 +167,3 @@ def image_size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or min(sides) < 1:
         raise ValueError(text)
     return sides[0], sides[-1]
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[str]:
-    """float32 in full: turns TF32 off for matmuls and cuDNN, afterwards as it was. Yields their state in words."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        yield f"matmul {'on' if matmul else 'off'}, cudnn {'on' if cudnn else 'off'}"
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

@@ -15,7 +15,8 @@ from transformers.activations import ACT2FN
 
 from siglip2_packed import align, embeddings
 from siglip2_packed.cli import main
-from siglip2_packed.compare import bounds, compare, measure
+from siglip2_packed.inspection import references
+from siglip2_packed.inspection.compare import bounds, compare, compare_stages, measure
 
 GRIDS = [(2, 3), (1, 4)]
 NAMES = ["a.png", "b.png"]
@@ -25,7 +26,7 @@ SMALL = ["--device", "cpu", "--image-size", "8x12"]
 @pytest.fixture
 def small(monkeypatch):
     """Fewer random grids, so that a run takes no time: not square, below the table, a row."""
-    monkeypatch.setattr(align, "GRIDS", ((13, 19), (2, 3), (1, 9), (7, 1)))
+    monkeypatch.setattr(references, "GRIDS", ((13, 19), (2, 3), (1, 9), (7, 1)))
 
 
 def rows_of(rows, seed=0, features=5):
@@ -195,7 +196,7 @@ def test_one_wide_grids_are_left_to_the_padded_reference_where_transformers_has_
     rows = json.loads(report.read_text())["rows"]
     notes = {row["note"] for row in rows if row["reference"] == "transformers" and "different" in row["case"]}
     if transformers.__version__.startswith("4.57"):
-        assert notes == {f"without 7x1: {align.MISPLACED}"}
+        assert notes == {f"without 7x1: {references.MISPLACED}"}
         assert "without 7x1" in capsys.readouterr().out
     else:
         assert notes == {""}
@@ -203,10 +204,10 @@ def test_one_wide_grids_are_left_to_the_padded_reference_where_transformers_has_
 
 
 def test_an_image_that_transformers_misplaces_is_never_compared_with_it():
-    case = align.random_case("one", [torch.randn(3, 28, 4)], 4)
+    case = references.random_case("one", [torch.randn(3, 28, 4)], 4)
     stages = {"patches": case.packed["pixel_values"], "final": torch.randn(7, 8)}
-    assert align.compare_stages(case, "transformers", stages, stages, wrong=[0]) == []
-    assert [row.passed for row in align.compare_stages(case, "kernels_ref", stages, stages, wrong=[0])] == [True, True]
+    assert compare_stages(case, "transformers", stages, stages, wrong=[0]) == []
+    assert [row.passed for row in compare_stages(case, "kernels_ref", stages, stages, wrong=[0])] == [True, True]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -344,9 +345,9 @@ def test_a_lost_head_fails(checkpoint, capsys, monkeypatch, small):
 
 def test_a_fault_in_preprocessing_fails_image_by_image(checkpoint, capsys, monkeypatch, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 20, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    load = align.Siglip2PackedImageProcessor.from_pretrained
+    load = references.Siglip2PackedImageProcessor.from_pretrained
     nearest = staticmethod(lambda ckpt: load(ckpt, resample=Image.Resampling.NEAREST))
-    monkeypatch.setattr(align.Siglip2PackedImageProcessor, "from_pretrained", nearest)
+    monkeypatch.setattr(references.Siglip2PackedImageProcessor, "from_pretrained", nearest)
     flags = ["--images", str(tmp_path / "a.png"), "--device", "cpu"]
     rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *flags])
     assert any(row.startswith("  a.png ") for row in rows)
@@ -363,8 +364,8 @@ def poison(stages, value):
 @pytest.mark.parametrize("functions", [["run_packed"], ["run_reference", "run_transformers"], None])
 def test_non_finite_values_end_in_exit_code_1(checkpoint, capsys, tmp_path, monkeypatch, small, value, functions):
     for name in functions or ["run_packed", "run_reference", "run_transformers"]:
-        run = getattr(align, name)
-        monkeypatch.setattr(align, name, lambda *args, run=run: poison(run(*args), value))
+        module, run = align if name == "run_packed" else references, getattr(references, name)
+        monkeypatch.setattr(module, name, lambda *args, run=run: poison(run(*args), value))
     report = tmp_path / "report.json"
     argv = ["align", "--ckpt", str(checkpoint()), *SMALL, "--json", str(report)]
     rows = failing_rows(capsys, argv)
@@ -415,8 +416,8 @@ def test_a_reference_with_random_weights_fails(checkpoint, capsys, tmp_path, sma
 
 
 def test_one_missing_reference_tensor_fails(checkpoint, capsys, monkeypatch, small):
-    load = align.load_transformers
-    monkeypatch.setattr(align, "load_transformers", lambda *args: load(*args)._replace(not_loaded=["head.probe"]))
+    load = references.load_transformers
+    monkeypatch.setattr(references, "load_transformers", lambda *args: load(*args)._replace(not_loaded=["head.probe"]))
     assert main(["align", "--ckpt", str(checkpoint()), *SMALL]) == 1
     assert "FAIL: 1 tensors are not loaded but random (head.probe)" in capsys.readouterr().out
 
@@ -462,7 +463,7 @@ def test_tf32_is_off_while_comparing_and_restored(matmul, cudnn):
     try:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
-        with contextlib.suppress(KeyError), align.full_precision() as words:
+        with contextlib.suppress(KeyError), references.full_precision() as words:
             assert words == "matmul off, cudnn off"
             assert not torch.backends.cuda.matmul.allow_tf32
             assert not torch.backends.cudnn.allow_tf32

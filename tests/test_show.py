@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, cli, show
-from siglip2_packed.align import load_transformers
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, cli
+from siglip2_packed.inspection import views
+from siglip2_packed.inspection.references import load_transformers
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def headless(checkpoint, tmp_path_factory):
 
 
 def encode(ckpt, files):
-    return show.encode(str(ckpt), [Path(file) for file in files], CPU, torch.float32, "auto", None)
+    return views.encode(str(ckpt), [Path(file) for file in files], CPU, torch.float32, "auto", None)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def features(rows=60, width=24, seed=0):
 @pytest.mark.parametrize("rows", [60, 24, 5])
 def test_principal_components_are_numpys(rows):
     x = features(rows)
-    components, explained = show.principal_components(x)
+    components, explained = views.principal_components(x)
     centred = x.double().numpy() - x.double().numpy().mean(axis=0)
     u, s, vt = np.linalg.svd(centred, full_matrices=False)
     for k in range(3):
@@ -72,23 +73,23 @@ def test_principal_components_are_numpys(rows):
         np.testing.assert_allclose(components[:, k].numpy(), sign * u[:, k] * s[k], atol=1e-4 * s[0])
     assert explained == pytest.approx((s[:3] ** 2).sum() / (s**2).sum(), rel=1e-5)
     assert 0 < explained < 1
-    assert torch.equal(components, show.principal_components(x)[0])
+    assert torch.equal(components, views.principal_components(x)[0])
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fewer_patches_than_components(rows):
-    components, _ = show.principal_components(features(rows))
+    components, _ = views.principal_components(features(rows))
     assert components.shape == (rows, 3) and components.isfinite().all()
     assert components[:, rows - 1 :].abs().max() < 1e-4
-    assert torch.equal(show.colours(torch.zeros(rows, 3)), torch.full((rows, 3), 0.5))
+    assert torch.equal(views.colours(torch.zeros(rows, 3)), torch.full((rows, 3), 0.5))
 
 
 def test_colours_are_spread_whatever_an_outlier_does():
-    components = show.principal_components(features(400))[0]
-    plain = show.colours(components)
+    components = views.principal_components(features(400))[0]
+    plain = views.colours(components)
     assert plain.min() == 0 and plain.max() == 1 and (plain.std(dim=0) > 0.15).all()
     components[7] = 1e4
-    assert (show.colours(components).std(dim=0) > 0.15).all()
+    assert (views.colours(components).std(dim=0) > 0.15).all()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny72"])
@@ -100,7 +101,7 @@ def test_pooling_attention_is_that_of_multihead_attention(checkpoint, shape, gri
     x = torch.randn(grid[0] * grid[1], head.probe.shape[-1], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = head.attention(head.probe, x[None], x[None], need_weights=True, average_attn_weights=False)[1]
-        attention = show.pooling_attention(ours, x)
+        attention = views.pooling_attention(ours, x)
     torch.testing.assert_close(attention, expected[0, :, 0], atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(attention.sum(dim=1), torch.ones(len(attention)))
 
@@ -108,13 +109,13 @@ def test_pooling_attention_is_that_of_multihead_attention(checkpoint, shape, gri
 def test_cosines_by_hand():
     x = torch.tensor([[3.0, 4.0], [4.0, 3.0], [-3.0, -4.0], [0.0, 2.0]])
     expected = torch.tensor([[1, 0.96, -1, 0.8], [0.96, 1, -0.96, 0.6], [-1, -0.96, 1, -0.8], [0.8, 0.6, -0.8, 1]])
-    torch.testing.assert_close(show.cosines(x), expected)
+    torch.testing.assert_close(views.cosines(x), expected)
 
 
 def test_difference_by_hand():
     x = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0], [1.0, 0.0]])
     other = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 1.0], [-2.0, 0.0]])
-    found = show.difference(x, other, (2, 2), "other")
+    found = views.difference(x, other, (2, 2), "other")
     torch.testing.assert_close(found.relative, torch.tensor([[0, 1], [2**0.5, 1.5]]).double())
     torch.testing.assert_close(found.cosine, torch.tensor([[0, 0], [1, 2]]).double())
 
@@ -128,7 +129,7 @@ def test_pixels_are_the_resized_image(encoded, files):
 
 
 def test_features_are_those_of_the_model(checkpoint, encoded, files):
-    _, padded = show.encode_padded("transformers", str(checkpoint("tiny")), [Path(file) for file in files], CPU, None)
+    _, padded = views.encode_padded("transformers", str(checkpoint("tiny")), [Path(file) for file in files], CPU, None)
     for ours, theirs in zip(encoded.features, padded):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -158,9 +159,9 @@ def test_panel_and_page(checkpoint, encoded, files, tmp_path, capsys):
     assert "src=" not in text and "<tall>" not in text  # pictures are set from the data; names cannot be markup
     assert not re.search(r"url\((?!data:)", text)
 
-    views = page_data(html)["views"]
-    assert [view["name"] for view in views] == list(SIZES)
-    for view, (h, w), x in zip(views, encoded.grids, encoded.features):
+    shown = page_data(html)["views"]
+    assert [view["name"] for view in shown] == list(SIZES)
+    for view, (h, w), x in zip(shown, encoded.grids, encoded.features):
         assert view["grid"] == [h, w]
         levels = np.zeros((h * w, h * w))
         levels[np.triu_indices(h * w)] = decoded(view["cosines"], np.uint8)
@@ -268,10 +269,10 @@ def test_features_that_are_not_finite(encoded):
     x[3, 1] = float("nan")
     encoded = encoded._replace(features=[x], grids=encoded.grids[:1])
     with pytest.raises(ValueError, match="square.png: features of 1 of 16 patches are not finite"):
-        show.make_views(["square.png"], encoded)
+        views.make_views(["square.png"], encoded)
     others = encoded.grids, [x]
     with pytest.raises(ValueError, match="square.png: features in other are not finite"):
-        show.make_views(["square.png"], encoded._replace(features=[x.nan_to_num()]), None, "other", others)
+        views.make_views(["square.png"], encoded._replace(features=[x.nan_to_num()]), None, "other", others)
 
 
 @pytest.mark.parametrize("name", ["$\\frac$.png", "SUBTITLE DATA.png", "\udcff.png"])
@@ -295,6 +296,6 @@ def test_only_the_panel_needs_matplotlib(checkpoint, files, tmp_path, monkeypatc
 def test_weights_that_transformers_does_not_load(checkpoint, files, tmp_path, monkeypatch, capsys):
     """4.57 does not read bare keys: nothing is drawn against random weights."""
     theirs = load_transformers(str(checkpoint("tiny")), CPU, torch.float32, head=True)
-    monkeypatch.setattr(show.align, "load_transformers", lambda *_: theirs._replace(not_loaded=["some.weight"]))
+    monkeypatch.setattr(views, "load_transformers", lambda *_: theirs._replace(not_loaded=["some.weight"]))
     assert run(checkpoint("tiny"), files[:1], "--html", tmp_path / "p.html", "--against", "transformers") == 2
     assert "some.weight" in capsys.readouterr().err

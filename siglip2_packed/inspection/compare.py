@@ -1,4 +1,4 @@
-"""One comparison: a stage of our model against a reference, as numbers with a verdict.
+"""A stage of our model against a reference, as numbers with a verdict; and all stages of a case.
 
 Passing takes three things at once, the largest absolute difference, the relative error and the worst token's cosine.
 A cosine alone would pass wrong positions, and nothing that is not finite, or not there, ever passes.
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from siglip2_packed.inspection.references import MISPLACED, Case, References, Stages
+
 
 class Errors(NamedTuple):
     """How far x is from a reference."""
@@ -31,7 +33,7 @@ class Errors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One stage, of one case, against one reference."""
 
     case: str
@@ -52,7 +54,7 @@ class Row:
 
     @property
     def severity(self) -> float:
-        """How close to its bounds the row came: above 1, it failed."""
+        """How close to its bounds it came: above 1, it failed."""
         parts = (self.max_abs / self.max_abs_bound, self.relative_error / self.relative_error_bound)
         cosine = (1 - self.min_cosine) / max(1 - self.cosine_bound, 1e-12)
         return max(*parts, cosine) if math.isfinite(sum(parts) + cosine) else math.inf
@@ -121,8 +123,8 @@ def compare(
     threshold: float = 0.99,
     baseline: Errors | None = None,
     note: str = "",
-) -> Row:
-    """One row of the report.
+) -> Comparison:
+    """One stage.
 
     Args:
         ours, reference: `[T, D]`, or `[N, D]` for a stage with one row an image; None if there is none.
@@ -142,8 +144,8 @@ def compare(
         found: dict[str, Any] = {"image": images[index]}
         return found if stage == "pooled" else found | {"token": row, "position": divmod(row, grids[index][1])}
 
-    def failed(reason: str, **values: Any) -> Row:
-        return Row(case, against, stage, False, note="; ".join(filter(None, (reason, note))), **values)
+    def failed(reason: str, **values: Any) -> Comparison:
+        return Comparison(case, against, stage, False, note="; ".join(filter(None, (reason, note))), **values)
 
     if ours is None or reference is None:
         return failed(f"nothing to compare: {'this model' if ours is None else 'the reference'} has no {stage}")
@@ -168,7 +170,7 @@ def compare(
         f"relative {errors.relative:.1e} > {relative:.1e}" * (errors.relative > relative),
         f"cosine {errors.min_cosine:.7f} < {cosine:.7f}" * (errors.min_cosine < cosine),
     ]
-    return Row(
+    return Comparison(
         case,
         against,
         stage,
@@ -180,3 +182,69 @@ def compare(
         note="; ".join(filter(None, (*faults, note))),
         **place(errors.worst_row),
     )
+
+
+def compare_stages(
+    case: Case,
+    against: str,
+    ours: Stages,
+    reference: Stages,
+    *,
+    dtype: torch.dtype = torch.float32,
+    threshold: float = 0.99,
+    baseline: Stages | None = None,
+    wrong: Sequence[int] = (),
+) -> list[Comparison]:
+    """The stages of a case against one reference.
+
+    Args:
+        baseline: what transformers computes in `dtype`; see `bounds`.
+        wrong: images whose positions transformers gets wrong: neither compared with it nor part of the baseline.
+    """
+    everyone = range(len(case.images))
+    right = [index for index in everyone if index not in wrong]
+    chosen = right if against == "transformers" else list(everyone)
+    if wrong and not chosen:
+        return []
+    note = ""
+    if len(chosen) < len(case.images):
+        note = f"without {', '.join(case.images[index] for index in wrong)}: {MISPLACED}"
+
+    def compared(stage: str, depth: int, dtype: torch.dtype) -> Comparison:
+        x, ref, low = (stages.get(stage) for stages in (ours, reference, baseline or {}))
+        errors = None
+        if ref is not None and low is not None and right:
+            errors = measure(_rows_of(low, case, right, stage), _rows_of(ref, case, right, stage))
+        return compare(
+            _rows_of(x, case, chosen, stage),
+            _rows_of(ref, case, chosen, stage),
+            [case.images[index] for index in chosen],
+            [case.grids[index] for index in chosen],
+            case=case.name,
+            stage=stage,
+            against=against,
+            dtype=dtype,
+            depth=depth,
+            threshold=threshold,
+            baseline=errors,
+            note=note,
+        )
+
+    stages = [name for name in ours | reference if name != "patches"]
+    found = [compared(stage, depth, dtype) for depth, stage in enumerate(stages)]
+    # patches are float32 whatever the model's dtype, and the references that were given them have nothing to add
+    return [compared("patches", 0, torch.float32), *found] if against == case.patches_by else found
+
+
+def _rows_of(rows: Tensor | None, case: Case, images: Sequence[int], stage: str) -> Any:
+    """The rows of some images; as they are, if all are wanted or if they do not fit the grids."""
+    lengths = [1 if stage == "pooled" else h * w for h, w in case.grids]
+    if rows is None or len(images) == len(lengths) or len(rows) != sum(lengths):
+        return rows
+    return torch.cat([rows.split(lengths)[index] for index in images])
+
+
+def loading(references: References) -> Comparison:
+    """Whether transformers has the checkpoint's weights, as a comparison of its own."""
+    theirs, tensors = references.theirs, len(references.reference.state)
+    return Comparison("weights", "transformers", "transformers", not theirs.not_loaded, note=theirs.loaded(tensors))
