@@ -267,7 +267,7 @@ def measure(
             for key, (provider, inputs) in ready.items()
             if mode == "forward" or provider.trains
         }
-        times = in_turn(steps, rounds, device)
+        times = steady_milliseconds(steps, rounds, device)
         chain = times.get("gemm_chain")
         for key, samples in times.items():
             rows.add(key, workload, mode, name, "time", samples, "ms")
@@ -328,8 +328,10 @@ def step(provider: Packed, inputs: Any, mode: str) -> Callable[[], object]:
     return train
 
 
-def in_turn(steps: dict[str, Callable], rounds: int, device: torch.device, samples: int = 3) -> dict[str, list[float]]:
-    """Milliseconds: in every round each function runs to warm up, then at least `samples` times.
+def steady_milliseconds(
+    steps: dict[str, Callable], rounds: int, device: torch.device, samples: int = 3
+) -> dict[str, list[float]]:
+    """In every round each function runs to warm up, then at least `samples` times.
 
     On CUDA one step follows the other without waiting, as in a loop over data: the host prepares a step while the
     device works on the one before. There warm-up takes at least `WARM_UP` seconds, and so do the samples: the clock of

@@ -43,7 +43,7 @@ def test_a_forwards_floor_is_its_products_and_attention(monkeypatch):
         monkeypatch.setattr(bench.PROVIDERS[name], "inputs", lambda self, packed: None)
     monkeypatch.setattr(bench, "reference", lambda exact, packed: torch.ones(1, 1))
     monkeypatch.setattr(bench.PROVIDERS["siglip2_packed"], "rows", lambda *_: torch.ones(1, 1))
-    monkeypatch.setattr(bench, "in_turn", lambda steps, *_: {name: [4.0, 2.0, 9.0] for name in steps})
+    monkeypatch.setattr(bench, "steady_milliseconds", lambda steps, *_: {name: [4.0, 2.0, 9.0] for name in steps})
     providers = {name: bench.PROVIDERS[name](config, state, "cpu", torch.bfloat16) for name in names}
     rows = Rows("encoder", "NVIDIA H100 80GB HBM3")
     bench.measure(rows, config, None, "long", packed, providers, ["forward", "train"], torch.bfloat16, 1)
@@ -77,7 +77,7 @@ def test_samples_take_as_long_as_the_warm_up(monkeypatch, seconds, samples):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now))
-    times = bench.in_turn({"step": step}, 2, torch.device("cuda"))["step"]
+    times = bench.steady_milliseconds({"step": step}, 2, torch.device("cuda"))["step"]
     assert times == pytest.approx([1e3 * seconds] * 2 * samples)
 
 
