@@ -1,6 +1,7 @@
 """Checkpoints made once a session, and the grids that expose faults."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ SIDE_OF_ONE = [(1, 1, 256), (1, 7, 1), (1, 1, 1)]
 
 
 def pytest_configure(config):
+    pytest.register_assert_rewrite("llava_reference")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
 
@@ -49,6 +51,14 @@ def patches():
         return torch.randn(total, patch_dim, generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture
+def tower(checkpoint):
+    """A LLaVA tower, as its configuration's defaults have it."""
+    from siglip2_packed import SigLip2NaflexVisionTower
+
+    return SigLip2NaflexVisionTower(str(checkpoint("tiny")), SimpleNamespace())
 
 
 @pytest.fixture(scope="session")
