@@ -40,14 +40,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
-from siglip2_packed.decode import cores, decoding_pool
+from siglip2_packed.collection.decode import cores, decoding_pool
+from siglip2_packed.collection.features import Meter, clock, encode
+from siglip2_packed.collection.sources import find_inputs
 from siglip2_packed.encode import to_folder
-from siglip2_packed.features import Meter, clock, encode
 from siglip2_packed.flags import DTYPES
 from siglip2_packed.graphs import replayed
 from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
-from siglip2_packed.sources import find_inputs
 
 PHOTOGRAPHS = "astronaut chelsea coffee hubble_deep_field immunohistochemistry retina rocket".split()
 OURS, FORWARD, PADDED = "siglip2_packed", "siglip2_packed:forward", "transformers_sdpa_padded"
@@ -210,7 +210,9 @@ def measured(provider, files, ckpt, device, dtype):
 
 def alone(provider, *args):
     """In a process of its own: its memory, its caches. Forked from one that has imported all, and run nothing."""
-    multiprocessing.set_forkserver_preload(["transformers.models.siglip2.modeling_siglip2", "siglip2_packed.features"])
+    multiprocessing.set_forkserver_preload(
+        ["transformers.models.siglip2.modeling_siglip2", "siglip2_packed.collection.features"]
+    )
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(measured, provider, *args).result()
 

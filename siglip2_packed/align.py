@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from siglip2_packed.attention import head_dim
+from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
 from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
@@ -35,7 +36,6 @@ from siglip2_packed.inspection.references import (
 )
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.dispatch import length_class, resolve_backend
-from siglip2_packed.sources import image_files
 
 # colour, grey, alpha, text, a palette; landscape and portrait
 PHOTOGRAPHS = (

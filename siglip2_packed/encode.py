@@ -27,16 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from siglip2_packed import shards
 from siglip2_packed.attention import head_dim
-from siglip2_packed.decode import DECODE_IN, ahead, cores, decoding_pool
-from siglip2_packed.features import Meter, Row, StrictError, encode
+from siglip2_packed.collection import shards
+from siglip2_packed.collection.decode import DECODE_IN, ahead, cores, decoding_pool
+from siglip2_packed.collection.features import Meter, Row, StrictError, encode
+from siglip2_packed.collection.sources import Inputs, find_inputs
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.dispatch import resolve_backend
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.sources import Inputs, find_inputs
 
 REPORTED = 20
 """Errors said on stderr; all of them are in errors.csv."""

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from siglip2_packed.decode import decoding_pool
-from siglip2_packed.features import encode
+from siglip2_packed.collection.decode import decoding_pool
+from siglip2_packed.collection.features import encode
+from siglip2_packed.collection.parquet import source_of
+from siglip2_packed.collection.sources import Input
 from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.parquet import source_of
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.sources import Input
 
 
 class Siglip2PackedEncoder:

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from siglip2_packed.collection.sources import image_files
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.inspection.references import full_precision
 from siglip2_packed.inspection.report import PANEL_SUFFIXES, draw_panel, require_matplotlib, write_html
 from siglip2_packed.inspection.views import View, encode, encode_padded, make_views
-from siglip2_packed.sources import image_files
 
 MAX_IMAGES = 32
 

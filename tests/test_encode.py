@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, shards
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.cli import main
+from siglip2_packed.collection import shards
 
 SIZES = [(9, 20), (31, 8), (16, 16), (5, 40), (12, 13)]
 

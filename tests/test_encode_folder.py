@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, features, graphs, shards
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, graphs
 from siglip2_packed.cli import main
-from siglip2_packed.decode import (
+from siglip2_packed.collection import features, shards
+from siglip2_packed.collection.decode import (
     DECODE_IN,
     IMAGES_PER_JOB,
     MOST_SHARED,
@@ -35,8 +36,8 @@ from siglip2_packed.decode import (
     packs,
     read_image,
 )
-from siglip2_packed.features import Meter, StrictError, encode, launch
-from siglip2_packed.sources import Input
+from siglip2_packed.collection.features import Meter, StrictError, encode, launch
+from siglip2_packed.collection.sources import Input
 
 SIZES = [(9, 20), (31, 8), (16, 16), (5, 40), (12, 13), (40, 5), (4, 4), (25, 30), (7, 7), (1, 60), (60, 1)]
 

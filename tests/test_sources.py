@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip2_packed.sources import SUFFIXES, find_inputs
+from siglip2_packed.collection.sources import SUFFIXES, find_inputs
 
 
 def png(seed=0, size=(6, 9)):

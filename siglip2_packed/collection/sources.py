@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip2_packed.parquet import Parquet, Source, one_line
+from siglip2_packed.collection.parquet import Parquet, Source, one_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LISTS = (".txt",)

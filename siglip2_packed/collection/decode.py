@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siglip2_packed.collection.parquet import one_line
+from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
-from siglip2_packed.parquet import one_line
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.sources import Input
 
 DECODE_IN = ("threads", "processes")
 IMAGES_PER_JOB = 8

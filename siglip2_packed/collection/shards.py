@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from siglip2_packed.features import Row
-from siglip2_packed.parquet import import_pyarrow
+from siglip2_packed.collection.features import Row
+from siglip2_packed.collection.parquet import import_pyarrow
 
 FORMATS = ("safetensors", "parquet", "arrow", "npy")
 PART = ("input", "shard", "row", "grid", "error")

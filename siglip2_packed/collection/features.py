@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from siglip2_packed.decode import Decoded, Pack, cores, decode, packs, prefetch
+from siglip2_packed.collection.decode import Decoded, Pack, cores, decode, packs, prefetch
+from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.sources import Input
 
 
 class Row(NamedTuple):
