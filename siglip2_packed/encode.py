@@ -30,7 +30,7 @@ from tqdm import tqdm
 from siglip2_packed.attention import head_dim
 from siglip2_packed.collection import shards
 from siglip2_packed.collection.decode import DECODE_IN, ahead, cores, decoding_pool
-from siglip2_packed.collection.features import Meter, Row, StrictError, encode
+from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
 from siglip2_packed.collection.sources import Inputs, find_inputs
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.graphs import replayed
@@ -106,7 +106,7 @@ def encode_inputs(
         empty["pooled"] = torch.zeros(0, model.config.hidden_size, dtype=save_dtype)
     meter = Meter(args.patch_budget)
 
-    def rows(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[Row]:
+    def rows(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[EncodedImage]:
         wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
         total = done + sum(stop - start for start, stop in ranges)
         with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress:
@@ -122,7 +122,7 @@ def encode_inputs(
                 strict=args.strict,
                 meter=meter,
             )
-            yield from watched(found, progress, meter, args.strict)
+            yield from watched(found, progress, meter)
 
     try:
         with warnings.catch_warnings():
@@ -193,7 +193,7 @@ def to_folder(
     folder: Path,
     settings: dict[str, Any],
     resume: bool,
-    rows: Callable[..., Iterator[Row]],
+    rows: Callable[..., Iterator[EncodedImage]],
     empty: dict[str, Tensor],
     rank: int,
     world: int,
@@ -238,20 +238,17 @@ def to_folder(
     return counts
 
 
-def watched(rows: Iterator[Row], progress: tqdm, meter: Meter, strict: bool) -> Iterator[Row]:
-    """Passes the rows on, moves the progress bar and says what went wrong."""
+def watched(images: Iterator[EncodedImage], progress: tqdm, meter: Meter) -> Iterator[EncodedImage]:
+    """Passes the images on, moves the progress bar and says what went wrong."""
     packs = faults = 0
-    for row in rows:
-        if row.error:
-            fault = f"image {row.ordinal} ({row.name}): {row.error}"
-            if strict:
-                raise StrictError(fault)
+    for image in images:
+        if image.error:
             if faults < REPORTED:
-                progress.write(fault, file=sys.stderr)
+                progress.write(f"image {image.ordinal} ({image.name}): {image.error}", file=sys.stderr)
             elif faults == REPORTED:
                 progress.write("further errors are not shown here, only written", file=sys.stderr)
             faults += 1
-        yield row
+        yield image
         if packs != meter.packs:
             packs = meter.packs
             progress.set_postfix_str(str(meter), refresh=False)

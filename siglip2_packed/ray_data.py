@@ -25,7 +25,7 @@ import torch
 
 from siglip2_packed.collection.decode import decoding_pool
 from siglip2_packed.collection.features import encode
-from siglip2_packed.collection.parquet import source_of
+from siglip2_packed.collection.parquet import entry_of
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
@@ -90,7 +90,7 @@ class Siglip2PackedEncoder:
         """
         if self.column not in batch:
             raise ValueError(f"no column {self.column!r} in the batch; it has {', '.join(batch)}")
-        inputs = [Input(i, "", source_of(value)) for i, value in enumerate(batch[self.column].tolist())]
+        inputs = [Input(i, "", entry_of(value)) for i, value in enumerate(batch[self.column].tolist())]
         found = encode(
             self.model,
             self.processor,

@@ -28,7 +28,7 @@ from siglip2_packed.collection.decode import (
     DECODE_IN,
     IMAGES_PER_JOB,
     MOST_SHARED,
-    Decoded,
+    DecodedImage,
     DecodingProcesses,
     Shelf,
     decode,
@@ -510,9 +510,9 @@ def pool():
 def test_packs_hold_every_image_once_and_their_own_rows():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 18, 3000).tolist()
-    images = [Decoded(i, "", (1, n), np.full((n, 3), i % 256, np.uint8)) for i, n in enumerate(lengths)]
-    images[100:100] = [Decoded(3000, "", error="broken")]
-    images.append(Decoded(3001, "", error="broken"))
+    images = [DecodedImage(i, "", (1, n), np.full((n, 3), i % 256, np.uint8)) for i, n in enumerate(lengths)]
+    images[100:100] = [DecodedImage(3000, "", error="broken")]
+    images.append(DecodedImage(3001, "", error="broken"))
     found = list(packs(images, 40, 64))
     assert sorted(image.ordinal for pack in found for image in (*pack.images, *pack.failed)) == list(range(3002))
     for pack in found:
@@ -527,7 +527,7 @@ def test_packs_hold_every_image_once_and_their_own_rows():
 
 def test_images_are_decoded_no_further_ahead_than_the_window():
     asked = itertools.count()
-    images = (Decoded(next(asked), "", (1, 10), np.zeros((10, 3), np.uint8)) for _ in range(1000))
+    images = (DecodedImage(next(asked), "", (1, 10), np.zeros((10, 3), np.uint8)) for _ in range(1000))
     next(packs(images, 40, 64))
     assert next(asked) <= 64 + 4
 

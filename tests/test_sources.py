@@ -23,7 +23,7 @@ def read(paths, start=0, stop=None, **kwargs):
     inputs = find_inputs(paths, **kwargs)
     found = list(inputs.read(start, len(inputs) if stop is None else stop))
     assert [item.ordinal for item in found] == list(range(start, start + len(found)))
-    return [(item.name, str(item.source) if isinstance(item.source, ValueError) else item.source) for item in found]
+    return [(item.name, str(item.entry) if isinstance(item.entry, ValueError) else item.entry) for item in found]
 
 
 def add(tar, name, data, **fields):

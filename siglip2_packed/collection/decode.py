@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.collection.parquet import one_line
+from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -37,7 +37,7 @@ U = TypeVar("U")
 END = object()
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     ordinal: int
     name: str
     grid: tuple[int, int] = (0, 0)
@@ -53,10 +53,10 @@ class Decoded(NamedTuple):
 
 
 class Pack(NamedTuple):
-    images: list[Decoded]
+    images: list[DecodedImage]
     patches: Tensor
     """`[T, P]` uint8."""
-    failed: list[Decoded]
+    failed: list[DecodedImage]
     """Inputs met on the way that give no patches."""
 
 
@@ -151,12 +151,12 @@ def follow_parent() -> None:
 
 def decode(
     inputs: Iterable[Input], processor: Siglip2PackedImageProcessor, pool: Executor, workers: int
-) -> Iterator[Decoded]:
+) -> Iterator[DecodedImage]:
     """In the order of the inputs, a few images a worker ahead."""
     inputs = iter(inputs)
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
-    def jobs() -> Iterator[tuple[Callable[[], list[Decoded]], int | None]]:
+    def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], int | None]]:
         while some := list(islice(inputs, IMAGES_PER_JOB)):
             place = shelf.take()
             yield partial(read_images, processor, some, place), place
@@ -171,12 +171,12 @@ def decode(
         yield from images
 
 
-def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[Decoded]:
+def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[DecodedImage]:
     images = [read_image(processor, *item) for item in inputs]
     return images if place is None or _shelf is None else to_place(images, _shelf.at(place))
 
 
-def to_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
+def to_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
     """The images without those patches that are in the memory now, one after the other."""
     moved, end = [], 0
     for image in images:
@@ -188,7 +188,7 @@ def to_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
     return moved
 
 
-def from_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
+def from_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
     return [
         image
         if image.place is None
@@ -197,20 +197,20 @@ def from_place(images: list[Decoded], memory: np.ndarray) -> list[Decoded]:
     ]
 
 
-def read_image(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, source: object) -> Decoded:
-    if isinstance(source, ValueError):
-        return Decoded(ordinal, name, error=one_line(source))
+def read_image(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry) -> DecodedImage:
+    if isinstance(entry, ValueError):
+        return DecodedImage(ordinal, name, error=one_line(entry))
     try:
-        patches, grid = processor.read(source)
+        patches, grid = processor.read(entry)
     except Exception as error:  # whatever an image provokes, it must not end the run
-        return Decoded(ordinal, name, error=one_line(error) or type(error).__name__)
-    return Decoded(ordinal, name, grid, patches)
+        return DecodedImage(ordinal, name, error=one_line(error) or type(error).__name__)
+    return DecodedImage(ordinal, name, grid, patches)
 
 
-def packs(images: Iterable[Decoded], budget: int, window: int, pin_memory: bool = False) -> Iterator[Pack]:
+def packs(images: Iterable[DecodedImage], budget: int, window: int, pin_memory: bool = False) -> Iterator[Pack]:
     """Packs of at most `budget` patches, filled from `window` images."""
-    waiting: dict[int, Decoded] = {}
-    failed: list[Decoded] = []
+    waiting: dict[int, DecodedImage] = {}
+    failed: list[DecodedImage] = []
 
     def lengths() -> Iterator[int]:
         place = count()

@@ -1,4 +1,4 @@
-"""Inputs -> rows of features: decoded ahead of the model, copied to the host beside it.
+"""Inputs -> encoded images: decoded ahead of the model, their features copied to the host beside it.
 
 N images, T patches of a pack, P patch_dim, D hidden size.
 """
@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from siglip2_packed.collection.decode import Decoded, Pack, cores, decode, packs, prefetch
+from siglip2_packed.collection.decode import DecodedImage, Pack, cores, decode, packs, prefetch
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 
-class Row(NamedTuple):
+class EncodedImage(NamedTuple):
     """What became of an input: features on the host, or an error."""
 
     ordinal: int
@@ -32,6 +32,9 @@ class Row(NamedTuple):
     pooled: Tensor | None = None
     """`[D]`"""
     error: str = ""
+
+
+Image = TypeVar("Image", DecodedImage, EncodedImage)
 
 
 class StrictError(Exception):
@@ -75,8 +78,8 @@ def encode(
     workers: int | None = None,
     strict: bool = False,
     meter: Meter | None = None,
-) -> Iterator[Row]:
-    """The rows of all inputs, pack by pack: nearly in their order.
+) -> Iterator[EncodedImage]:
+    """All inputs, encoded pack by pack: nearly in their order.
 
     Args:
         model: itself, or `graphs.replayed` of it.
@@ -92,17 +95,18 @@ def encode(
         raise ValueError(
             "encode resizes and rescales; this checkpoint's preprocessor_config.json turns one of them off"
         )
-    images = decode(inputs, processor, pool, workers or cores())
+    checked: Callable[[Iterable], Iterator] = halted if strict else iter
+    images = checked(decode(inputs, processor, pool, workers or cores()))
     window = max(64, 2 * patch_budget // processor.max_num_patches)  # two packs, or more where a pack takes few
-    ready = packs(halted(images) if strict else images, patch_budget, window, model.device.type == "cuda")
+    ready = packs(images, patch_budget, window, pin_memory=model.device.type == "cuda")
     meter = meter or Meter(patch_budget)
 
     # The device gets the next pack before the last one's features are waited for.
-    finish: Callable[[], list[Row]] = list
+    finish: Callable[[], list[EncodedImage]] = list
     for pack in prefetch(ready, 2):
         last, finish = finish, launch(model, processor, pack, pooled, patches, meter)
-        yield from last()
-    yield from finish()
+        yield from checked(last())
+    yield from checked(finish())
 
 
 def launch(
@@ -112,42 +116,56 @@ def launch(
     pooled: bool,
     patches: bool,
     meter: Meter,
-) -> Callable[[], list[Row]]:
-    """Starts a forward and the copies to the host. What it returns waits for them and gives the rows."""
-    rows = [Row(image.ordinal, image.name, error=image.error) for image in pack.failed]
+) -> Callable[[], list[EncodedImage]]:
+    """Starts a forward and the copies to the host. What it returns waits for them and gives the images."""
+    failed = [EncodedImage(image.ordinal, image.name, error=image.error) for image in pack.failed]
     if not pack.images:
-        return lambda: rows
-    patches_on_device = to_device(pack.patches, model.device)
+        return lambda: failed
+    on_device = upload(pack.patches, model.device)
     stop_clock = clock(model.device)
     output: Any = model(
-        pixel_values=processor.normalize(patches_on_device),
+        pixel_values=processor.normalize(on_device),
         grid_thw=torch.tensor([(1, *image.grid) for image in pack.images]),
     )
     features: dict[str, Tensor] = {"patches": output.last_hidden_state} if patches else {}
     if pooled:
         features["pooled"] = output.pooler_output
-    dtype = output.last_hidden_state.dtype
     finite = {f"finite_{name}": x.isfinite().all(dim=1) for name, x in features.items()}
     seconds = stop_clock()
-    on_host = to_host(features | finite)
+    on_host = download(features | finite)
+    kept, dtype = list(features), output.last_hidden_state.dtype
 
-    def finish() -> list[Row]:
+    def finish() -> list[EncodedImage]:
         host = on_host()
         meter.count(pack, seconds())
-        lengths = [image.length for image in pack.images]
-        split = {name: x.split(lengths) if name.endswith("patches") else list(x) for name, x in host.items()}
-        for i, image in enumerate(pack.images):
-            if all(bool(split[name][i].all()) for name in finite):
-                found = {name: split[name][i] for name in features}
-                rows.append(Row(image.ordinal, image.name, image.grid, **found))
-            else:
-                rows.append(Row(image.ordinal, image.name, error=f"its features are not finite in {dtype}"))
-        return rows
+        return failed + list(taken_apart(host, kept, pack.images, dtype))
 
     return finish
 
 
-def to_device(patches: Tensor, device: torch.device) -> Tensor:
+def taken_apart(
+    host: dict[str, Tensor], kept: list[str], images: list[DecodedImage], dtype: torch.dtype
+) -> Iterator[EncodedImage]:
+    """A pack's features -> those of each image, or the error that they are not finite.
+
+    Args:
+        host: patches `[T, D]`, pooled `[N, D]`, or one of them; of each whether its rows are finite, finite_patches
+            `[T]`, finite_pooled `[N]`.
+        kept: which of the features there are.
+        images: the N images of the pack.
+        dtype: what was computed in.
+    """
+    lengths = [image.length for image in images]
+    split = {name: x.split(lengths) if name.endswith("patches") else list(x) for name, x in host.items()}
+    for i, image in enumerate(images):
+        if all(bool(split[f"finite_{name}"][i].all()) for name in kept):
+            found = {name: split[name][i] for name in kept}
+            yield EncodedImage(image.ordinal, image.name, image.grid, **found)
+        else:
+            yield EncodedImage(image.ordinal, image.name, error=f"its features are not finite in {dtype}")
+
+
+def upload(patches: Tensor, device: torch.device) -> Tensor:
     """On a GPU the copy goes on beside the pack before, which is still being computed."""
     if device.type != "cuda":
         return patches.to(device)
@@ -159,7 +177,7 @@ def to_device(patches: Tensor, device: torch.device) -> Tensor:
     return moved
 
 
-def to_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+def download(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     """Starts the copies beside whatever the device does next; the result waits for them."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return lambda: tensors
@@ -203,7 +221,7 @@ def clock(device: torch.device) -> Callable[[], Callable[[], float]]:
     return stop
 
 
-def halted(images: Iterable[Decoded]) -> Iterator[Decoded]:
+def halted(images: Iterable[Image]) -> Iterator[Image]:
     """Raises StrictError at the first that cannot be used."""
     for image in images:
         if image.error:

@@ -1,4 +1,4 @@
-"""Images in a Parquet file: which column holds them, and the source in each row of it."""
+"""Images in a Parquet file: which column holds them, and the entry in each row of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 
-Source = str | bytes | ValueError
+Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
 
 
@@ -37,7 +37,7 @@ class Parquet:
     def names(self, start: int, stop: int) -> Iterator[str]:
         return (f"{self.path}#{row}" for row in range(start, stop))
 
-    def read(self, start: int, stop: int) -> Iterator[Source]:
+    def read(self, start: int, stop: int) -> Iterator[Entry]:
         if self.fault:
             yield from (ValueError(self.fault) for _ in range(start, stop))
             return
@@ -56,20 +56,20 @@ class Parquet:
                         yield from (ValueError(fault) for _ in range(done, last))
                 first += rows
 
-    def _values(self, file, group: int, start: int, stop: int) -> Iterator[Source]:
+    def _values(self, file, group: int, start: int, stop: int) -> Iterator[Entry]:
         batches = file.iter_batches(self.BATCH, row_groups=[group], columns=[self.column])
         values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        return map(self._source, itertools.islice(values, start, stop))
+        return map(self._entry, itertools.islice(values, start, stop))
 
-    def _source(self, value: bytes | str | dict | None) -> Source:
-        source = source_of(value)
-        if isinstance(source, str):
-            beside = os.path.join(os.path.dirname(self.path), source)
-            return beside if os.path.exists(beside) else source
-        return source
+    def _entry(self, value: bytes | str | dict | None) -> Entry:
+        entry = entry_of(value)
+        if isinstance(entry, str):
+            beside = os.path.join(os.path.dirname(self.path), entry)
+            return beside if os.path.exists(beside) else entry
+        return entry
 
 
-def source_of(value: bytes | str | dict | None) -> Source:
+def entry_of(value: bytes | str | dict | None) -> Entry:
     """What a cell holds: bytes, a path, or {bytes, path}, of which the bytes count if there are any."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]

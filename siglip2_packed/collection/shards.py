@@ -20,67 +20,80 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from siglip2_packed.collection.features import Row
+from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.parquet import import_pyarrow
 
 FORMATS = ("safetensors", "parquet", "arrow", "npy")
 PART = ("input", "shard", "row", "grid", "error")
 
 
-def gather(rows: Iterable[Row], shard_size: int, total: int) -> Iterator[tuple[int, list[Row]]]:
-    """(number, its rows in input order) of each shard, once the last of its inputs has come."""
-    waiting: dict[int, list[Row]] = {}
-    for row in rows:
-        number = row.ordinal // shard_size
+class Counts(NamedTuple):
+    """What became of the inputs: how many failed, how many were read, and the patches of these."""
+
+    failed: int
+    read: int
+    patches: int
+
+
+def gather(images: Iterable[EncodedImage], shard_size: int, total: int) -> Iterator[tuple[int, list[EncodedImage]]]:
+    """(number, its images in input order) of each shard, once the last of its inputs has come."""
+    waiting: dict[int, list[EncodedImage]] = {}
+    for image in images:
+        number = image.ordinal // shard_size
         shard = waiting.setdefault(number, [])
-        shard.append(row)
+        shard.append(image)
         if len(shard) == min(shard_size, total - number * shard_size):
-            yield number, sorted(waiting.pop(number), key=lambda row: row.ordinal)
+            yield number, in_order(waiting.pop(number))
     assert not waiting, f"shards {sorted(waiting)} never got all of their inputs"
 
 
-def write_file(
-    path: Path, rows: Iterable[Row], empty: dict[str, Tensor], model: dict[str, Any]
-) -> tuple[int, int, int]:
-    """All rows in one safetensors file, a tensor an image.
+def in_order(images: Iterable[EncodedImage]) -> list[EncodedImage]:
+    return sorted(images, key=lambda image: image.ordinal)
+
+
+def write_file(path: Path, images: Iterable[EncodedImage], empty: dict[str, Tensor], model: dict[str, Any]) -> Counts:
+    """All images in one safetensors file, a tensor each.
 
     `"00000"`, ...: `[h·w, D]` of the input of that index. `grid_thw [N, 3]` and, if wanted, `pooled [N, D]`: a row for
     each input that was read, in their order. What they are, and what failed, is JSON in the metadata.
-
-    Returns:
-        How many inputs failed, how many were read, and their patches.
     """
     with replacing(path) as temporary:  # entered first: what cannot be written is not computed
-        rows = sorted(rows, key=lambda row: row.ordinal)
-        good, bad = [row for row in rows if not row.error], [row for row in rows if row.error]
-        tensors = {f"{row.ordinal:05d}": cast(row.patches, empty["patches"]) for row in good if row.patches is not None}
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # views of packs cannot be saved
+        images = in_order(images)
+        good, bad = [image for image in images if not image.error], [image for image in images if image.error]
+        patches = {file_key(image): image.patches for image in good if image.patches is not None}
+        tensors = {key: cast(x, empty["patches"]) for key, x in patches.items()}
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # views of packs cannot be saved
         tensors |= stacked(good, {name: x for name, x in empty.items() if name == "pooled"})
         metadata = {
-            "images": {f"{row.ordinal:05d}": {"file": row.name, "grid_thw": [1, *row.grid]} for row in good},
-            "failed": {f"{row.ordinal:05d}": {"file": row.name, "reason": row.error} for row in bad},
+            "images": {file_key(image): {"file": image.name, "grid_thw": [1, *image.grid]} for image in good},
+            "failed": {file_key(image): {"file": image.name, "reason": image.error} for image in bad},
             "model": model,
         }
         save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
-    return len(bad), len(good), sum(h * w for h, w in (row.grid for row in good))
+    return Counts(len(bad), len(good), sum(h * w for h, w in (image.grid for image in good)))
 
 
-def write_shard(folder: Path, number: int, rows: Sequence[Row], fmt: str, empty: dict[str, Tensor]) -> None:
+def file_key(image: EncodedImage) -> str:
+    return f"{image.ordinal:05d}"
+
+
+def write_shard(folder: Path, number: int, images: Sequence[EncodedImage], fmt: str, empty: dict[str, Tensor]) -> None:
     """Writes the features, then the part that says they are there.
 
     Args:
+        images: all of the shard's inputs, in their order.
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
     """
-    good = [row for row in rows if not row.error]
+    good = [image for image in images if not image.error]
     tensors = stacked(good, empty)
-    names = [row.name for row in good]
+    names = [image.name for image in good]
     stem = folder / f"shard-{number:05d}"
     if fmt == "safetensors":
         with replacing(stem.with_suffix(".safetensors")) as path:
@@ -94,23 +107,24 @@ def write_shard(folder: Path, number: int, rows: Sequence[Row], fmt: str, empty:
             write_table(path, arrow_table(names, tensors), fmt)
 
     shard = stem.name if fmt == "npy" else f"{stem.name}.{fmt}"
-    position = {row.ordinal: i for i, row in enumerate(good)}
+    rows = {image.ordinal: row for row, image in enumerate(good)}
     with replacing(part_path(folder, number)) as path, open_csv(path, "w") as file:
         writer = csv.writer(file)
         writer.writerow(PART)
-        for row in rows:
-            place = ("", "", "") if row.error else (shard, position[row.ordinal], "x".join(map(str, (1, *row.grid))))
-            writer.writerow((row.name, *place, row.error))
+        for image in images:
+            grid = "x".join(map(str, (1, *image.grid)))
+            place = ("", "", "") if image.error else (shard, rows[image.ordinal], grid)
+            writer.writerow((image.name, *place, image.error))
 
 
-def stacked(rows: Sequence[Row], empty: dict[str, Tensor]) -> dict[str, Tensor]:
+def stacked(images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> dict[str, Tensor]:
     """grid_thw `[N, 3]`; as wanted pooled `[N, D]`, patches `[T, D]` with offsets `[N+1]` (where each image begins)."""
-    tensors = {"grid_thw": torch.tensor([(1, *row.grid) for row in rows], dtype=torch.int64).reshape(-1, 3)}
+    tensors = {"grid_thw": torch.tensor([(1, *image.grid) for image in images], dtype=torch.int64).reshape(-1, 3)}
     if "pooled" in empty:
-        pooled = [row.pooled[None] for row in rows if row.pooled is not None]
+        pooled = [image.pooled[None] for image in images if image.pooled is not None]
         tensors["pooled"] = torch.cat([cast(x, empty["pooled"]) for x in (empty["pooled"], *pooled)])
     if "patches" in empty:
-        patches = [row.patches for row in rows if row.patches is not None]
+        patches = [image.patches for image in images if image.patches is not None]
         tensors["patches"] = torch.cat([cast(x, empty["patches"]) for x in (empty["patches"], *patches)])
         tensors["offsets"] = torch.nn.functional.pad(tensors["grid_thw"].prod(dim=1).cumsum(0), (1, 0))
     return tensors
@@ -190,8 +204,8 @@ def shards_done(folder: Path, fmt: str, numbers: Iterable[int], kept: Iterable[s
     }
 
 
-def merge(folder: Path, shards: int) -> tuple[int, int, int]:
-    """Parts -> index.csv and errors.csv, in input order. Returns how many inputs failed, were read; their patches."""
+def merge(folder: Path, shards: int) -> Counts:
+    """Parts -> index.csv and errors.csv, in input order."""
     failed = read = patches = 0
     with (
         replacing(folder / "errors.csv") as errors_path,
@@ -212,7 +226,7 @@ def merge(folder: Path, shards: int) -> tuple[int, int, int]:
                         index.writerow([row[name] for name in PART[:-1]])
                         read += 1
                         patches += math.prod(map(int, row["grid"].split("x")))
-    return failed, read, patches
+    return Counts(failed, read, patches)
 
 
 def part_path(folder: Path, number: int) -> Path:

@@ -1,8 +1,8 @@
 """Where images come from: files, folders, lists, tar shards (WebDataset) and Parquet, as one numbered sequence.
 
 The order is that of the arguments; folders are walked in sorted order, tar members and Parquet rows come as stored.
-An input is a path, the bytes of an image, or the ValueError that says why there are none: damage inside a collection
-costs the inputs it hits, never the run.
+The entry of an input is a path, the bytes of an image, or the ValueError that says why there are none: damage inside a
+collection costs the inputs it hits, never the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from siglip2_packed.collection.parquet import Parquet, Source, one_line
+from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LISTS = (".txt",)
@@ -29,7 +29,7 @@ CONTAINERS = (".tar", ".parquet", *COMPRESSED)
 class Input(NamedTuple):
     ordinal: int
     name: str
-    source: Source
+    entry: Entry
 
 
 class Files:
@@ -44,7 +44,7 @@ class Files:
     def names(self, start: int, stop: int) -> Iterator[str]:
         return iter(self.paths[start:stop])
 
-    def read(self, start: int, stop: int) -> Iterator[Source]:
+    def read(self, start: int, stop: int) -> Iterator[Entry]:
         return iter(self.paths[start:stop])
 
 
@@ -61,7 +61,7 @@ class Tar:
     def names(self, start: int, stop: int) -> Iterator[str]:
         return (f"{self.path}#{member.name}" for member in self.members[start:stop])
 
-    def read(self, start: int, stop: int) -> Iterator[Source]:
+    def read(self, start: int, stop: int) -> Iterator[Entry]:
         with open(self.path, "rb") as file:
             for member in self.members[start:stop]:
                 if member.fault:
@@ -144,7 +144,7 @@ class Unusable:
     def names(self, start: int, stop: int) -> Iterator[str]:
         return iter([self.path])
 
-    def read(self, start: int, stop: int) -> Iterator[Source]:
+    def read(self, start: int, stop: int) -> Iterator[Entry]:
         return iter([ValueError(self.fault)])
 
 
@@ -171,8 +171,8 @@ class Inputs:
             first, last = max(start - begin, 0), min(stop - begin, len(part))
             if first >= last:
                 break
-            sources = zip(part.names(first, last), part.read(first, last))
-            yield from (Input(ordinal, *pair) for ordinal, pair in enumerate(sources, begin + first))
+            entries = zip(part.names(first, last), part.read(first, last))
+            yield from (Input(ordinal, *pair) for ordinal, pair in enumerate(entries, begin + first))
 
     def fingerprint(self) -> str:
         """Of the names in their order."""
