@@ -42,8 +42,8 @@ from safetensors.torch import load_file
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import Meter, clock, encode
+from siglip2_packed.collection.run import to_folder
 from siglip2_packed.collection.sources import find_inputs
-from siglip2_packed.encode import to_folder
 from siglip2_packed.flags import DTYPES
 from siglip2_packed.graphs import replayed
 from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
@@ -111,7 +111,7 @@ def ours(files, ckpt, device, dtype):
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
     meter = Meter(BUDGET)
 
-    def rows(ranges, done):
+    def encoded(ranges, done):
         wanted = itertools.chain.from_iterable(inputs.read(*some) for some in ranges)
         yield from encode(
             forward, processor, wanted, pool, pooled=True, patches=False, patch_budget=BUDGET, meter=meter
@@ -119,7 +119,7 @@ def ours(files, ckpt, device, dtype):
 
     with pool, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        failed, _, patches = to_folder(Path(folder), settings, False, rows, empty, 0, 1)
+        failed, _, patches = to_folder(Path(folder), settings, False, encoded, empty, 0, 1)
         seconds = time.perf_counter() - start
         assert failed == 0
         shards = [load_file(shard)["pooled"] for shard in sorted(Path(folder).glob("shard-*"))]

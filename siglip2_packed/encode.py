@@ -2,35 +2,31 @@
 
     sources -> decode -> packs -> features -> shards
 
-Every stage is a generator over the one before it. Decoding runs ahead of the model, in threads or processes, writing
-in a thread behind it. Under torchrun, rank r of w takes the shards r, r + w, ...: ranks tell each other when they are
-ready and when they are done, nothing else.
+The stages are in `collection/`; here is what a command adds: flags, the model, the progress bar, the exit code.
+Decoding runs ahead of the model, in threads or processes, writing in a thread behind it.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Executor
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from siglip2_packed.attention import head_dim
-from siglip2_packed.collection import shards
-from siglip2_packed.collection.decode import DECODE_IN, ahead, cores, decoding_pool
+from siglip2_packed.collection.decode import DECODE_IN, cores, decoding_pool
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
+from siglip2_packed.collection.run import check_run, fingerprint, leave, to_folder
+from siglip2_packed.collection.shards import FORMATS, write_file
 from siglip2_packed.collection.sources import Inputs, find_inputs
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.graphs import replayed
@@ -49,7 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser, dtype="dtype to compute and save")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
-    add("--format", choices=shards.FORMATS, default="safetensors", help="what a shard is (safetensors)")
+    add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
     add("--resume", action="store_true", help="go on with the run in DIR, if there is one")
     add("--strict", action="store_true", help="stop at the first image that cannot be read")
@@ -85,32 +81,19 @@ def encode_inputs(
     pool: Executor,
     workers: int,
 ) -> int:
-    one_file, rank, world = is_one_file(out), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = local_device(args.device), DTYPES[args.dtype]
-    head: Any = {} if args.pooled else {"vision_use_head": False}
-    model: Any = Siglip2PackedVisionModel.from_pretrained(
-        args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation, **head
-    )
-    if args.pooled and not hasattr(model, "head"):
-        raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
-    # a backend that was asked for and cannot run is refused here, not in the middle
-    resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = local_device(args.device)
+    model: Any = load_model(args, device)
     weights = fingerprint(model)
     forward = replayed(model.to(device).eval(), args.patch_budget)
-
-    save_dtype = DTYPES[args.save_dtype or args.dtype]
-    if save_dtype == torch.bfloat16 and args.format != "safetensors":
-        save_dtype = torch.float32
-    empty = {"patches": torch.zeros(0, model.config.hidden_size, dtype=save_dtype)} if args.patches else {}
-    if args.pooled:
-        empty["pooled"] = torch.zeros(0, model.config.hidden_size, dtype=save_dtype)
+    empty = nothing_yet(args, model.config.hidden_size)
     meter = Meter(args.patch_budget)
 
-    def rows(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[EncodedImage]:
+    def encoded(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[EncodedImage]:
         wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
         total = done + sum(stop - start for start, stop in ranges)
         with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress:
-            found = encode(
+            images = encode(
                 forward,
                 processor,
                 wanted,
@@ -122,45 +105,74 @@ def encode_inputs(
                 strict=args.strict,
                 meter=meter,
             )
-            yield from watched(found, progress, meter)
+            yield from watched(images, progress, meter)
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
-            if one_file:
+            if is_one_file(out):
                 out.parent.mkdir(parents=True, exist_ok=True)
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
-                failed, read, patches = shards.write_file(out, rows([(0, len(inputs))]), empty, described)
+                counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
-                shard_size = args.shard_size or (1024 if args.patches else 8192)
-                settings = {
-                    "inputs": len(inputs),
-                    "names": inputs.fingerprint(),
-                    "column": args.column,
-                    "shard_size": shard_size,
-                    "format": args.format,
-                    "kept": sorted(empty),
-                    "dtype": args.dtype,
-                    "save_dtype": str(save_dtype).removeprefix("torch."),
-                    **processor.to_dict(),
-                    "checkpoint": args.ckpt,
-                    "weights": weights,
-                }
-                failed, read, patches = to_folder(out, settings, args.resume, rows, empty, rank, world)
+                settings = run_settings(args, inputs, processor, sorted(empty), weights)
+                counts = to_folder(out, settings, args.resume, encoded, empty, rank, world)
     except BrokenExecutor as error:
         raise OSError("a decoding process was killed (out of memory?): see --workers; --resume goes on") from error
     except StrictError as error:
         print(f"siglip2-packed encode: --strict: {error}", file=sys.stderr)
         return 1
     if rank == 0:
-        print(f"wrote {args.out}: {read} images, {patches} patches ({args.dtype} on {device})")
+        print(f"wrote {args.out}: {counts.read} images, {counts.patches} patches ({args.dtype} on {device})")
         print(f"{'rank 0: ' * (world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
-        if failed:
-            print(f"{failed} of {len(inputs)} images could not be read", file=sys.stderr)
-    if world > 1:  # the first to exit with 1 has torchrun end the others: not before the lines above are out
-        barrier(world)
-        dist.destroy_process_group()
-    return 1 if failed else 0
+        if counts.failed:
+            print(f"{counts.failed} of {len(inputs)} images could not be read", file=sys.stderr)
+    leave(world)  # not before the lines above are out
+    return 1 if counts.failed else 0
+
+
+def load_model(args: argparse.Namespace, device: torch.device) -> Siglip2PackedVisionModel:
+    """On the CPU still. Raises ValueError for a head or a backend that was asked for and is not there."""
+    dtype = DTYPES[args.dtype]
+    head: Any = {} if args.pooled else {"vision_use_head": False}
+    model: Any = Siglip2PackedVisionModel.from_pretrained(
+        args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation, **head
+    )
+    if args.pooled and not hasattr(model, "head"):
+        raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
+    # refused here, not in the middle
+    resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
+    return model
+
+
+def nothing_yet(args: argparse.Namespace, hidden_size: int) -> dict[str, Tensor]:
+    """What is kept of no images, in the dtype to save: patches `[0, D]`, pooled `[0, D]`."""
+    kept = {"patches": args.patches, "pooled": args.pooled}
+    return {name: torch.zeros(0, hidden_size, dtype=save_dtype(args)) for name, wanted in kept.items() if wanted}
+
+
+def save_dtype(args: argparse.Namespace) -> torch.dtype:
+    dtype = DTYPES[args.save_dtype or args.dtype]
+    return torch.float32 if dtype == torch.bfloat16 and args.format != "safetensors" else dtype
+
+
+def run_settings(
+    args: argparse.Namespace, inputs: Inputs, processor: Siglip2PackedImageProcessor, kept: list[str], weights: str
+) -> dict[str, Any]:
+    """What `--resume` compares: all that the rows in a shard depend on."""
+    return {
+        "inputs": len(inputs),
+        "names": inputs.fingerprint(),
+        "column": args.column,
+        "shard_size": args.shard_size or (1024 if args.patches else 8192),
+        "format": args.format,
+        "kept": kept,
+        "dtype": args.dtype,
+        "save_dtype": str(save_dtype(args)).removeprefix("torch."),
+        **processor.to_dict(),
+        "checkpoint": args.ckpt,
+        "weights": weights,
+    }
 
 
 def is_one_file(out: Path) -> bool:
@@ -179,63 +191,14 @@ def check_arguments(args: argparse.Namespace, out: Path, one_file: bool, world: 
                 raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
         if args.format != "safetensors" or not args.patches:
             raise ValueError(f"--out {args.out!r} is one safetensors file of patches: give a folder")
-    elif out.suffix[1:] in (*shards.FORMATS, "csv") and not out.is_dir():
+    elif out.suffix[1:] in (*FORMATS, "csv") and not out.is_dir():
         raise ValueError(f"--out {args.out!r}: give a folder, and --format for what its shards are")
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out {args.out!r} is a file, not a folder")
     elif not args.resume:
-        shards.check_run(out, {}, resume=False)
+        check_run(out, {}, resume=False)
     if world > 1 and "-" in args.images:
         raise ValueError("standard input is one process's: write the list to a file for torchrun")
-
-
-def to_folder(
-    folder: Path,
-    settings: dict[str, Any],
-    resume: bool,
-    rows: Callable[..., Iterator[EncodedImage]],
-    empty: dict[str, Tensor],
-    rank: int,
-    world: int,
-) -> tuple[int, int, int]:
-    """Writes this rank's shards; rank 0, the tables. Returns how many inputs failed, were read, and their patches."""
-    total, size, fmt = settings["inputs"], settings["shard_size"], settings["format"]
-    count = -(-total // size)
-    if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        everyone: list[Any] = [None] * world
-        dist.all_gather_object(everyone, settings)
-        for other, theirs in enumerate(everyone):
-            for name in (name for name in settings if settings[name] != theirs[name]):
-                raise ValueError(f"rank {other} has {name} {theirs[name]}, rank {rank} {settings[name]}")
-    shards.check_run(folder, settings, resume)
-    barrier(world)  # all have looked
-    if rank == 0:
-        shards.start(folder, settings)
-    barrier(world)
-    mine = range(rank, count, world)
-    done = shards.shards_done(folder, fmt, mine, [*empty, "grid_thw"])
-
-    def extent(number: int) -> tuple[int, int]:
-        return number * size, min(number * size + size, total)
-
-    ranges: list[tuple[int, int]] = []
-    for start, stop in (extent(number) for number in mine if number not in done):
-        if ranges and ranges[-1][1] == start:
-            start = ranges.pop()[0]
-        ranges.append((start, stop))
-    made = shards.gather(rows(ranges, sum(stop - start for start, stop in map(extent, done))), size, total)
-    jobs = ((partial(shards.write_shard, folder, number, some, fmt, empty), None) for number, some in made)
-    with ThreadPoolExecutor(1) as writer:
-        for _ in ahead(jobs, writer, depth=2):
-            pass
-    barrier(world)
-    counts = shards.merge(folder, count) if rank == 0 else (0, 0, 0)
-    if world > 1:
-        shared = [counts]
-        dist.broadcast_object_list(shared)  # every rank exits with the same code
-        counts = shared[0]
-    return counts
 
 
 def watched(images: Iterator[EncodedImage], progress: tqdm, meter: Meter) -> Iterator[EncodedImage]:
@@ -263,17 +226,3 @@ def local_device(name: str | None) -> torch.device:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     return device
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of the beginning of every parameter: training, or another checkpoint, changes it."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:1024].float().cpu().numpy()
-        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def barrier(world: int) -> None:
-    if world > 1:
-        dist.barrier()

@@ -1,6 +1,6 @@
 """Features on disk: numbered shards, each whole or not there, and the tables that say what lies where.
 
-    DIR/run.json                      what was asked for; `--resume` compares it
+    DIR/run.json                      what was asked for; `--resume` compares it (run.py)
     DIR/shard-00000.safetensors ...   of the inputs 0 to shard_size-1, ...: those that could be read, in order
     DIR/.parts/00000.csv ...          written after its shard: a shard with a part is done
     DIR/index.csv, errors.csv         the parts, end to end, when all are there
@@ -162,34 +162,6 @@ def write_table(path: Path, table, fmt: str) -> None:
             writer.write_table(table)
     else:  # neither dictionaries nor compression help with floats
         pa.parquet.write_table(table, path, compression="none", use_dictionary=["input"], write_statistics=["input"])
-
-
-def start(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes run.json, and takes away what a killed run left unfinished."""
-    part_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
-    for place in (folder, part_path(folder, 0).parent):
-        for leftover in place.glob(".*.tmp"):
-            leftover.unlink()
-    with replacing(folder / "run.json") as path:
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-
-
-def check_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError if the folder holds a run and this one does not go on with it: other settings, other inputs."""
-    file = folder / "run.json"
-    if not file.exists():
-        return
-    if not resume:
-        raise ValueError(f"{str(folder)!r} holds a run: go on with it (--resume), remove it or write elsewhere")
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name in {**settings, **before}:
-        ours, theirs = settings.get(name), before.get(name)
-        if name != "checkpoint" and ours != theirs:
-            if name == "names":
-                ours, theirs = "the same number under other names or in another order", f"{before['inputs']} inputs"
-            if name == "weights":
-                ours, theirs = f"others, of {settings['checkpoint']}", f"those of {before['checkpoint']}"
-            raise ValueError(f"--resume: the run in {str(folder)!r} has {name} {theirs}, this one {ours}")
 
 
 def shards_done(folder: Path, fmt: str, numbers: Iterable[int], kept: Iterable[str]) -> set[int]:
