@@ -1,4 +1,4 @@
-"""Checkpoints made once a session, and the grids that expose faults."""
+"""What is made once a session, checkpoints and runs of `encode`; and the grids that expose faults."""
 
 import os
 from types import SimpleNamespace
@@ -8,6 +8,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+import encode_runs
 
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
@@ -59,6 +61,26 @@ def tower(checkpoint):
     from siglip2_packed import SigLip2NaflexVisionTower
 
     return SigLip2NaflexVisionTower(str(checkpoint("tiny")), SimpleNamespace())
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of the images `encode_runs.GOOD`, and what is none, `encode_runs.BAD`."""
+    return encode_runs.make_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint, photos):
+    """(tokens, pooled, grid) of each good image of `photos` from the model called on it alone."""
+    return encode_runs.alone(checkpoint(), photos)
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint, photos, tmp_path_factory):
+    """The folder of a whole run over `photos`. Who goes on with it leaves it as it was."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert encode_runs.run(checkpoint, photos, out, *encode_runs.SETTINGS) == 1
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,125 @@
+"""Packs to features on the host: counted, of the right image, and nothing left behind by a run that stops early."""
+
+import multiprocessing
+import os
+import threading
+import time
+
+import pytest
+import torch
+from encode_runs import image_bytes, inputs
+
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed.collection.decode import (
+    DECODE_IN,
+    decode,
+    decoding_pool,
+    packs,
+    read_image,
+)
+from siglip2_packed.collection.features import Meter, StrictError, encode, launch
+
+
+@pytest.fixture
+def tower(checkpoint):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint()).eval()
+    return model, Siglip2PackedImageProcessor.from_pretrained(checkpoint())
+
+
+@pytest.fixture
+def pool():
+    with decoding_pool(torch.device("cpu"), Siglip2PackedImageProcessor(), 2) as threads:
+        yield threads
+
+
+def test_normalize_is_the_processors_arithmetic(photos):
+    for settings in ({}, {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.9, 0.8, 0.7)}, {"do_normalize": False}):
+        processor = Siglip2PackedImageProcessor(patch_size=4, max_num_patches=30, **settings)
+        patches, (h, w) = processor.read(photos / "07.png")
+        packed = processor([photos / "07.png"])
+        assert [1, h, w] == packed["grid_thw"][0].tolist()
+        assert torch.equal(processor.normalize(torch.from_numpy(patches)), packed["pixel_values"])
+
+
+def test_features_can_be_trained_on(tower, pool):
+    model, processor = tower
+    [row] = encode(model, processor, inputs(image_bytes(0, (9, 20))), pool)
+    weights = torch.ones(64, requires_grad=True)
+    (row.patches @ weights).sum().backward()
+    torch.testing.assert_close(weights.grad, row.patches.sum(dim=0))
+
+
+def test_the_meter(tower, pool):
+    model, processor = tower
+    meter = Meter(20)
+    sources = [image_bytes(i, (8, 8)) for i in range(5)]
+    flags = {"pooled": True, "patches": False, "patch_budget": 20, "workers": 2}
+    rows = list(encode(model, processor, inputs(*sources, b"", *sources), pool, **flags, meter=meter))
+    assert [row.ordinal for row in rows if row.error] == [5]
+    assert (meter.images, meter.patches, meter.packs) == (10, 160, 10)
+    assert 0 < meter.busy <= meter.seconds
+    assert "packs 80% full" in str(meter)
+
+
+def test_encode_refuses_processors_that_do_not_resize(tower, pool):
+    model, processor = tower
+    processor.do_resize = False
+    with pytest.raises(ValueError, match="encode resizes and rescales"):
+        list(encode(model, processor, inputs(image_bytes(0, (8, 8))), pool))
+
+
+@pytest.mark.parametrize("how", ["closed", "strict", "model"])
+def test_places_come_back_from_a_run_that_stops_early(tower, monkeypatch, how):
+    def refuse(**_):
+        raise ValueError
+
+    model, processor = tower
+    sources = [b"" if i == 150 else image_bytes(i, (40, 40)) for i in range(300)]
+    with decoding_pool(torch.device("cpu"), processor, 2, "processes") as pool:
+        places = len(pool.shelf.free)
+        if how == "closed":
+            images = decode(inputs(*sources), processor, pool, 2)
+            next(images)
+            images.close()
+        else:
+            error = StrictError if how == "strict" else ValueError
+            if how == "model":
+                monkeypatch.setattr(model, "forward", refuse)
+            with pytest.raises(error):
+                list(encode(model, processor, inputs(*sources), pool, patch_budget=160, workers=2, strict=True))
+        pool.submit(os.getpid).result()
+        begin = time.monotonic()
+        while len(pool.shelf.free) < places and time.monotonic() < begin + 30:
+            time.sleep(0.05)
+        assert sorted(pool.shelf.free) == list(range(places))
+
+
+@pytest.mark.parametrize("decode_in", DECODE_IN)
+def test_a_consumer_that_stops_early_leaves_no_thread_and_no_process(tower, decode_in):
+    model, processor = tower
+    before = threading.active_count()
+    with decoding_pool(model.device, processor, 2, decode_in) as pool:
+        rows = encode(model, processor, inputs(*[image_bytes(0, (8, 8))] * 300), pool, patch_budget=16, workers=2)
+        next(rows)
+        rows.close()
+    assert threading.active_count() <= before
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [["pooled"], ["pooled", "patches"]])
+def test_packs_are_launched_without_a_sync(checkpoint, kept):
+    """Nothing waits for the device but the fetch of the pack before."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=torch.bfloat16).to("cuda").eval()
+    processor = Siglip2PackedImageProcessor.from_pretrained(checkpoint("base"))
+    images = [read_image(processor, i, "", image_bytes(i, (40, 30 + i))) for i in range(4)]
+    with torch.no_grad():
+        for attempt in range(2):
+            pack = next(packs(images, 16384, 64, pin_memory=True))
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+            try:
+                finish = launch(model, processor, pack, "pooled" in kept, "patches" in kept, Meter(16384))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert len(finish()) == 4
