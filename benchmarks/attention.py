@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip2_packed.measure import Rows, card_name, relative_error
-from siglip2_packed.ops.attention import BACKENDS, eager, why_not
-from siglip2_packed.ops.dispatch import length_class, resolve_backend
+from siglip2_packed.ops.attention import VarlenAttention, eager, for_pack
+from siglip2_packed.ops.attention.backends import BACKENDS, why_not
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.packing import make_layout
 from siglip2_packed.workloads import grids
@@ -29,7 +29,7 @@ WORKLOADS = ("naflex256", "mixed", "long", "video")
 BOUND = 1e-2
 
 
-def cudnn_dense(q, k, v, segments):
+def cudnn_dense(segments, q, k, v):
     """cuDNN's attention on a dense batch: no varlen, so equal segments only."""
     qkv = (x.unflatten(0, (len(segments), -1)).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -38,9 +38,10 @@ def cudnn_dense(q, k, v, segments):
 
 def providers(head_dim, segments):
     names = [name for name in BACKENDS if name not in ("eager", "sdpa")]
-    found = {name: BACKENDS[name].run for name in names if why_not(name, CUDA, torch.bfloat16, head_dim) is None}
+    present = [name for name in names if why_not(name, CUDA, torch.bfloat16, head_dim) is None]
+    found = {name: VarlenAttention(segments, name) for name in present}
     if len(set(segments.lengths)) == 1:
-        found["cudnn_dense"] = cudnn_dense
+        found["cudnn_dense"] = functools.partial(cudnn_dense, segments)
     return found
 
 
@@ -89,12 +90,12 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
     grad = torch.randn(total, HEADS, head_dim, device=CUDA, dtype=torch.bfloat16)
 
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    expected = eager(*exact, segments)
+    expected = eager.attention(*exact, segments)
     expected = [expected.detach(), *torch.autograd.grad(expected, exact, grad.float())]
     forward, backward = {}, {}
     for name, function in providers(head_dim, segments).items():
         try:
-            out = function(q, k, v, segments)
+            out = function(q, k, v)
             gradients = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
             errors = [relative_error(x, ref) for x, ref in zip((out.detach(), *gradients), expected)]
             rows.add(name, workload, "forward", "bfloat16", "relative_error", errors[0], "")
@@ -102,13 +103,13 @@ def run(rows, workload, head_dim, lengths, tflops_peak, bandwidth):
             if not max(errors) <= BOUND:
                 print(f"{workload:14} {name:18} refused: relative errors {', '.join(f'{x:.1e}' for x in errors)}")
                 continue
-            forward[name] = functools.partial(function, q.detach(), k.detach(), v.detach(), segments)
+            forward[name] = functools.partial(function, q.detach(), k.detach(), v.detach())
             # holds what the captured backward reads: a graph holds nothing
             backward[name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
         except Exception as error:  # a backend that cannot run a shape is a line of the report, not the end of it
             print(f"{workload:14} {name:18} {type(error).__name__}: {str(error)[:100]}")
     chosen = {
-        mode: resolve_backend("auto", CUDA, torch.bfloat16, head_dim, mode == "backward", length_class(lengths))
+        mode: for_pack(segments, "auto", torch.bfloat16, HEADS, head_dim, mode == "backward").backend
         for mode in ("forward", "backward")
     }
     flops = 4 * sum(length * length for length in lengths) * HEADS * head_dim

@@ -186,6 +186,8 @@ def speed(args: argparse.Namespace) -> int:
             for worker in (a, b):
                 worker.ask("prepare", grids=grids(workload), mode=step)
             answers = same_answers(a, b)
+            for worker in (a, b):
+                worker.ask("settle")
             times: dict[Tree, list[float]] = {old: [], new: []}
             medians: dict[Tree, list[float]] = {old: [], new: []}
             for round_ in range(args.rounds):

@@ -19,7 +19,7 @@ from transformers import Siglip2VisionModel
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
 from siglip2_packed.measure import Rows, cpu_name, in_turn, relative_error
-from siglip2_packed.ops.positions import resize_positions
+from siglip2_packed.ops.positions.eager import resize_positions
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 from siglip2_packed.workloads import forward_flops, grids
 

@@ -32,7 +32,7 @@ from siglip2_packed import (
 from siglip2_packed.graphs import CUDAGraphs
 
 WARM_UP = 0.25
-"""Seconds; see `siglip2_packed.bench.in_turn`."""
+"""Seconds; see `siglip2_packed.bench.steady_milliseconds`."""
 
 
 # bits ----------------------------------------------------------------------------------------------------------------
@@ -214,8 +214,16 @@ def compare(path: str) -> dict:
     return {"same": same, "tensors": len(ours), "errors": errors}
 
 
+def settle() -> None:
+    """Gives the memory back that comparing took, so that both trees begin alike."""
+    step.drop_gradients()
+    gc.collect()
+    if step.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def sample() -> list[float]:
-    """Milliseconds of a block of steps, after a block to warm up, as `siglip2_packed.bench.in_turn` takes them."""
+    """Milliseconds of a block of steps, after a block to warm up; see `siglip2_packed.bench.steady_milliseconds`."""
     milliseconds(1)
     return milliseconds(3)
 
@@ -313,7 +321,9 @@ def where() -> str:
     return str(Path(siglip2_packed.__file__).parent)
 
 
-COMMANDS = {x.__name__: x for x in (where, model_bits, pixel_bits, load, prepare, keep, compare, sample, host, start)}
+COMMANDS = {
+    x.__name__: x for x in (where, model_bits, pixel_bits, load, prepare, keep, compare, settle, sample, host, start)
+}
 
 
 def main() -> None:

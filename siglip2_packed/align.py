@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from siglip2_packed.attention import head_dim
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
@@ -35,7 +34,7 @@ from siglip2_packed.inspection.references import (
     wrong_positions,
 )
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.dispatch import length_class, resolve_backend
+from siglip2_packed.ops.segments import Segments
 
 # colour, grey, alpha, text, a palette; landscape and portrait
 PHOTOGRAPHS = (
@@ -73,10 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     with full_precision() as tf32:
         ours = load_packed(args.ckpt, device, dtype, args.attn_implementation)
-        settings = (args.attn_implementation, device, dtype, head_dim(ours.config), False)
-        resolve_backend(
-            *settings
-        )  # a backend that was asked for and cannot run is refused before anything else is loaded
+        attention_of(
+            ours, [(16, 16)]
+        )  # one that was asked for and cannot run is refused before anything else is loaded
         backends: dict[str, str] = {}
         found = environment(device) | {
             "checkpoint": args.ckpt,
@@ -93,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{'weights':<15} {'PASS' if weights.passed else 'FAIL'}: {weights.note}")
 
         def examine(case: Case, show: Callable[[Case, Sequence[Comparison], str], None]) -> list[Comparison]:
-            backends[case.name] = resolve_backend(*settings, length_class([h * w for h, w in case.grids]))
+            backends[case.name] = attention_of(ours, case.grids)
             compared = compare_case(case, ours, references, dtype, args.threshold)
             show(case, compared, backends[case.name])
             return compared
@@ -117,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
         rows = [asdict(one) | {"attention": backends.get(one.case, "")} for one in compared]
         write_json(args.json, {"passed": not failed, "summary": summary, "environment": found, "rows": rows})
     return 1 if failed else 0
+
+
+@torch.no_grad()
+def attention_of(model: Siglip2PackedVisionModel, grids: Sequence[tuple[int, int]]) -> str:
+    """The backend that runs for images of these (h, w)."""
+    return model._attention(Segments([h * w for h, w in grids], model.device)).backend
 
 
 @torch.inference_mode()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from siglip2_packed.ops.attention import varlen_attention
-from siglip2_packed.ops.segments import Segments
+from siglip2_packed.ops.attention import VarlenAttention
 
 
 class Siglip2PackedAttention(nn.Module):
@@ -17,11 +16,11 @@ class Siglip2PackedAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
         """`[T, D]` -> `[T, D]`; rows attend within their segment."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        return self.out_proj(varlen_attention(q, k, v, segments, backend).flatten(1))
+        return self.out_proj(attention(q, k, v).flatten(1))
 
 
 def head_dim(config) -> int:

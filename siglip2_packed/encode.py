@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from siglip2_packed.attention import head_dim
 from siglip2_packed.collection.decode import DECODE_IN, cores, decoding_pool
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
 from siglip2_packed.collection.run import check_run, fingerprint, leave, to_folder
@@ -31,7 +30,7 @@ from siglip2_packed.collection.sources import Inputs, find_inputs
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.dispatch import resolve_backend
+from siglip2_packed.ops.segments import Segments
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 REPORTED = 20
@@ -85,7 +84,7 @@ def encode_inputs(
     device = local_device(args.device)
     model: Any = load_model(args, device)
     weights = fingerprint(model)
-    forward = replayed(model.to(device).eval(), args.patch_budget)
+    forward = replayed(model, args.patch_budget)
     empty = nothing_yet(args, model.config.hidden_size)
     meter = Meter(args.patch_budget)
 
@@ -132,7 +131,7 @@ def encode_inputs(
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> Siglip2PackedVisionModel:
-    """On the CPU still. Raises ValueError for a head or a backend that was asked for and is not there."""
+    """Raises ValueError for a head or a backend that was asked for and is not there."""
     dtype = DTYPES[args.dtype]
     head: Any = {} if args.pooled else {"vision_use_head": False}
     model: Any = Siglip2PackedVisionModel.from_pretrained(
@@ -140,8 +139,9 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Siglip2PackedV
     )
     if args.pooled and not hasattr(model, "head"):
         raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
-    # refused here, not in the middle
-    resolve_backend(args.attn_implementation, device, dtype, head_dim(model.config), needs_grad=False)
+    model.to(device).eval()
+    with torch.no_grad():
+        model._attention(Segments([256], device))  # refused here, not in the middle
     return model
 
 

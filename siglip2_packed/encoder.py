@@ -1,17 +1,24 @@
-"""The transformer: pre-norm layers of varlen attention and MLP on packed rows."""
+"""The transformer: pre-norm layers of varlen attention and MLP on packed rows.
+
+Shapes: T rows, D hidden size, L layers.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from siglip2_packed import fused
+from siglip2_packed import fused, plain
 from siglip2_packed.attention import Siglip2PackedAttention
-from siglip2_packed.ops.segments import Segments
+from siglip2_packed.fused import LayerWeights, NormQKV, ProjectMLP
+from siglip2_packed.ops.attention import VarlenAttention
+
+GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 
 
 class Siglip2PackedMLP(nn.Module):
@@ -49,12 +56,33 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
             checkpointing = partial(checkpointing, use_reentrant=False)
         self.__dict__["checkpointing"] = checkpointing
 
-    def forward(self, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
         """`[T, D]` -> `[T, D]`."""
-        if fused.applies(self, hidden_states):
-            return fused.layer(self, hidden_states, segments, backend)
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), segments, backend)
+        weights = None if plain.watched(hidden_states) else self.plain_weights(hidden_states)
+        if weights is not None:
+            return fused.layer(weights, hidden_states, attention)
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+    def plain_weights(self, hidden_states: Tensor) -> LayerWeights | None:
+        """What the layer computes with; None if its parts are not what they were built as, or of another dtype."""
+        modules, dtype = self._modules, hidden_states.dtype  # without nn.Module's slow lookup
+        attention: Any = modules["self_attn"]
+        mlp: Any = modules["mlp"]
+        if type(attention) is not Siglip2PackedAttention or type(mlp) is not Siglip2PackedMLP:
+            return None
+        activation: Any = mlp._modules["activation_fn"]
+        if type(activation) is not GELU_TANH or not all(map(plain.unhooked, (attention, mlp, activation))):
+            return None
+        norm1: Any = modules["layer_norm1"]
+        norm2: Any = modules["layer_norm2"]
+        q, k, v, out = (attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+        first = plain.weights((norm1, nn.LayerNorm), (q, nn.Linear), (k, nn.Linear), (v, nn.Linear), dtype=dtype)
+        fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
+        second = plain.weights((out, nn.Linear), (norm2, nn.LayerNorm), (fc1, nn.Linear), (fc2, nn.Linear), dtype=dtype)
+        if first is None or second is None:
+            return None
+        return LayerWeights(NormQKV(*first), ProjectMLP(*second), (norm1.eps, norm2.eps), attention.head_dim)
 
 
 class Siglip2PackedEncoder(nn.Module):
@@ -63,14 +91,47 @@ class Siglip2PackedEncoder(nn.Module):
         self.layers = nn.ModuleList(Siglip2PackedEncoderLayer(config) for _ in range(num_layers))
 
     def forward(
-        self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
+        self, hidden_states: Tensor, attention: VarlenAttention, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`[T, D]` -> `[T, D]` after the last layer, and, if asked for, all L+1 states, the input first."""
-        if not output_hidden_states and fused.may_infer(self.layers, hidden_states):
-            return fused.infer(self.layers, hidden_states, segments, backend), None
+        weights = None if output_hidden_states else self.plain_weights(hidden_states)
+        if weights is not None:
+            return fused.infer(weights, hidden_states, attention), None
         states = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, segments, backend)
+            hidden_states = layer(hidden_states, attention)
             if output_hidden_states:
                 states.append(hidden_states)
         return hidden_states, tuple(states) if output_hidden_states else None
+
+    def plain_weights(self, hidden_states: Tensor) -> list[LayerWeights] | None:
+        """What all layers compute with, where no gradients are wanted and calling the layers would do no more."""
+        if plain.watched(hidden_states) or plain.learns(self.layers) or _wants_gradient(hidden_states):
+            return None
+        found: list[LayerWeights] = []
+        for layer in self.layers:
+            if type(layer) is not Siglip2PackedEncoderLayer or not plain.unhooked(layer):
+                return None
+            weights = layer.plain_weights(hidden_states)
+            if weights is None or (found and len(weights.second.fc1_bias) != len(found[0].second.fc1_bias)):
+                return None  # of another width, as pruned layers are
+            found.append(weights)
+        return found
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def join_projections(encoder: nn.Module) -> None:
+    """Moves q_proj, k_proj and v_proj of each layer side by side in memory, where one product reads all three.
+
+    They stay three parameters with their names and values. Moving the model (`.to`) separates them again, which costs
+    one copy of them a forward and no more.
+    """
+    for layer in encoder.layers:  # type: ignore[union-attr]
+        attention = getattr(layer, "self_attn", None)
+        projections: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(type(x) is nn.Linear for x in projections):
+            fused.join(*(x.weight for x in projections))
+            fused.join(*(x.bias for x in projections))

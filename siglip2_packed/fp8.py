@@ -9,15 +9,16 @@ Shapes: T rows, D hidden size, F MLP width, K head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from siglip2_packed import fused
+from siglip2_packed.encoder import GELU_TANH
 from siglip2_packed.modeling import Siglip2PackedVisionModel
-from siglip2_packed.ops.attention import varlen_attention_qkvpacked
-from siglip2_packed.ops.segments import Segments
-
-LARGEST = 448.0  # of float8_e4m3fn
+from siglip2_packed.ops import float8
+from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.float8 import quantize, quantize_rows
 
 
 def quantize_fp8(model: Siglip2PackedVisionModel) -> Siglip2PackedVisionModel:
@@ -28,8 +29,8 @@ def quantize_fp8(model: Siglip2PackedVisionModel) -> Siglip2PackedVisionModel:
             an activation other than GELU's tanh form.
     """
     weight = model.embeddings.patch_embedding.weight
-    if weight.device.type != "cuda" or torch.cuda.get_device_capability(weight.device) < (9, 0):
-        raise ValueError(f"float8 needs a CUDA device of compute capability 9.0, the model is on {weight.device}")
+    if reason := float8.why_not(weight.device):
+        raise ValueError(f"{reason}, the model is on {weight.device}")
     if weight.dtype != torch.bfloat16:
         raise ValueError(f"float8 replaces bfloat16 weights, the model is in {weight.dtype}")
     model.encoder = Float8Encoder(model.encoder.layers)  # type: ignore[assignment]
@@ -67,16 +68,10 @@ class Float8Linear(nn.Module):
         return product, scales, self.scale, self.bias
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Float8 rows `[R, C]` and their scales `[R, 1]`: the largest of a row becomes the largest of float8."""
-    scale = x.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / LARGEST
-    return (x / scale).to(torch.float8_e4m3fn), scale
-
-
 class Float8Layer(nn.Module):
     def __init__(self, block):
         super().__init__()
-        if type(block.mlp.activation_fn) is not fused.GELU_TANH:
+        if type(block.mlp.activation_fn) is not GELU_TANH:
             raise ValueError(f"float8 knows GELU's tanh form only, got {type(block.mlp.activation_fn).__name__}")
         self.norm1, self.norm2 = block.layer_norm1, block.layer_norm2
         self.head_dim = block.self_attn.head_dim
@@ -85,16 +80,16 @@ class Float8Layer(nn.Module):
         self.qkv = Float8Linear(torch.cat([x.weight for x in projections]), torch.cat([x.bias for x in projections]))
         self.out, self.fc1, self.fc2 = (Float8Linear(x.weight, x.bias) for x in (attention.out_proj, mlp.fc1, mlp.fc2))
 
-    def forward(self, x: Tensor, update: tuple | None, segments: Segments, backend: str) -> tuple[Tensor, tuple]:
+    def forward(
+        self, x: Tensor, update: tuple | None, attention: VarlenAttention, to_float8: Callable
+    ) -> tuple[Tensor, tuple]:
         """The stream `[T, D]` and what is still to be added to it, before and after the layer."""
-        from siglip2_packed.ops.triton.float8 import quantize_rows
-
-        rows, scales, x = quantize_rows(x, update, (self.norm1.weight, self.norm1.bias, self.norm1.eps))
+        rows, scales, x = to_float8(x, update, (self.norm1.weight, self.norm1.bias, self.norm1.eps))
         qkv = self.qkv(rows, scales).unflatten(1, (3, -1, self.head_dim))
-        rows, scales, _ = quantize_rows(varlen_attention_qkvpacked(qkv, segments, backend).flatten(1))
+        rows, scales, _ = to_float8(attention.qkvpacked(qkv).flatten(1))
         update = self.out.unscaled(rows, scales)
-        rows, scales, x = quantize_rows(x, update, (self.norm2.weight, self.norm2.bias, self.norm2.eps))
-        rows, scales, _ = quantize_rows(self.fc1(rows, scales), gelu=True)
+        rows, scales, x = to_float8(x, update, (self.norm2.weight, self.norm2.bias, self.norm2.eps))
+        rows, scales, _ = to_float8(self.fc1(rows, scales), gelu=True)
         return x, self.fc2.unscaled(rows, scales)
 
 
@@ -102,20 +97,20 @@ class Float8Encoder(nn.Module):
     def __init__(self, layers):
         super().__init__()
         self.layers = nn.ModuleList(Float8Layer(block) for block in layers)
+        self.widths = [block.mlp.fc1.out_features for block in layers]
 
     @torch.no_grad()
     def forward(
-        self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
+        self, hidden_states: Tensor, attention: VarlenAttention, output_hidden_states: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """As the encoder it replaces, without gradients."""
-        from siglip2_packed.ops.triton.float8 import quantize_rows
-
         x, update = hidden_states, None
         states = [x]
-        if len(x):
-            for layer in self.layers:
-                x, update = layer(x, update, segments, backend)
+        if len(x) and len(self.layers):
+            for layer, width in zip(self.layers, self.widths):
+                to_float8 = quantize_rows(x, width)
+                x, update = layer(x, update, attention, to_float8)
                 if output_hidden_states:
-                    states.append(quantize_rows(x, update)[2])
-            x = quantize_rows(x, update)[2]
+                    states.append(to_float8(x, update)[2])
+            x = to_float8(x, update)[2]
         return x, tuple(states) if output_hidden_states else None

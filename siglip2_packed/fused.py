@@ -1,9 +1,8 @@
-"""Encoder layers with their element-wise work fused into fewer passes over memory.
+"""A layer's arithmetic on its weights, the element-wise work fused into fewer passes over memory.
 
-The same computation as the modules of `encoder`, on their parameters, where nothing has been hung on those modules
-(hooks, adapters, quantised weights, compilation): `applies` tells. `infer` runs all layers for inference; `layer` runs
-one with gradients, its backward written out, so that outputs of LayerNorm and GELU and the sum before layer_norm2 are
-made again in backward instead of being kept.
+The same computation as the modules of `encoder`, which say when their weights tell all (`plain_weights`); no module is
+known here. `infer` runs all layers for inference; `layer` runs one with gradients, its backward written out, so that
+outputs of LayerNorm and GELU and the sum before layer_norm2 are made again in backward instead of being kept.
 
 Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 """
@@ -12,95 +11,93 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import ACT2FN
 
-from siglip2_packed.attention import Siglip2PackedAttention
-from siglip2_packed.ops.attention import varlen_attention_qkvpacked
-from siglip2_packed.ops.columns import column_sums, product_over_rows
-from siglip2_packed.ops.gelu import linear_gelu, linear_gelu_backward, linear_gelu_keep
-from siglip2_packed.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_backward_
-from siglip2_packed.ops.segments import Segments
-from siglip2_packed.ops.tracing import traced
+from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
 
-GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
-PLAIN = (nn.Parameter, Tensor)
-Norm = tuple[Tensor, Tensor, float]
+
+class NormQKV(NamedTuple):
+    """Weights of a layer's first part, their gradients, or whether they want one."""
+
+    norm_weight: Any = None
+    norm_bias: Any = None
+    q_weight: Any = None
+    q_bias: Any = None
+    k_weight: Any = None
+    k_bias: Any = None
+    v_weight: Any = None
+    v_bias: Any = None
+
+
+class ProjectMLP(NamedTuple):
+    """The same of its second part, behind attention."""
+
+    out_weight: Any = None
+    out_bias: Any = None
+    norm_weight: Any = None
+    norm_bias: Any = None
+    fc1_weight: Any = None
+    fc1_bias: Any = None
+    fc2_weight: Any = None
+    fc2_bias: Any = None
+
+
+class LayerWeights(NamedTuple):
+    """All that a layer computes with."""
+
+    first: NormQKV
+    second: ProjectMLP
+    eps: tuple[float, float]
+    """Of both norms."""
+    head_dim: int
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 @torch.no_grad()
-def infer(layers, hidden_states: Tensor, segments: Segments, backend: str, norm: nn.LayerNorm | None = None) -> Tensor:
-    """`[T, D]` -> `[T, D]` after all layers and `norm`, an unchanged module, without gradients.
+def infer(
+    layers: Sequence[LayerWeights], hidden_states: Tensor, attention: VarlenAttention, norm: Norm | None = None
+) -> Tensor:
+    """`[T, D]` -> `[T, D]` after all layers and `norm`, without gradients.
 
     Both residual sums of a layer are products that add to the stream in place. Their biases wait: the stream lacks
     the sum of the biases so far, which each LayerNorm adds in float32.
     """
-    waiting = bias = None  # the sum `[D]` of the biases before the last one, and the last
     x = hidden_states.clone()
-    for block in layers:
-        norm1, norm2, weights, biases = _parameters(block)
-        normed, waiting = layer_norm(x, *norm1, waiting, bias)
-        qkv = F.linear(normed, _cat(*weights[:3]), _cat(*biases[:3])).unflatten(1, (3, -1, _head_dim(block)))
-        _add_product(x, _attend(qkv, segments, backend).flatten(1), weights[3])
-        normed, waiting = layer_norm(x, *norm2, waiting, biases[3])
-        _add_product(x, linear_gelu(normed, weights[4], biases[4]), weights[5])
-        bias = biases[5]
+    layer_norm, linear_gelu = for_inference(x, len(layers[0].second.fc1_bias) if layers else 0)
+    waiting = late = None  # the sum `[D]` of the biases before the last one, and the last
+    for first, second, (eps1, eps2), head_dim in layers:
+        normed, waiting = layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late)
+        qkv = F.linear(normed, *_joined(first)).unflatten(1, (3, -1, head_dim))
+        _add_product(x, attention.qkvpacked(qkv).flatten(1), second.out_weight)
+        normed, waiting = layer_norm(x, second.norm_weight, second.norm_bias, eps2, waiting, second.out_bias)
+        _add_product(x, linear_gelu(normed, second.fc1_weight, second.fc1_bias), second.fc2_weight)
+        late = second.fc2_bias
     if norm is not None:
-        return layer_norm(x, *_norm(norm), waiting, bias)[0]
-    return x if bias is None else x.add_(waiting + bias)
+        return layer_norm(x, *norm, waiting, late)[0]
+    return x if late is None else x.add_(waiting + late)
 
 
-def layer(block, hidden_states: Tensor, segments: Segments, backend: str) -> Tensor:
+def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
-    norm1, norm2, weights, biases = _parameters(block)
-    first = *norm1, *weights[:3], *biases[:3]
-    second = *norm2, *weights[3:], *biases[3:]
-    head_dim = _head_dim(block)
-    if backend == "triton" and len(hidden_states):
-        return _Layer.apply(hidden_states, segments.cu_seqlens, segments.max_seqlen, head_dim, *first, *second)
-    x, qkv = _NormQKV.apply(hidden_states, *first)
-    attended = varlen_attention_qkvpacked(qkv.unflatten(1, (3, -1, head_dim)), segments, backend).flatten(1)
-    return _ProjectMLP.apply(x, attended, *second)
-
-
-def _leaves(block) -> list[nn.Module]:
-    """layer_norm1, layer_norm2, q_proj, k_proj, v_proj, out_proj, fc1 and fc2, without nn.Module's slow lookup."""
-    modules = block._modules
-    attention, mlp = modules["self_attn"]._modules, modules["mlp"]._modules
-    return [
-        modules["layer_norm1"],
-        modules["layer_norm2"],
-        *(attention[name] for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
-        mlp["fc1"],
-        mlp["fc2"],
-    ]
-
-
-def _parameters(block) -> tuple[Norm, Norm, list, list]:
-    """weight, bias and eps of both norms; weights, and biases, of q_proj, k_proj, v_proj, out_proj, fc1 and fc2."""
-    norm1, norm2, *linears = _leaves(block)
-    weights, biases = ([module._parameters[name] for module in linears] for name in ("weight", "bias"))
-    return _norm(norm1), _norm(norm2), weights, biases
-
-
-def _head_dim(block) -> int:
-    return block._modules["self_attn"].head_dim
-
-
-def _attend(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
-    """varlen_attention_qkvpacked without gradients."""
-    if backend != "triton" or not len(qkv):
-        return varlen_attention_qkvpacked(qkv, segments, backend)
-    from siglip2_packed.ops.triton import attention  # spares the checks, for which the dispatch has stood
-
-    q, k, v = qkv.unbind(1)
-    return attention.forward(q, k, v, segments.cu_seqlens, segments.max_seqlen, qkv.shape[3] ** -0.5)[0]
+    first, second, eps, head_dim = weights
+    by = for_training(hidden_states, len(second.fc1_bias), torch.is_grad_enabled())
+    if attention.written_out and len(hidden_states):
+        return _Layer.apply(hidden_states, attention, by, eps, head_dim, *first, *second)
+    x, qkv = _NormQKV.apply(hidden_states, by, eps[0], *first)
+    attended = attention.qkvpacked(qkv.unflatten(1, (3, -1, head_dim))).flatten(1)
+    return _ProjectMLP.apply(x, attended, by, eps[1], *second)
 
 
 def _without_autocast(backward: Any) -> Any:
@@ -121,37 +118,29 @@ class _Layer(torch.autograd.Function):
     """All of a layer around our own attention: one function costs the host less than three."""
 
     @staticmethod
-    def forward(ctx, x, cu_seqlens, max_seqlen, head_dim, *parameters):
-        from siglip2_packed.ops.triton import attention
-
-        norm1, projections, norm2, linears = parameters[:3], parameters[3:9], parameters[9:12], parameters[12:]
-        qkv = _norm_qkv(x, norm1, projections).view(len(x), 3, -1, head_dim)
-        q, k, v = qkv.unbind(1)
-        out, lse = attention.forward(q, k, v, cu_seqlens, max_seqlen, head_dim**-0.5)
-        result, wide = _project_mlp(x, out.view(x.shape), norm2, linears)
-        ctx.save_for_backward(
-            x, qkv, out, lse, wide, cu_seqlens, *norm1[:2], *norm2[:2], *projections[:3], *linears[:4]
-        )
-        ctx.max_seqlen, ctx.eps = max_seqlen, (norm1[2], norm2[2])
+    def forward(ctx, x, attention, by, eps, head_dim, *weights):
+        first, second = _parts(weights)
+        qkv = _norm_qkv(by, x, first, eps[0]).view(len(x), 3, -1, head_dim)
+        out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
+        result, wide = _project_mlp(by, x, out.view(x.shape), second, eps[1])
+        ctx.save_for_backward(x, qkv, out, lse, wide, *_used_backward(first), *_used_backward(second))
+        ctx.attention, ctx.by, ctx.eps = attention, by, eps
         return result
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
-        from siglip2_packed.ops.triton import attention
-
-        x, qkv, out, lse, wide, cu_seqlens, weight1, bias1, weight2, bias2, *linears = ctx.saved_tensors
-        norm1, norm2 = (weight1, bias1, ctx.eps[0]), (weight2, bias2, ctx.eps[1])
-        needs = ctx.needs_input_grad
-        attended, spare = out.view(x.shape), _spare(wide)
-        dh, dattended, *second = _project_mlp_backward(needs[16:], dout, x, attended, wide, spare, norm2, linears[3:])
-        dqkv, scale = _within(spare, qkv.shape), out.shape[2] ** -0.5
-        attention.write_gradients_qkvpacked(
-            dqkv, dattended.view(out.shape), qkv, out, lse, cu_seqlens, ctx.max_seqlen, scale
-        )
-        dx, *first = _norm_qkv_backward(needs[7:13], dh, dqkv.view(len(x), -1), x, norm1, linears[:3], dattended)
-        return dx, None, None, None, *first, *second
+        x, qkv, out, lse, wide, *weights = ctx.saved_tensors
+        _, _, _, _, _, *needed = ctx.needs_input_grad
+        (first, second), (needs_first, needs_second) = _parts(weights), _parts(needed)
+        by, spare, (eps1, eps2) = for_gradient(ctx.by, dout), _spare(wide), ctx.eps
+        attended = out.view(x.shape)
+        dh, dattended, dsecond = _project_mlp_backward(by, needs_second, dout, x, attended, wide, spare, second, eps2)
+        dqkv = _within(spare, qkv.shape)
+        ctx.attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
+        dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.view(len(x), -1), x, first, eps1, dattended)
+        return dx, None, None, None, None, *dfirst, *dsecond
 
 
 class _NormQKV(torch.autograd.Function):
@@ -161,42 +150,63 @@ class _NormQKV(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, *projections):
-        ctx.save_for_backward(x, norm_weight, norm_bias, *projections[:3])
-        ctx.eps = eps
-        return x, _norm_qkv(x, (norm_weight, norm_bias, eps), projections)
+    def forward(ctx, x, by, eps, *weights):
+        first = NormQKV(*weights)
+        ctx.save_for_backward(x, *_used_backward(first))
+        ctx.by, ctx.eps = by, eps
+        return x, _norm_qkv(by, x, first, eps)
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dx, dqkv):
-        x, norm_weight, norm_bias, *weights = ctx.saved_tensors
-        norm = norm_weight, norm_bias, ctx.eps
-        return _norm_qkv_backward(ctx.needs_input_grad[4:], dx, dqkv, x, norm, weights)
+        x, *weights = ctx.saved_tensors
+        _, _, _, *needed = ctx.needs_input_grad
+        by = for_gradient(ctx.by, dqkv)
+        dx, dfirst = _norm_qkv_backward(by, NormQKV(*needed), dx, dqkv, x, NormQKV(*weights), ctx.eps)
+        return dx, None, None, *dfirst
 
 
 class _ProjectMLP(torch.autograd.Function):
     """h = x + attended W_oᵀ + b_o; h + fc2(gelu(fc1(LayerNorm(h))))."""
 
     @staticmethod
-    def forward(ctx, x, attended, norm_weight, norm_bias, eps, *linears):
-        out, wide = _project_mlp(x, attended, (norm_weight, norm_bias, eps), linears)
-        ctx.save_for_backward(x, attended, wide, norm_weight, norm_bias, *linears[:4])
-        ctx.eps = eps
+    def forward(ctx, x, attended, by, eps, *weights):
+        second = ProjectMLP(*weights)
+        out, wide = _project_mlp(by, x, attended, second, eps)
+        ctx.save_for_backward(x, attended, wide, *_used_backward(second))
+        ctx.by, ctx.eps = by, eps
         return out
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
-        x, attended, wide, norm_weight, norm_bias, *linears = ctx.saved_tensors
-        norm = norm_weight, norm_bias, ctx.eps
-        return _project_mlp_backward(ctx.needs_input_grad[5:], dout, x, attended, wide, _spare(wide), norm, linears)
+        x, attended, wide, *weights = ctx.saved_tensors
+        _, _, _, _, *needed = ctx.needs_input_grad
+        by, second = for_gradient(ctx.by, dout), ProjectMLP(*weights)
+        dx, dattended, dsecond = _project_mlp_backward(
+            by, ProjectMLP(*needed), dout, x, attended, wide, _spare(wide), second, ctx.eps
+        )
+        return dx, dattended, None, None, *dsecond
 
 
-# norm: weight, bias, eps. projections: weights, then biases, of q, k and v; linears: those of out, fc1 and fc2, of
-# which backward needs the weights and the first bias. needs: which of the six want a gradient. place, spare: memory
-# that nobody needs any longer. It is in the last layer's backward that training takes the most.
+def _parts(values: Sequence) -> tuple[NormQKV, ProjectMLP]:
+    """What belongs to the first and to the second part, of values that were given one after another."""
+    end = len(NormQKV._fields)
+    return NormQKV(*values[:end]), ProjectMLP(*values[end:])
+
+
+def _used_backward(weights: NormQKV | ProjectMLP) -> NormQKV | ProjectMLP:
+    """Backward needs no biases of products, but for out_proj's, whose product it makes again."""
+    w: Any = weights
+    if type(weights) is NormQKV:
+        return NormQKV(w.norm_weight, w.norm_bias, w.q_weight, None, w.k_weight, None, w.v_weight)
+    return ProjectMLP(w.out_weight, w.out_bias, w.norm_weight, w.norm_bias, w.fc1_weight, None, w.fc2_weight)
+
+
+# by: who computes. needs: which weights want a gradient. place, spare: memory that nobody needs any longer; it is in
+# the last layer's backward that training takes the most.
 
 
 def _spare(wide):
@@ -210,159 +220,78 @@ def _within(spare, shape):
     return spare.view(-1)[:size].view(shape) if size <= spare.numel() else spare.new_empty(shape)
 
 
-def _norm_qkv(x, norm, projections):
-    normed, _ = layer_norm(x, *norm)
-    return F.linear(normed, _cat(*projections[:3]), _cat(*projections[3:]))
+def _norm_qkv(by: Training, x, first: NormQKV, eps):
+    normed, _ = by.layer_norm(x, first.norm_weight, first.norm_bias, eps)
+    return F.linear(normed, *_joined(first))
 
 
-def _norm_qkv_backward(needs, dx, dqkv, x, norm, weights, place=None):
+def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, place=None) -> tuple[Tensor, NormQKV]:
     """dx: the gradient that reaches x past the norm."""
-    grad = dqkv @ _cat(*weights)  # of the norm, then of x
-    weight, bias, eps = norm
-    normed, sums = layer_norm_backward_(grad, dx, x, None, weight, bias, eps, place)
-    dweights = (dqkv.t() @ normed).chunk(3) if any(needs[:3]) else [None] * 3
-    dbiases = column_sums(dqkv).chunk(3) if any(needs[3:]) else [None] * 3
-    return grad, *sums, None, *dweights, *dbiases
+    grad = dqkv @ _side_by_side(first.q_weight, first.k_weight, first.v_weight)  # of the norm, then of x
+    normed, (dnorm_weight, dnorm_bias) = by.layer_norm_backward_(
+        grad, dx, x, None, first.norm_weight, first.norm_bias, eps, place
+    )
+    weights = biases = None, None, None
+    if needs.q_weight or needs.k_weight or needs.v_weight:
+        weights = (dqkv.t() @ normed).chunk(3)
+    if needs.q_bias or needs.k_bias or needs.v_bias:
+        biases = by.column_sums(dqkv).chunk(3)
+    (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = weights, biases
+    return grad, NormQKV(dnorm_weight, dnorm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
 
 
-def _project_mlp(x, attended, norm, linears):
+def _project_mlp(by: Training, x, attended, second: ProjectMLP, eps):
     """The sum after the layer, and what goes into GELU."""
-    w_out, w_fc1, w_fc2, b_out, b_fc1, b_fc2 = linears
-    update = F.linear(attended, w_out, b_out)
-    weight, bias, eps = norm
-    normed, out = add_layer_norm(x, update, weight, bias, eps, b_fc2)
-    wide, active = linear_gelu_keep(normed, w_fc1, b_fc1)
+    update = F.linear(attended, second.out_weight, second.out_bias)
+    normed, out = by.add_layer_norm(x, update, second.norm_weight, second.norm_bias, eps, second.fc2_bias)
+    wide, active = by.linear_gelu_keep(normed, second.fc1_weight, second.fc1_bias)
     del update, normed
-    return _add_product(out, active, w_fc2), wide
+    return _add_product(out, active, second.fc2_weight), wide
 
 
-def _project_mlp_backward(needs, dout, x, attended, wide, spare, norm, linears):
+def _project_mlp_backward(
+    by, needs: ProjectMLP, dout, x, attended, wide, spare, second: ProjectMLP, eps
+) -> tuple[Tensor, Tensor, ProjectMLP]:
     """spare: of the size of wide, or wide itself."""
-    w_out, w_fc1, w_fc2, b_out = linears
-    needs_w_out, needs_w_fc1, needs_w_fc2, *_ = needs
     active = spare
-    dwide, db_fc1 = linear_gelu_backward(dout, w_fc2, wide, active)
-    dw_fc2 = dout.t() @ active if needs_w_fc2 else None
-    update = torch.addmm(b_out, attended, w_out.t(), out=_within(spare, x.shape))  # active is gone
-    dh = dwide @ w_fc1  # after the norm, then before
-    weight, bias, eps = norm
-    normed, sums = layer_norm_backward_(dh, dout, x, update, weight, bias, eps, place=update)
-    dw_fc1 = product_over_rows(dwide, normed) if needs_w_fc1 else None
+    dwide, dfc1_bias = by.linear_gelu_backward(dout, second.fc2_weight, wide, active)
+    dfc2_weight = dout.t() @ active if needs.fc2_weight else None
+    update = _within(spare, x.shape)  # active is gone
+    torch.addmm(second.out_bias, attended, second.out_weight.t(), out=update)
+    dh = dwide @ second.fc1_weight  # after the norm, then before
+    normed, (dnorm_weight, dnorm_bias, dout_bias, dfc2_bias) = by.layer_norm_backward_(
+        dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place=update
+    )
+    dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None
     del normed, dwide
-    dw_out = dh.t() @ attended if needs_w_out else None
-    dattended = dh @ w_out
-    dweight, dbias, db_out, db_fc2 = sums
-    return dh, dattended, dweight, dbias, None, dw_out, dw_fc1, dw_fc2, db_out, db_fc1, db_fc2
-
-
-def applies(block, hidden_states: Tensor) -> bool:
-    """Whether a layer is what `encoder` built, so that its parameters say all that it computes."""
-    return not _watched(hidden_states) and _pristine(block, hidden_states.dtype)
-
-
-def may_infer(layers, hidden_states: Tensor) -> bool:
-    """Whether `infer` computes what calling these layers one by one would."""
-    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(map(_trained, layers))):
-        return False
-    from siglip2_packed.encoder import Siglip2PackedEncoderLayer
-
-    return not _watched(hidden_states) and all(
-        type(block) is Siglip2PackedEncoderLayer and _pristine(block, hidden_states.dtype) and not _hooked(block)
-        for block in layers
+    gradients = ProjectMLP(
+        out_weight=dh.t() @ attended if needs.out_weight else None,
+        out_bias=dout_bias,
+        norm_weight=dnorm_weight,
+        norm_bias=dnorm_bias,
+        fc1_weight=dfc1_weight,
+        fc1_bias=dfc1_bias,
+        fc2_weight=dfc2_weight,
+        fc2_bias=dfc2_bias,
     )
-
-
-def may_infer_with(norm, encoder, hidden_states: Tensor) -> bool:
-    """Whether `infer` with this norm at the end computes what calling the encoder, and then the norm, would."""
-    from siglip2_packed.encoder import Siglip2PackedEncoder
-
-    return (
-        not traced()
-        and type(encoder) is Siglip2PackedEncoder
-        and not _hooked(encoder)
-        and norm is not None
-        and _plain(norm, nn.LayerNorm, hidden_states.dtype)
-        and not (torch.is_grad_enabled() and _trained(norm))
-        and may_infer(encoder.layers, hidden_states)
-    )
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def _pristine(block, dtype: torch.dtype) -> bool:
-    from siglip2_packed.encoder import Siglip2PackedMLP
-
-    attention, mlp = block._modules["self_attn"], block._modules["mlp"]
-    if type(attention) is not Siglip2PackedAttention or type(mlp) is not Siglip2PackedMLP:
-        return False
-    activation: Any = mlp._modules["activation_fn"]
-    norm1, norm2, *linears = _leaves(block)
-    return (
-        type(activation) is GELU_TANH
-        and all(_plain(x, nn.Linear, dtype) for x in linears)
-        and _plain(norm1, nn.LayerNorm, dtype)
-        and _plain(norm2, nn.LayerNorm, dtype)
-        and not (_hooked(attention) or _hooked(mlp) or _hooked(activation))
-    )
-
-
-def _plain(module: nn.Module, kind: type, dtype: torch.dtype) -> bool:
-    """An unchanged module whose weight and bias are plain tensors of the stream's dtype."""
-    # FSDP1 lays views over the parameters; in a checkpoint's recomputation it takes the parameters away as well
-    if type(module) is not kind or _hooked(module) or "weight" in module.__dict__:
-        return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    return (
-        type(weight) in PLAIN and type(bias) in PLAIN and weight.dtype is dtype and bias.dtype is dtype  # type: ignore
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or module._compiled_call_impl is not None
-    )
-
-
-def _watched(x: Tensor) -> bool:
-    """Whether somebody follows the calls, or autocast or hooks of all modules change what they compute."""
-    device = x.device.type
-    return (
-        traced()
-        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
-        or _has_any_global_hook()
-    )
+    return dh, dh @ second.out_weight, gradients
 
 
 @torch.no_grad()
-def join_projections(layers) -> None:
-    """Moves q_proj, k_proj and v_proj of each layer side by side in memory, where one product reads all three.
-
-    They stay three parameters with their names and values. Moving the model (`.to`) separates them again, which costs
-    one copy of them a forward and no more.
-    """
-    for block in layers:
-        projections = _projections(block.self_attn)
-        if all(type(x) is nn.Linear for x in projections):
-            for parameters in zip(*((x.weight, x.bias) for x in projections)):
-                for parameter, part in zip(parameters, torch.cat(parameters).chunk(3)):
-                    parameter.data = part
+def join(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Moves three parameters of one shape side by side in memory, where one product reads all three."""
+    for parameter, part in zip((q, k, v), torch.cat((q, k, v)).chunk(3)):
+        parameter.data = part
 
 
-def _projections(attention) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
+def _joined(first: NormQKV) -> tuple[Tensor, Tensor]:
+    """Weight `[3D, D]` and bias `[3D]` of the three projections as one."""
+    weight = _side_by_side(first.q_weight, first.k_weight, first.v_weight)
+    return weight, _side_by_side(first.q_bias, first.k_bias, first.v_bias)
 
 
-def _cat(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Weights `[3D, D]` or biases `[3D]` of the three projections as one: themselves if they lie side by side."""
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Three as one: themselves if they lie side by side."""
     step = q.numel() * q.element_size()
     side_by_side = k.data_ptr() == q.data_ptr() + step and v.data_ptr() == k.data_ptr() + step
     if side_by_side and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.is_contiguous():
@@ -376,7 +305,3 @@ def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
     On the CPU in two steps: its BLAS would add the product in parts, rounding each to the size of x.
     """
     return x.addmm_(rows, weight.t()) if x.is_cuda else x.add_(F.linear(rows, weight))
-
-
-def _norm(norm) -> Norm:
-    return norm._parameters["weight"], norm._parameters["bias"], norm.eps

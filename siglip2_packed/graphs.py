@@ -8,6 +8,7 @@ Shapes: N images, T patches, S segments, P patch_dim, D hidden size; a bucket's 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import fused
 from siglip2_packed.attention import head_dim
+from siglip2_packed.encoder import join_projections
 from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
-from siglip2_packed.ops.dispatch import resolve_backend
+from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
+from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.packing import Layout
+
+logger = logging.getLogger("siglip2_packed")
 
 BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -49,15 +53,16 @@ class CUDAGraphs:
     def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS, least: int = 1):
         if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
             raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
-        weight = model.embeddings.patch_embedding.weight
-        # the one backend that may leave the rows of no segment alone; raises if it cannot run here
-        resolve_backend("triton", weight.device, weight.dtype, head_dim(model.config), needs_grad=False)
+        dtype = model.embeddings.patch_embedding.weight.dtype
+        if reason := buckets_unmet(model.device, dtype, head_dim(model.config)):
+            raise ValueError(f"no graphs of this model: attention in buckets {reason}")
         self.model = model
         self.budgets = sorted(budgets)
         self.least = least
         self._graphs: dict[Bucket, _Graph] = {}
+        self._refused: set[Bucket] = set()  # for want of a kernel that is right
         self._weights: list[tuple] = []
-        fused.join_projections(layer for layer in model.encoder.layers if hasattr(layer, "self_attn"))
+        join_projections(model.encoder)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +83,7 @@ class CUDAGraphs:
         """
         layout = self.model._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
         bucket = self.bucket(layout)
-        if bucket is None:
+        if bucket is None or bucket in self._refused:
             with torch.no_grad():
                 return self.model(pixel_values, grid_thw, cu_seqlens=cu_seqlens, temporal=temporal)
         graph = self._graphs.get(bucket)
@@ -88,7 +93,12 @@ class CUDAGraphs:
                 return output
             self._graphs.clear()
         self._remember_weights()
-        graph = self._graphs[bucket] = _Graph(self.model, bucket)
+        try:
+            graph = self._graphs[bucket] = _Graph(self.model, bucket)
+        except Refused as refused:
+            logger.warning("packs of %s run without a graph: %s", bucket, refused)
+            self._refused.add(bucket)
+            return self(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
         return graph.replay(pixel_values, layout)
 
     def _remember_weights(self) -> None:
@@ -125,12 +135,17 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
     for the interpreter, and one does not.
     """
     half = model.embeddings.patch_embedding.weight.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cuda" or not half or model.config._attn_implementation not in ("auto", "triton"):
+    if model.device.type != "cuda" or not half or not serves_buckets(model.config._attn_implementation):
         return model
     try:
         return CUDAGraphs(model, [patch_budget], least=patch_budget // 2)
     except ValueError:  # no Triton, or it is not right here
         return model
+
+
+def attention_in_buckets(model: Siglip2PackedVisionModel, segments: Segments, rows: int) -> VarlenAttention:
+    dtype, config = model.embeddings.patch_embedding.weight.dtype, model.config
+    return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config))
 
 
 class _Graph:
@@ -139,15 +154,15 @@ class _Graph:
         weight = model.embeddings.patch_embedding.weight
         self.pixel_values = torch.zeros(bucket.patches, weight.shape[1], device=weight.device, dtype=weight.dtype)
         sizes = bucket.segments + 1, bucket.images + 1, 3 * bucket.images, bucket.patches
-        self.host = torch.zeros(sum(sizes), dtype=torch.int32).pin_memory()
+        self.host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu").pin_memory()
         self.copied = torch.cuda.Event()
         self.layout: Layout | None = None
         self.metadata = self.host.to(weight.device)
         self.host_parts = [part.numpy() for part in self.host.split(sizes)]
-        cu_seqlens, cu_images, images, self.image_of_row = self.metadata.split(sizes)
-        self.segments = Segments.on_device(cu_seqlens, bucket.max_seqlen)
-        self.image_segments = Segments.on_device(cu_images, bucket.patches)
-        self.images = images.view(-1, 3)
+        cu_seqlens, cu_images, images, image_of_row = self.metadata.split(sizes)
+        self.attention = attention_in_buckets(model, Segments.on_device(cu_seqlens, bucket.max_seqlen), bucket.patches)
+        self.images = Segments.on_device(cu_images, bucket.patches)
+        self.places = Places.on_device(images.view(-1, 3), image_of_row)
 
         rows = min(bucket.max_seqlen, bucket.patches)
         self._fill(Layout([(1, 1, rows)], [rows], rows))
@@ -163,23 +178,19 @@ class _Graph:
                 self.outputs = self._run()
         torch.cuda.current_stream(weight.device).wait_stream(stream)
 
-    def _run(self) -> tuple[Tensor, Tensor | None]:
-        model = self.model
-        patches = model.embeddings.patch_embedding(self.pixel_values)
-        hidden_states = model.embeddings.add_positions(patches, self.images, self.image_of_row)
-        hidden_states, _ = model._encode(hidden_states, self.segments, "triton")
-        return hidden_states, model.head(hidden_states, self.image_segments) if hasattr(model, "head") else None
+    def _run(self) -> Any:
+        images = self.images if hasattr(self.model, "head") else None
+        return self.model._features(self.pixel_values, self.places, self.attention, images)
 
     def replay(self, pixel_values: Tensor, layout: Layout) -> ModelOutput:
         total, images = len(pixel_values), len(layout.grids)
         self.pixel_values[:total].copy_(pixel_values, non_blocking=True)
         self._fill(layout)
         self.graph.replay()
-        hidden_states, pooled = self.outputs
-        hidden_states = hidden_states[:total].clone()
-        if pooled is None:
+        hidden_states = self.outputs.last_hidden_state[:total].clone()
+        if "pooler_output" not in self.outputs:
             return TokenOutput(hidden_states)
-        return BaseModelOutputWithPooling(hidden_states, pooled[:images].clone())
+        return BaseModelOutputWithPooling(hidden_states, self.outputs.pooler_output[:images].clone())
 
     def _fill(self, layout: Layout) -> None:
         """Copies a pack's metadata into the graph's buffers, in one piece."""

@@ -22,7 +22,7 @@ from siglip2_packed import weights
 from siglip2_packed.embeddings import patch_dim
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel, layer_index
-from siglip2_packed.ops.transfer import to_device
+from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import pad
 from siglip2_packed.preprocess import CONFIG_FILES, Siglip2PackedImageProcessor
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip2_packed.ops.transfer import to_device
+from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import Grid, check_mask, cumulative, integers, make_layout
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from siglip2_packed.ops.runtime.check import relative_error
+
+__all__ = ["COLUMNS", "Rows", "card_name", "cpu_name", "in_turn", "relative_error", "version"]
+
 COLUMNS = "bench,provider,workload,mode,dtype,metric,p20,p50,p80,unit,card,torch,triton,transformers,commit,date".split(
     ","
 )
@@ -58,11 +62,6 @@ class Rows:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self.rows)
-
-
-def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖x − ref‖ / ‖ref‖ in float64."""
-    return float((x.double() - reference.double()).norm() / reference.double().norm())
 
 
 def version(package: str) -> str:

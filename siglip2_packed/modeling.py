@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import fused, weights
+from siglip2_packed import fused, plain, weights
 from siglip2_packed.attention import head_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings, patch_dim
 from siglip2_packed.encoder import Siglip2PackedEncoder
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, why_missing
-from siglip2_packed.ops.dispatch import length_class, resolve_backend
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention, for_pack, why_missing
+from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.packing import Layout, check_patches, make_layout
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
@@ -123,19 +123,17 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError("output_attentions: varlen attention never forms the weights it would return")
-        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
-        backend = self._resolve_backend(pixel_values.device, layout.lengths)
-        segments = Segments(layout.lengths, pixel_values.device)
-
-        hidden_states = self.embeddings(pixel_values, layout.grids, position_ids)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        hidden_states, all_hidden_states = self._encode(hidden_states, segments, backend, output_hidden_states)
-        if hasattr(self, "head"):
-            pooled = self.head(hidden_states, Segments(layout.image_lengths, pixel_values.device))
-            output: ModelOutput = BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
-        else:
-            output = TokenOutput(hidden_states, hidden_states=all_hidden_states)
+        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
+        device = pixel_values.device
+        output = self._features(
+            pixel_values,
+            Places(layout.grids, position_ids),
+            self._attention(Segments(layout.lengths, device)),
+            Segments(layout.image_lengths, device) if hasattr(self, "head") else None,
+            output_hidden_states,
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -223,15 +221,48 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
+    @torch.compiler.disable(recursive=False)  # as the forward
+    def _features(
+        self,
+        pixel_values: Tensor,
+        places: Places,
+        attention: VarlenAttention,
+        images: Segments | None,
+        output_hidden_states: bool = False,
+    ) -> ModelOutput:
+        """Patches `[T, P]` -> features, wherever their metadata came from; `images` are what the head pools."""
+        hidden_states = self.embeddings(pixel_values, places)
+        hidden_states, all_hidden_states = self._encode(hidden_states, attention, output_hidden_states)
+        if images is None:
+            return TokenOutput(hidden_states, hidden_states=all_hidden_states)
+        pooled = self.head(hidden_states, images)
+        return BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
+
     def _encode(
-        self, hidden_states: Tensor, segments: Segments, backend: str, output_hidden_states: bool = False
+        self, hidden_states: Tensor, attention: VarlenAttention, output_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """`[T, D]` -> `[T, D]` after all layers and post_layernorm, and the hidden states if asked for."""
-        encoder, norm = self.encoder, getattr(self, "post_layernorm", None)
-        if not output_hidden_states and fused.may_infer_with(norm, encoder, hidden_states):
-            return fused.infer(encoder.layers, hidden_states, segments, backend, norm), None
-        hidden_states, all_hidden_states = encoder(hidden_states, segments, backend, output_hidden_states)
+        norm = getattr(self, "post_layernorm", None)
+        if norm is not None and not output_hidden_states:
+            plainly = self._plain_weights(hidden_states, norm)
+            if plainly is not None:
+                layers, last = plainly
+                return fused.infer(layers, hidden_states, attention, last), None
+        hidden_states, all_hidden_states = self.encoder(hidden_states, attention, output_hidden_states)
         return hidden_states if norm is None else norm(hidden_states), all_hidden_states
+
+    def _plain_weights(
+        self, hidden_states: Tensor, norm: nn.LayerNorm
+    ) -> tuple[list[fused.LayerWeights], fused.Norm] | None:
+        """Those of all layers and of `norm`, if calling the encoder, and then the norm, would do no more."""
+        if plain.watched(hidden_states) or type(self.encoder) is not Siglip2PackedEncoder or plain.learns(norm):
+            return None
+        of_norm = plain.weights((norm, nn.LayerNorm), dtype=hidden_states.dtype)
+        layers = self.encoder.plain_weights(hidden_states) if plain.unhooked(self.encoder) else None
+        if of_norm is None or layers is None:
+            return None
+        weight, bias = of_norm
+        return layers, fused.Norm(weight, bias, norm.eps)
 
     @torch.compiler.disable
     def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids=None) -> Layout:
@@ -250,13 +281,13 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         )
 
     @torch.compiler.disable
-    def _resolve_backend(self, device: torch.device, lengths: list[int]) -> str:
-        dtype = self.embeddings.patch_embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        requested = self.config._attn_implementation
-        needs_grad, length = torch.is_grad_enabled(), length_class(lengths)
-        return resolve_backend(requested, device, dtype, head_dim(self.config), needs_grad, length)
+    def _attention(self, segments: Segments) -> VarlenAttention:
+        """What runs for these segments: the backend of `attn_implementation`, checked, in the dtype of the weights."""
+        device, dtype = segments.device.type, self.embeddings.patch_embedding.weight.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        heads, requested = self.config.num_attention_heads, self.config._attn_implementation
+        return for_pack(segments, requested, dtype, heads, head_dim(self.config), torch.is_grad_enabled())
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any):
         """transformers asks here, at construction and in `set_attn_implementation`, whether it may use a backend."""

@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
+from siglip2_packed.ops.segments import cumulative
+
 Grid = tuple[int, int, int]
 TEMPORAL = ("frames", "joint")
 KEYS = ("pixel_values", "grid_thw", "cu_seqlens", "max_seqlen")
@@ -93,15 +95,6 @@ def make_layout(
     if max_seqlen is not None and max_seqlen < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, the longest segment has {longest} rows")
     return Layout(grids, lengths, longest)
-
-
-def cumulative(lengths: Sequence[int]) -> Tensor:
-    """`[S]` lengths -> `[S+1]` int32 offsets on the host, as varlen attention takes them."""
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(np.asarray(lengths, dtype=np.int64), out=offsets[1:])
-    if offsets[-1] > np.iinfo(np.int32).max:
-        raise ValueError(f"a pack holds at most {np.iinfo(np.int32).max} patches (int32 offsets), got {offsets[-1]}")
-    return torch.from_numpy(offsets.astype(np.int32))
 
 
 class PackedPatches(BatchFeature):

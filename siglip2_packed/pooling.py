@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from siglip2_packed.attention import head_dim
 from siglip2_packed.encoder import Siglip2PackedMLP
-from siglip2_packed.ops.attention_pool import attention_pool
+from siglip2_packed.ops.pool import attention_pool
 from siglip2_packed.ops.segments import Segments
 
 

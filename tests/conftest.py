@@ -1,5 +1,6 @@
 """What is made once a session, checkpoints and runs of `encode`; and the grids that expose faults."""
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
 
 import encode_runs
 
+from siglip2_packed.ops.runtime import check, choice
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
 # below the table on one side or both, above it, a side of 1, the table's own 4x4, and a single patch
@@ -42,6 +44,43 @@ def checkpoint(tmp_path_factory):
         return made[shape, full]
 
     return make
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    """`forced(norm=["triton"], card=Card("cuda", 90, 132))`: what operations take, until the test ends.
+
+    Nothing counts as checked before, and what is checked in the test is forgotten after it. See `choice.forced`.
+    """
+    monkeypatch.setattr(check, "_verdicts", {})
+    with contextlib.ExitStack() as stack:
+        yield lambda **what: stack.enter_context(choice.forced(**what))
+
+
+@pytest.fixture
+def trusted(monkeypatch, forced):
+    """`forced`, without the checks, which take seconds where kernels are interpreted."""
+    right = check.Verdict({"out": 0.0}, {"out": 0.0})
+    monkeypatch.setattr(choice.Function, "verdict", lambda *args: right)
+    return forced
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh buffers hold NaN, so that what a kernel leaves unwritten shows."""
+
+    def poison(owner, name):
+        make = getattr(owner, name)
+
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        monkeypatch.setattr(owner, name, filled)
+
+    poison(torch, "empty")
+    poison(torch, "empty_like")
+    poison(torch.Tensor, "new_empty")
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.activations import ACT2FN
 
-from siglip2_packed import align, embeddings
+from siglip2_packed import align
 from siglip2_packed.cli import main
 from siglip2_packed.inspection import references
 from siglip2_packed.inspection.compare import bounds, compare, compare_stages, measure
+from siglip2_packed.ops.positions import eager as positions
 
 GRIDS = [(2, 3), (1, 4)]
 NAMES = ["a.png", "b.png"]
@@ -290,9 +291,9 @@ def plant(monkeypatch, change):
 
 
 def swap_positions(monkeypatch):
-    resize = embeddings.resize_positions
+    resize = positions.resize_positions
     swapped = lambda table, grids: resize(table, [(t, w, h) for t, h, w in grids])  # noqa: E731
-    monkeypatch.setattr(embeddings, "resize_positions", swapped)
+    monkeypatch.setattr(positions, "resize_positions", swapped)
 
 
 def no_antialias(monkeypatch):
@@ -303,7 +304,7 @@ def no_antialias(monkeypatch):
         resized = (torch.nn.functional.interpolate(image, size=size, mode="bilinear") for size in sizes)
         return torch.cat([x.flatten(2)[0].T for x in resized])
 
-    monkeypatch.setattr(embeddings, "resize_positions", resize)
+    monkeypatch.setattr(positions, "resize_positions", resize)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,11 +9,12 @@ from transformers import Siglip2VisionModel
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused, pad
 from siglip2_packed.measure import relative_error
-from siglip2_packed.ops.attention import BACKENDS, varlen_attention, why_not
-from siglip2_packed.ops.attention_pool import triton_is_right
-from siglip2_packed.ops.dispatch import self_check
+from siglip2_packed.ops import pool
+from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.attention.backends import BACKENDS, refusal, why_not
+from siglip2_packed.ops.runtime import choice
+from siglip2_packed.ops.runtime.transfer import STAGED
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.ops.transfer import STAGED
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -33,13 +34,11 @@ def padded_features(model, packed):
 
 
 @pytest.mark.parametrize("way", ["fused", "modules"])
-def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, monkeypatch, way):
-    from siglip2_packed.ops.triton.arguments import hopper_kernels
-
-    if way == "modules":
-        monkeypatch.setattr(fused, "applies", lambda *_: False)
-    if kernels := hopper_kernels("mlp_hopper"):
-        monkeypatch.setattr(kernels, "FEW_ROWS", 1 if way == "fused" else 2**31)
+def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, forced, monkeypatch, way):
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    forced(mlp=["hopper", "triton"] if hopper else ["triton"])  # also of so few rows
+    ran, layer = [], fused.layer
+    monkeypatch.setattr(fused, "layer", lambda *args: (ran.append(1), layer(*args))[1])
     folder = checkpoint("so400m")
     reference = Siglip2VisionModel.from_pretrained(folder).to(CUDA)
     weights = torch.randn(1, 1152, generator=torch.Generator().manual_seed(2)).to(CUDA)
@@ -55,12 +54,15 @@ def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, mon
     half = Siglip2VisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
     theirs = run(half, lambda: padded_features(half, packed))
     model = Siglip2PackedVisionModel.from_pretrained(folder, dtype=torch.bfloat16).to(CUDA)
+    for module in model.modules() if way == "modules" else ():
+        module.register_forward_hook(lambda *_: None)
 
     def features():
         out = model(**packed.to(CUDA))
         return out.last_hidden_state, out.pooler_output
 
     ours = run(model, features)
+    assert len(ran) == (0 if way == "modules" else len(model.encoder.layers))
     with torch.no_grad():
         inferred = features()
     for x, inferred_, y, ref in zip(ours[:2], inferred, theirs[:2], exact[:2]):
@@ -82,24 +84,28 @@ def test_every_backend_present_is_right_or_refused(backend, head_dim):
     reason = why_not(backend, CUDA, torch.bfloat16, head_dim)
     if reason is not None:
         pytest.skip(reason)
-    check = self_check(backend, CUDA, torch.bfloat16, head_dim)
-    assert check.backward_ok, check
-
     lengths = [64, 24, 256]
+    for gradients in (False, True):
+        segments = Segments(lengths, CUDA)
+        assert refusal(backend, segments, sum(lengths), torch.bfloat16, 4, head_dim, gradients) is None
+
     q, k, v = torch.randn(3, sum(lengths), 4, head_dim, device=CUDA, dtype=torch.bfloat16)
     changed = [x.clone() for x in (q, k, v)]
     for x in changed:
         x[64:88] = 100 * torch.randn_like(x[64:88])
-    segments = Segments(lengths, CUDA)
-    a, b = varlen_attention(q, k, v, segments, backend), varlen_attention(*changed, segments, backend)
+    attention = VarlenAttention(Segments(lengths, CUDA), backend)
+    a, b = attention(q, k, v), attention(*changed)
     assert torch.equal(a[:64], b[:64])
     assert torch.equal(a[88:], b[88:])
 
 
 @pytest.mark.parametrize("head_dim", [64, 72])
-def test_pooling_runs_on_its_kernel(head_dim):
-    assert triton_is_right(CUDA, torch.bfloat16, head_dim)
-    assert not triton_is_right(CUDA, torch.float32, head_dim)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_pooling_runs_on_its_kernel(head_dim, gradients):
+    for dtype, name in ((torch.bfloat16, "triton"), (torch.float32, "eager")):
+        order = choice.pool(choice.card(CUDA), dtype, head_dim)
+        chosen = choice.take(pool.ATTENTION_POOL, order, CUDA, dtype, 4, head_dim, gradients)
+        assert chosen is pool.ATTENTION_POOL.of(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -67,7 +67,7 @@ def test_deepspeed_zero3_trains_as_one_process(ranks, checkpoint, kwargs):
 
 
 def load_vlm(folder, **kwargs):
-    from test_llava import Vlm
+    from test_llava_weights import Vlm
 
     vlm = partitioned(lambda: Vlm.from_pretrained(folder, **kwargs))
     assert vlm.vision_tower.is_loaded
@@ -79,7 +79,7 @@ def load_vlm(folder, **kwargs):
 def test_a_vlm_loaded_under_zero3_keeps_its_tower(ranks, checkpoint, tmp_path, tower_saved, delay_load):
     """Its own if its checkpoint has one, else the base: never random, never the base over its own."""
     pytest.importorskip("deepspeed")
-    from test_llava import Vlm, VlmConfig
+    from test_llava_weights import Vlm, VlmConfig
 
     base = str(checkpoint("tiny"))
     vlm = Vlm(VlmConfig(base if tower_saved else None))

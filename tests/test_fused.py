@@ -1,17 +1,22 @@
 """Fused layers are the modules' layers, whatever has or has not been done to the modules."""
 
+import contextlib
+
 import pytest
 import torch
+from implementations import DEVICES, INTERPRETED
 from torch import nn
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
+from siglip2_packed.encoder import join_projections
 from siglip2_packed.measure import relative_error
+from siglip2_packed.ops import columns, mlp, norm
+from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.layer import for_training
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.ops.triton import attention as attention_kernels
 
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
-DEVICES = [pytest.param("cpu", marks=INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
 GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
+FEW = [(1, 3, 5), (2, 2, 3)]
 
 
 @pytest.fixture
@@ -34,11 +39,19 @@ def calls(monkeypatch):
     return seen
 
 
-def plainly(monkeypatch, function):
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "applies", lambda *args: False)
-        patch.setattr(fused, "may_infer", lambda *args: False)
-        return function()
+@contextlib.contextmanager
+def called(model):
+    """Within it every module of the model is called: something hangs on each."""
+    handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_within(lengths, backend, device="cpu"):
+    return VarlenAttention(Segments(lengths, device), backend)
 
 
 def widened(block, width):
@@ -54,24 +67,79 @@ def gradients(model, packed):
     return out.last_hidden_state.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_features_and_gradients_are_those_of_the_modules(model, patches, monkeypatch, calls):
-    packed = PackedPatches(patches(GRIDS), GRIDS)
+def close(grads, expected):
+    assert grads.keys() == expected.keys()
+    largest = max(g.norm() for g in expected.values())
+    for name, grad in grads.items():
+        rounding = 1e-4 * name.endswith("k_proj.bias")  # of sums that are zero in exact arithmetic
+        assert (grad - expected[name]).norm() <= 1e-5 * max(expected[name].norm(), 1e-3 * largest) + rounding, name
+
+
+@pytest.mark.parametrize(("by", "grids"), [("eager", GRIDS), pytest.param("triton", FEW, marks=INTERPRETED)])
+def test_features_and_gradients_are_those_of_the_modules(model, patches, trusted, calls, by, grids):
+    trusted(norm=[by], mlp=[by], columns=[by])
+    packed = PackedPatches(patches(grids), grids)
     with torch.no_grad():
         features = model(**packed).last_hidden_state
     assert calls == ["infer"]
     out, grads = gradients(model, packed)
     assert calls[1:] == ["layer"] * len(model.encoder.layers)
-    expected, expected_grads = plainly(monkeypatch, lambda: gradients(model, packed))
+    with called(model):
+        expected, expected_grads = gradients(model, packed)
     assert len(calls) == 1 + len(model.encoder.layers)
     assert relative_error(features, expected) <= 1e-6
     assert relative_error(out, expected) <= 1e-6
-    assert grads.keys() == expected_grads.keys()
-    largest = max(g.norm() for g in expected_grads.values())
-    for name, grad in grads.items():
-        assert (grad - expected_grads[name]).norm() <= 1e-5 * max(expected_grads[name].norm(), 1e-3 * largest), name
+    close(grads, expected_grads)
 
 
-def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches, monkeypatch):
+def test_wrong_kernels_change_nothing(model, patches, forced, monkeypatch, calls):
+    """They are refused, and what torch computes is what there is without any."""
+    packed, ran = PackedPatches(patches(FEW), FEW), []
+
+    def wrong(right):
+        def kernel(*args, **kwargs):
+            ran.append(right.__name__)
+            out = right(*args, **kwargs)
+            return tuple(x if x is None else 1.05 * x for x in out) if isinstance(out, tuple) else 1.05 * out
+
+        return kernel
+
+    forced(norm=["eager"], mlp=["eager"], columns=["eager"])
+    expected, expected_grads = gradients(model, packed)
+    for function in (*norm.FUNCTIONS, *mlp.FUNCTIONS, *columns.FUNCTIONS):
+        if "triton" in function.modules:
+            monkeypatch.setattr(
+                f"{function.modules['triton']}.{function.name.split('.')[1]}", wrong(function.of("eager"))
+            )
+    forced(norm=["triton"], mlp=["triton"], columns=["triton"])
+    out, grads = gradients(model, packed)
+    assert len(set(ran)) == 6  # in their checks
+    checked = len(ran)
+    assert torch.equal(out, expected) and all(torch.equal(grads[name], g) for name, g in expected_grads.items())
+    gradients(model, packed)
+    assert len(ran) == checked and calls == ["layer"] * 3 * len(model.encoder.layers)
+
+
+def test_layers_of_several_widths_run_one_by_one(model, patches, calls):
+    """As pruned ones are. What is chosen for a width is chosen for each."""
+    packed, layers = PackedPatches(patches(FEW), FEW), model.encoder.layers
+    for block, width in zip(layers, (128, 96, *[128] * len(layers))):
+        widened(block, width)
+    with torch.no_grad():
+        assert model.encoder.plain_weights(torch.zeros(3, 64)) is None
+        out = model(**packed).last_hidden_state
+        assert calls == ["layer"] * len(layers)
+        with called(model):
+            expected = model(**packed).last_hidden_state
+        assert len(calls) == len(layers) and relative_error(out, expected) <= 1e-6
+        for block in layers:
+            widened(block, 96)
+        assert len(model.encoder.plain_weights(torch.zeros(3, 64))) == len(layers)
+        model(**packed)
+    assert calls[len(layers) :] == ["infer"]
+
+
+def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches):
     packed = PackedPatches(patches(GRIDS, 768), GRIDS)
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"))
     exact = Siglip2PackedVisionModel.from_pretrained(checkpoint("base"), dtype=torch.float64)
@@ -81,7 +149,8 @@ def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches, monkey
         def error(**kwargs):
             return (model(**packed, **kwargs).last_hidden_state - expected).norm().item()
 
-        of_modules = plainly(monkeypatch, error)
+        with called(model):
+            of_modules = error()
         assert 0 < error() <= 1.15 * of_modules  # infer
         assert error(output_hidden_states=True) <= 1.15 * of_modules  # layer
 
@@ -97,12 +166,10 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(model, patches):
 def test_the_last_backward_works_in_the_memory_of_wide(model, monkeypatch, backend):
     """GELU's output, the sum before layer_norm2, gradients of q, k and v; not while the graph is kept."""
     block, kept, written = widened(model.encoder.layers[0], 224), [], []
-    write = attention_kernels.write_gradients_qkvpacked
-    monkeypatch.setattr(
-        attention_kernels, "write_gradients_qkvpacked", lambda *args: (written.append(args[0]), write(*args))
-    )
+    x, backward = torch.randn(12, 64), VarlenAttention.backward
+    monkeypatch.setattr(VarlenAttention, "backward", lambda *args: (written.append(args[-1]), backward(*args)))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        out = fused.layer(block, torch.randn(12, 64), Segments([12]), backend).sum()
+        out = fused.layer(block.plain_weights(x), x, attention_within([12], backend)).sum()
     (wide,) = (x for x in kept if x.shape == (12, 224))
     before = wide.clone()
     out.backward(retain_graph=True)
@@ -115,7 +182,7 @@ def test_the_last_backward_works_in_the_memory_of_wide(model, monkeypatch, backe
 
 def test_batched_gradients_are_those_of_each_alone(model):
     x, parameters = torch.randn(12, 64), list(model.encoder.parameters())
-    out, _ = model.encoder(x.requires_grad_(), Segments([5, 7]), "sdpa")
+    out, _ = model.encoder(x.requires_grad_(), attention_within([5, 7], "sdpa"))
     grads = torch.randn(3, 12, 64)
     batched = torch.autograd.grad(out, [x, *parameters], grads, retain_graph=True, is_grads_batched=True)
     for i, grad in enumerate(grads):
@@ -124,7 +191,7 @@ def test_batched_gradients_are_those_of_each_alone(model):
 
 
 def test_backward_within_autocast_is_in_the_dtype_of_forward(model):
-    out = model.encoder(torch.randn(12, 64), Segments([5, 7]), "sdpa")[0].square().sum()
+    out = model.encoder(torch.randn(12, 64), attention_within([5, 7], "sdpa"))[0].square().sum()
     parameters = list(model.encoder.layers[-1].mlp.parameters())
     expected = torch.autograd.grad(out, parameters, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,9 +199,10 @@ def test_backward_within_autocast_is_in_the_dtype_of_forward(model):
     assert all(torch.equal(p.grad, exact) for p, exact in zip(parameters, expected))
 
 
-def test_float64_is_not_rounded(model, patches, monkeypatch):
+def test_float64_is_not_rounded(model, patches):
     packed, model = PackedPatches(patches(GRIDS).double(), GRIDS), model.double()
-    expected, expected_grads = plainly(monkeypatch, lambda: gradients(model, packed))
+    with called(model):
+        expected, expected_grads = gradients(model, packed)
     out, grads = gradients(model, packed)
     with torch.no_grad():
         features = model(**packed).last_hidden_state
@@ -147,7 +215,7 @@ def test_float64_is_not_rounded(model, patches, monkeypatch):
 def norms(monkeypatch):
     """The norms that `infer` was given."""
     seen, infer = [], fused.infer
-    monkeypatch.setattr(fused, "infer", lambda *args: (seen.append(args[4:]), infer(*args))[1])
+    monkeypatch.setattr(fused, "infer", lambda *args: (seen.append(args[3:]), infer(*args))[1])
     return seen
 
 
@@ -159,13 +227,17 @@ def test_the_norm_at_the_end_is_the_modules(model, patches, norms):
         out = model(**packed).last_hidden_state
         model.post_layernorm.register_forward_hook(lambda *_: seen.append(1))
         assert relative_error(out, model(**packed).last_hidden_state) <= 1e-6
-    assert len(seen) == 1 and norms == [(model.post_layernorm,), ()]
+    (first,), second = norms
+    assert len(seen) == 1 and second == ()
+    assert first.weight is model.post_layernorm.weight and first.bias is model.post_layernorm.bias
+    assert first.eps == model.post_layernorm.eps
 
 
-def test_the_norm_at_the_end_learns_over_a_frozen_encoder(model, patches, monkeypatch):
+def test_the_norm_at_the_end_learns_over_a_frozen_encoder(model, patches):
     packed = PackedPatches(patches(GRIDS), GRIDS)
     model.requires_grad_(False).post_layernorm.requires_grad_(True)
-    _, expected = plainly(monkeypatch, lambda: gradients(model, packed))
+    with called(model):
+        _, expected = gradients(model, packed)
     _, grads = gradients(model, packed)
     assert set(grads) == {"post_layernorm.weight", "post_layernorm.bias"} == set(expected)
     assert all(relative_error(grads[name], expected[name]) <= 1e-5 for name in grads)
@@ -211,7 +283,7 @@ def test_an_encoder_of_another_class_is_called(model, patches):
 @pytest.mark.parametrize("width", [40, 128, 224])
 def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen, width):
     """Around our own attention; gradients of what wants some, a second time where the graph is kept."""
-    block, segments = widened(model.encoder.layers[1], width).to(device), Segments([5, 1, 20], device)
+    block = widened(model.encoder.layers[1], width).to(device)
     for name, parameter in block.named_parameters():
         nn.init.normal_(parameter, std=0.2)
         parameter.requires_grad_(not any(part in name for part in frozen))
@@ -221,7 +293,7 @@ def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen, wi
     for backend, needs_x in (("triton", True), ("eager", True), ("triton", False)):
         leaf = x.clone().requires_grad_(needs_x)
         inputs = [*wanted.values(), *[leaf] * needs_x]
-        out = fused.layer(block, leaf, segments, backend)
+        out = fused.layer(block.plain_weights(leaf), leaf, attention_within([5, 1, 20], backend, device))
         assert (out.grad_fn.name() == "_LayerBackward") == (backend == "triton")
         found.append([out.detach(), *torch.autograd.grad(out, inputs, grad, retain_graph=True)])
         for again, first in zip(torch.autograd.grad(out, inputs, grad), found[-1][1:]):
@@ -233,15 +305,22 @@ def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen, wi
             assert torch.equal(found[2][i], one), name
 
 
+def functions_of(block, x):
+    """A layer's two parts as functions of rows: (function, how many rows it takes)."""
+    first, second, (eps1, eps2), _ = block.plain_weights(x)
+    by = for_training(x, len(second.fc1_bias), gradients=True)
+    return [
+        (lambda x: fused._NormQKV.apply(x, by, eps1, *first), 1),
+        (lambda x, attended: fused._ProjectMLP.apply(x, attended, by, eps2, *second), 2),
+    ]
+
+
 def test_second_derivatives_are_refused(model):
-    block, x = model.encoder.layers[0], torch.randn(12, 64, requires_grad=True)
-    projections, linears = fused._projections(block.self_attn), (block.self_attn.out_proj, block.mlp.fc1, block.mlp.fc2)
-    for function, inputs, norm, modules in (
-        (fused._NormQKV, (x,), block.layer_norm1, projections),
-        (fused._ProjectMLP, (x, x), block.layer_norm2, linears),
-    ):
-        parameters = *(p.weight for p in modules), *(p.bias for p in modules)
-        out = function.apply(*inputs, *fused._norm(norm), *parameters)
+    x = torch.randn(12, 64, requires_grad=True)
+    whole = model.encoder.layers[0]
+    at_once = lambda x: fused.layer(whole.plain_weights(x), x, attention_within([12], "triton"))[None]  # noqa: E731
+    for function, takes in (*functions_of(whole, x), (at_once, 1)):
+        out = function(*[x] * takes)
         (grad,) = torch.autograd.grad(out[-1].square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
@@ -251,7 +330,7 @@ def test_the_callers_input_is_left_alone(model):
     x = torch.randn(12, 64)
     kept = x.clone()
     with torch.no_grad():
-        model.encoder(x, Segments([12]), "sdpa")
+        model.encoder(x, attention_within([12], "sdpa"))
     assert torch.equal(x, kept)
 
 
@@ -260,7 +339,7 @@ def test_the_callers_input_is_left_alone(model):
     ["norms", "all but the last layer", "all but biases"]
     + [f"all but {name}" for name in ("fc1", "k_proj", "v_proj.bias", "fc2.weight", "fc2.bias", "out_proj.weight")],
 )
-def test_frozen_parameters_get_no_gradient_and_others_the_right_one(model, patches, monkeypatch, frozen):
+def test_frozen_parameters_get_no_gradient_and_others_the_right_one(model, patches, frozen):
     chosen = {
         "all but the last layer": lambda name: "layers.2." in name,
         "all but biases": lambda name: name.endswith("bias"),
@@ -270,12 +349,10 @@ def test_frozen_parameters_get_no_gradient_and_others_the_right_one(model, patch
         parameter.requires_grad_(chosen(name))
     packed = PackedPatches(patches(GRIDS), GRIDS)
     _, grads = gradients(model, packed)
-    _, expected = plainly(monkeypatch, lambda: gradients(model, packed))
-    assert grads.keys() == expected.keys()
+    with called(model):
+        _, expected = gradients(model, packed)
     assert all(chosen(name) for name in grads)
-    largest = max(g.norm() for g in expected.values())
-    for name, grad in grads.items():
-        assert (grad - expected[name]).norm() <= 1e-5 * max(expected[name].norm(), 1e-3 * largest), name
+    close(grads, expected)
 
 
 def hook_module(model):
@@ -378,11 +455,17 @@ def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
     with torch.no_grad():
         expected = model(**packed).last_hidden_state
     parameters = dict(model.named_parameters())
-    fused.join_projections(model.encoder.layers)
+    join_projections(model.encoder)
     assert all(p is parameters[name] for name, p in model.named_parameters())
     attention = model.encoder.layers[0].self_attn
-    weight = fused._cat(*(x.weight for x in fused._projections(attention)))
-    assert weight.data_ptr() == attention.q_proj.weight.data_ptr()
+
+    def are_joined(model):
+        """Whether one product reads the three parameters where they lie."""
+        first, *_ = model.encoder.layers[0].plain_weights(torch.zeros(1, 64))
+        parts = zip(fused._joined(first), (first.q_weight, first.q_bias))
+        return [joined.data_ptr() == q.data_ptr() for joined, q in parts]
+
+    assert are_joined(model) == [True, True]
     with torch.no_grad():
         assert torch.equal(model(**packed).last_hidden_state, expected)
         attention.k_proj.weight.data.mul_(2)
@@ -394,8 +477,7 @@ def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(**packed).last_hidden_state, changed)
     moved = model.to(torch.float64).to(torch.float32)
-    weight = fused._cat(*(x.weight for x in fused._projections(moved.encoder.layers[0].self_attn)))
-    assert weight.data_ptr() != moved.encoder.layers[0].self_attn.q_proj.weight.data_ptr()
+    assert are_joined(moved) == [False, False]
     with torch.no_grad():
         assert torch.equal(moved(**packed).last_hidden_state, changed)
 
@@ -404,20 +486,26 @@ def test_training_keeps_no_output_of_norm_or_gelu(model):
     """Of a layer's activations autograd holds the stream, attention's inputs and output, and fc1's output."""
     block, rows = model.encoder.layers[0], 21
     parameters = {p.data_ptr() for p in model.parameters()}
-    kept = []
-
-    def keep(x):
-        if x.data_ptr() not in parameters:
-            kept.append(x)
-        return x
-
     x = torch.randn(rows, 64, requires_grad=True)
-    q, k, v = fused._projections(block.self_attn)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        fused._NormQKV.apply(x, *fused._norm(block.layer_norm1), *(p.weight for p in (q, k, v)), q.bias, k.bias, v.bias)
-        assert [x.shape[1] for x in kept] == [64]
-        kept.clear()
-        linears = block.self_attn.out_proj, block.mlp.fc1, block.mlp.fc2
-        weights, biases = (p.weight for p in linears), (p.bias for p in linears)
-        fused._ProjectMLP.apply(x, torch.randn(rows, 64), *fused._norm(block.layer_norm2), *weights, *biases)
-        assert [x.shape[1] for x in kept] == [64, 64, block.mlp.fc1.out_features]
+
+    def kept(function, *args):
+        """Columns of what autograd holds but parameters."""
+        columns = []
+
+        def keep(x):
+            columns.extend([x.shape[1:]] * (x.data_ptr() not in parameters))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            function(*args)
+        return columns
+
+    (first, _), (second, _) = functions_of(block, x)
+    width = block.mlp.fc1.out_features
+    assert kept(first, x) == [(64,)]
+    assert kept(second, x, torch.randn(rows, 64)) == [(64,), (64,), (width,)]
+    attention = attention_within([rows], "triton")
+    heads, head_dim = 64 // block.self_attn.head_dim, block.self_attn.head_dim
+    qkv, log_sum_exp = (3, heads, head_dim), (rows,)
+    at_once = kept(fused.layer, block.plain_weights(x), x, attention)
+    assert at_once == [(64,), qkv, (heads, head_dim), log_sum_exp, (width,)]

@@ -14,12 +14,13 @@ from siglip2_packed import (
     PackedPatches,
     Siglip2NaflexPacking,
     Siglip2PackedVisionModel,
-    embeddings,
     modeling,
     pad,
 )
 from siglip2_packed.measure import relative_error
 from siglip2_packed.modeling import layer_index
+from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.positions import Places
 
 GRIDS = [(1, 8, 8), (1, 4, 6), (1, 16, 16)]
 
@@ -61,9 +62,8 @@ def test_autocast_keeps_the_residual_stream_in_float32(checkpoint, patches, monk
     real = batch["pixel_attention_mask"].bool()
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
     reference = Siglip2VisionModel.from_pretrained(checkpoint("tiny"))
-    asked = []
-    resolve = modeling.resolve_backend
-    monkeypatch.setattr(modeling, "resolve_backend", lambda *args: asked.append(args[2]) or resolve(*args))
+    asked, resolve = [], modeling.for_pack
+    monkeypatch.setattr(modeling, "for_pack", lambda *args: asked.append(args[2]) or resolve(*args))
     with torch.no_grad():
         exact = reference(**batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -267,7 +267,9 @@ def test_grids_come_as_lists_tuples_or_tensors(model, patches, grid, same):
 
 def test_a_forward_reads_nothing_back_from_the_device(model, patches, monkeypatch):
     """On the meta device every `.item()`, `.tolist()` or `.cpu()` raises; host metadata does not."""
-    monkeypatch.setattr(Siglip2PackedVisionModel, "_resolve_backend", lambda self, device, lengths: "sdpa")
+    monkeypatch.setattr(
+        Siglip2PackedVisionModel, "_attention", lambda self, segments: VarlenAttention(segments, "sdpa")
+    )
     packed = PackedPatches(patches(GRIDS), GRIDS)
     out = model.to("meta")(**packed.to("meta"), output_hidden_states=True)
     assert out.last_hidden_state.shape == (344, 64)
@@ -377,7 +379,7 @@ def test_peak_memory_is_that_of_the_images_alone(model, patches):
     assert 0 < peak_bytes(model, pixel_values, grids) <= 1.1 * alone
 
 
-def test_position_ids_place_rows_anywhere(checkpoint, patches, monkeypatch):
+def test_position_ids_place_rows_anywhere(checkpoint, patches, trusted):
     """Also where a kernel adds the positions of rows in raster order (CUDA, or here its interpreter)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), vision_use_head=False).to(device)
@@ -387,10 +389,11 @@ def test_position_ids_place_rows_anywhere(checkpoint, patches, monkeypatch):
     expected = model(x, grids).last_hidden_state[order]
     ids = {"cu_seqlens": ends, "position_ids": order}
     torch.testing.assert_close(model(x[order], grids, **ids).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(embeddings, "on_triton", lambda x: True)
+    trusted(positions=["triton"])
     with torch.no_grad():
-        torch.testing.assert_close(model.embeddings(x, grids), model(x, grids, output_hidden_states=True)[1][0])
-        torch.testing.assert_close(model.embeddings(x[order], grids, order), model.embeddings(x, grids)[order])
+        embedded = model.embeddings(x, Places(grids))
+        torch.testing.assert_close(embedded, model(x, grids, output_hidden_states=True)[1][0])
+        torch.testing.assert_close(model.embeddings(x[order], Places(grids, order)), embedded[order])
         few = model(x[:9], grids, cu_seqlens=torch.tensor([0, 9]), position_ids=order[:9])
     assert few.last_hidden_state.shape == (9, 64)
 

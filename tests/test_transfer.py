@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from siglip2_packed.ops import positions, transfer
+from siglip2_packed.ops.positions import Places, eager
+from siglip2_packed.ops.runtime import transfer
 from siglip2_packed.ops.segments import Segments
 
 
@@ -41,7 +42,7 @@ def test_what_cuda_would_wait_for_is_pinned(moved, monkeypatch):
 
 def test_the_metadata_of_a_large_pack_are(moved):
     grids = [(1, 13, 19), *[(1, 16, 16)] * 70]
-    positions.places(tuple(grids), torch.device("cuda"))
+    Places(grids).on(torch.device("cuda"))
     Segments([1] * 20000, "cuda")
     assert all(pinned for _, pinned in moved) and len(moved) == 2
     order, back = Segments([2, 1] * 5000, "cuda").by_length
@@ -51,6 +52,6 @@ def test_the_metadata_of_a_large_pack_are(moved):
 
 def test_so_are_those_of_the_position_table(monkeypatch):
     sent = []
-    monkeypatch.setattr(positions, "to_device", lambda x, device: sent.append(x.nbytes) or x)
-    positions.resize_positions(torch.randn(256, 8), [(1, 13, 19 + i) for i in range(20)] + [(1, 16, 16)] * 30)
+    monkeypatch.setattr(eager, "to_device", lambda x, device: sent.append(x.nbytes) or x)
+    eager.resize_positions(torch.randn(256, 8), [(1, 13, 19 + i) for i in range(20)] + [(1, 16, 16)] * 30)
     assert len(sent) == 7 and sum(size >= transfer.STAGED for size in sent) >= 2

@@ -1,0 +1,114 @@
+"""Which of our own kernels run a pack: the best of those that are present and were found right.
+
+Shapes: T rows, S segments, H heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from siglip2_packed.ops.attention import cases, eager
+from siglip2_packed.ops.runtime import choice
+from siglip2_packed.ops.runtime.check import Refused, Verdict, check, checkable, missing
+from siglip2_packed.ops.runtime.choice import Launch
+
+FOLDER = "siglip2_packed.ops.attention"
+FORWARD = {"hopper": (f"{FOLDER}.hopper_forward", "forward"), "triton": (f"{FOLDER}.triton", "forward")}
+BACKWARD = {
+    "hopper": (f"{FOLDER}.hopper_backward", "backward"),
+    "triton": (f"{FOLDER}.triton", "backward"),
+    "triton_short": (f"{FOLDER}.triton", "backward_short"),
+}
+
+
+class Kernels(NamedTuple):
+    """What runs a pack: functions that fill their results, as those of `eager` do."""
+
+    forward: Callable[..., None]
+    backward: Callable[..., None] | None
+    """None where no gradients are asked for."""
+    launches: tuple[Launch, ...]
+
+
+def kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    S: int,
+    max_seqlen: int,
+    *,
+    packed: bool = True,
+    gradients: bool = False,
+) -> Kernels:
+    """The best kernels for q, k and v of `shape` `[T, H, K]` that are present and right.
+
+    Args:
+        packed: whether they, and their gradients, are views of one tensor `[T, 3, H, K]`.
+
+    Raises:
+        Refused: none is; or none has been checked, and a CUDA graph is being captured.
+    """
+    (T, H, K), card = shape, choice.card(device)
+    forward = choice.allowed("attention_forward", choice.attention_forward(card, dtype, T, H, K, max_seqlen))
+    backward: tuple[Launch, ...] = ()
+    if gradients:
+        order = choice.attention_backward(card, dtype, T, S, H, K, max_seqlen)
+        backward = choice.allowed("attention_backward", order)
+    key = device, dtype, H, K, packed, forward, backward
+    found = _found.get(key)
+    if found is None:
+        run, *ran = _first_right("forward", forward, device, dtype, H, K, packed)
+        differentiate = None
+        if gradients:
+            differentiate, more = _first_right("backward", backward, device, dtype, H, K, packed)
+            ran.append(more)
+        found = Kernels(run, differentiate, tuple(ran))
+        if checkable(device):  # else a better one may have had no check yet
+            _found[key] = found
+    return found
+
+
+_found: dict[tuple, Kernels] = choice.remember()
+
+
+def _first_right(direction: str, launches: tuple[Launch, ...], *key) -> tuple[Callable[..., None], Launch]:
+    reason = "has no kernel"
+    for launch in launches:
+        verdict = verdict_on(direction, launch, *key)
+        if verdict is not None and verdict.right:
+            return partial(_function(direction, launch), launch[1]), launch
+        reason = str(verdict or "has not been checked yet: run the model once before graph capture")
+    raise Refused(f"its {direction}: {reason}")
+
+
+def _function(direction: str, launch: Launch) -> Callable[..., None]:
+    module, name = (FORWARD if direction == "forward" else BACKWARD)[launch[0]]
+    return getattr(importlib.import_module(module), name)
+
+
+def verdict_on(
+    direction: str, launch: Launch, device: torch.device, dtype: torch.dtype, H: int, K: int, packed: bool
+) -> Verdict | None:
+    """What the check of a kernel says, launched so; see `check.check`."""
+    name, how = launch
+    what = f"attention.{direction} ({name}) for {H} heads of {K}"
+    module, function = (FORWARD if direction == "forward" else BACKWARD)[name]
+    if reason := missing(module, function):
+        choice.say_once(f"attention.{direction} ({name}): {reason}", logging.WARNING)
+        return Verdict({}, {}, reason)
+    make, results = cases.of(direction)
+    return check(
+        what,
+        (device, dtype, packed, launch),
+        partial(results, partial(_function(direction, launch), how)),
+        partial(results, getattr(eager, direction)),
+        lambda: make(device, dtype, H, K, packed, how),
+        device,
+        dtype,
+    )

@@ -1,0 +1,18 @@
+"""Sums and products over rows, as gradients of biases and weights are, by torch: the contract.
+
+Nothing here is differentiable. Shapes: T rows, C and D columns.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """`[T, C]` -> `[C]` in x's dtype, summed in float32 at least."""
+    return x.sum(0)
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b `[C, D]`, contiguous, of a `[T, C]` and b `[T, D]`."""
+    return a.t() @ b

@@ -1,0 +1,3 @@
+"""float8_e4m3fn: four bits of exponent, three of mantissa, no infinities."""
+
+LARGEST = 448.0

@@ -1,0 +1,84 @@
+"""The functions a layer's element-wise work and wide product are made of, chosen once for rows of one kind.
+
+Shapes: T rows, D hidden size, F MLP width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from siglip2_packed.ops import columns, mlp, norm
+from siglip2_packed.ops.runtime import choice
+from siglip2_packed.ops.runtime.check import checkable
+from siglip2_packed.ops.runtime.choice import take
+from siglip2_packed.ops.runtime.tracing import batched, traced
+
+
+class Inference(NamedTuple):
+    """See `norm.eager` and `mlp.eager` for what each computes."""
+
+    layer_norm: Callable
+    linear_gelu: Callable
+
+
+class Training(NamedTuple):
+    """See `norm.eager`, `mlp.eager` and `columns.eager`. Gradients are None where none are asked for."""
+
+    layer_norm: Callable
+    add_layer_norm: Callable
+    linear_gelu_keep: Callable
+    layer_norm_backward_: Callable | None = None
+    linear_gelu_backward: Callable | None = None
+    column_sums: Callable | None = None
+    product_over_rows: Callable | None = None
+
+
+def for_inference(x: Tensor, F: int) -> Inference:
+    """For x `[T, D]`."""
+    (T, D), device, dtype, card = x.shape, x.device, x.dtype, choice.card(x.device)
+    rows, product = choice.rows(card, dtype), choice.product_with_gelu(card, dtype, T, D, F)
+    return Inference(
+        take(norm.LAYER_NORM, rows, device, dtype, D, True), take(mlp.LINEAR_GELU, product, device, dtype, D, F)
+    )
+
+
+def for_training(x: Tensor, F: int, gradients: bool) -> Training:
+    """For x `[T, D]`."""
+    (T, D), device, dtype, card = x.shape, x.device, x.dtype, choice.card(x.device)
+    rows = choice.rows(card, dtype)
+    product, sums = choice.product_with_gelu(card, dtype, T, D, F), choice.sums(card, dtype, T)
+    key = device, dtype, D, F, rows, product, sums, gradients
+    found = _training.get(key)
+    if found is None:
+        found = Training(
+            take(norm.LAYER_NORM, rows, device, dtype, D, False),
+            take(norm.ADD_LAYER_NORM, rows, device, dtype, D),
+            take(mlp.LINEAR_GELU_KEEP, product, device, dtype, D, F),
+        )
+        if gradients:
+            found = found._replace(
+                layer_norm_backward_=take(norm.LAYER_NORM_BACKWARD, rows, device, dtype, D),
+                linear_gelu_backward=take(mlp.LINEAR_GELU_BACKWARD, product, device, dtype, D, F),
+                column_sums=take(columns.COLUMN_SUMS, sums, device, dtype, 3 * D),
+                product_over_rows=take(columns.PRODUCT_OVER_ROWS, sums, device, dtype, F, D),
+            )
+        if checkable(device):  # else some may have had no check yet
+            _training[key] = found
+    return found
+
+
+_training: dict[tuple, Training] = choice.remember()
+
+
+def for_gradient(chosen: Training, grad: Tensor) -> Training:
+    """The same, or torch's: for a batch of gradients, whose memory kernels cannot see, and for who follows backward."""
+    return BY_TORCH if batched(grad) or traced() else chosen
+
+
+BY_TORCH = Training(*(function.of("eager") for function in (
+    norm.LAYER_NORM, norm.ADD_LAYER_NORM, mlp.LINEAR_GELU_KEEP, norm.LAYER_NORM_BACKWARD, mlp.LINEAR_GELU_BACKWARD,
+    columns.COLUMN_SUMS, columns.PRODUCT_OVER_ROWS,
+)))  # fmt: skip

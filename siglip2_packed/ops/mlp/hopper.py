@@ -1,0 +1,407 @@
+"""The MLP's wide linear layer on Hopper (compute capability 9.0, in Gluon), GELU (tanh form) in its epilogue.
+
+Shapes: T rows, D columns of x, F columns of the wide layer.
+
+    linear_gelu           active = gelu(x Wᵀ + b)                                    inference
+    linear_gelu_keep      wide = x Wᵀ + b, active = gelu(wide)                       training, forward
+    linear_gelu_backward  dwide = (dout W) gelu'(wide), active = gelu(wide), sums of dwide's columns
+
+Thread blocks stay resident, one a multiprocessor, and take output tiles in turn. One warp (the producer) brings tiles
+of x and of the weight, 64 columns of the contraction at a time, through the copy engine (TMA) into a ring of slots, and
+runs ahead into the next output tile. Two warpgroups (the consumers) multiply, each a tile of its own and by turns, so
+that the tensor cores work for one while the other is in its epilogue.
+
+The epilogue goes by pieces of 64 columns, through shared memory to the copy engine, which leaves out what is beyond the
+last row and column. `wide` of the backward comes through the copy engine too, and results take its place in shared
+memory. Each tile is read before it is written, so `active` may overwrite `wide`. The sums are one row of partial sums
+for each tile of rows: every result is deterministic.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip2_packed.ops.runtime import gelu, hopper
+from siglip2_packed.ops.runtime.fold import fold
+from siglip2_packed.ops.runtime.launch import ceil_div, device_of, multiprocessors, run_compiled
+
+EPILOGUES = {"gelu": 0, "keep": 1, "backward": 2}
+KEEP, BACKWARD = gl.constexpr(1), gl.constexpr(2)
+
+PRODUCER_REGISTERS = gl.constexpr(24)
+CONSUMER_REGISTERS = gl.constexpr(240)
+MAX_REGISTERS = 168  # of the launch
+
+TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # as TMA writes it, and as products read it
+PIECE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+
+SLOPE, CUBIC_3 = gl.constexpr(gelu.SLOPE), gl.constexpr(3 * gelu.CUBIC)
+SLOPE_LOG2, CUBIC_LOG2 = gl.constexpr(gelu.SLOPE_LOG2), gl.constexpr(gelu.CUBIC_LOG2)
+
+TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+
+
+class Plan(NamedTuple):
+    """How the work is cut; compile-time constants."""
+
+    rows: int
+    columns: int  # of an output tile
+    group: int  # rows of tiles that are gone through column by column
+    slots: int  # of the ring
+    stages: int  # pieces of a warpgroup on their way to memory; 0 where they take the place of wide
+
+
+PLANS = {  # the fastest of eight on an H100, D = 1152, F = 4304
+    "gelu": Plan(64, 256, 16, 4, 4),
+    "keep": Plan(128, 128, 8, 5, 2),
+    "backward": Plan(128, 128, 16, 5, 0),
+}
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _rounded(x, DTYPE: gl.constexpr):
+    """x.to(DTYPE) by pairs, also where the result is used in float32 (the compiler would convert each by itself)."""
+    if gl.bfloat16 == DTYPE:
+        y = gl.inline_asm_elementwise(TO_BF16, "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        y = gl.inline_asm_elementwise(TO_FP16, "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2)
+    return y
+
+
+@gluon.jit
+def _sigmoid(u, square):
+    """sigmoid(2z)."""
+    return _reciprocal(1.0 + _exp2(u * (SLOPE_LOG2 + CUBIC_LOG2 * square)))
+
+
+@gluon.jit
+def _gelu(u):
+    return u * _sigmoid(u, u * u)
+
+
+@gluon.jit
+def _gelu_and_slope(u):
+    """gelu(u) and gelu'(u)."""
+    square = u * u
+    s = _sigmoid(u, square)
+    active = u * s
+    return active, s + (active - active * s) * (SLOPE + CUBIC_3 * square)
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right half of the columns, without any data moved."""
+    ROWS: gl.constexpr = x.shape[0]
+    COLUMNS: gl.constexpr = x.shape[1] // 2
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    left, right = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS]), [0, 2, 1]))
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
+
+
+@gluon.jit
+def _pieces(x):
+    """128 or 256 columns cut into pieces of 64."""
+    left, right = _halves(x)
+    if x.shape[1] == 128:
+        pieces = left, right
+    else:
+        a, b = _halves(left)
+        c, d = _halves(right)
+        pieces = a, b, c, d  # type: ignore[assignment]
+    return pieces
+
+
+@gluon.jit
+def _place(number, T, F: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """First row and column of an output tile: groups of rows of tiles, in each column by column."""
+    ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
+    first = number // (GROUP * ACROSS) * GROUP
+    inside = number % (GROUP * ACROSS)
+    height = gl.minimum((T + ROWS - 1) // ROWS - first, GROUP)
+    return (first + inside % height) * ROWS, inside // height * COLUMNS
+
+
+@gluon.jit
+def _producer(
+    source, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, EPILOGUE: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    x, weight, wide = source
+    sx, sw, s_wide, _ = tiles
+    full, empty, wide_full, wide_empty, _ = bars
+    STEPS: gl.constexpr = (D + 63) // 64
+    PIECES: gl.constexpr = COLUMNS // 64
+    tiles_in_all = (T + ROWS - 1) // ROWS * ((F + COLUMNS - 1) // COLUMNS)
+    count = 0
+    turn = 0
+    for number in range(gl.program_id(0), tiles_in_all, gl.num_programs(0)):
+        row, column = _place(number, T, F, ROWS, COLUMNS, GROUP)
+        for step in range(STEPS):
+            slot = count % SLOTS
+            bar = full.index(slot)
+            mbarrier.wait(empty.index(slot), count // SLOTS % 2 ^ 1)
+            mbarrier.expect(bar, (ROWS + COLUMNS) * 128)
+            hopper.copy(x, [row, 64 * step], bar, sx.index(slot))
+            if EPILOGUE == BACKWARD:
+                hopper.copy(weight, [64 * step, column], bar, sw.index(slot))
+            else:
+                hopper.copy(weight, [column, 64 * step], bar, sw.index(slot))
+            count += 1
+            if EPILOGUE == BACKWARD:  # noqa: SIM102 (the outer is decided at compile time)
+                if step == STEPS // 2:  # by now its place is free, and there is time enough until the epilogue
+                    w = turn % 2
+                    mbarrier.wait(wide_empty.index(w), turn // 2 % 2 ^ 1)
+                    mbarrier.expect(wide_full.index(w), ROWS * COLUMNS * 2)
+                    for piece in gl.static_range(PIECES):
+                        at = s_wide.index(w * PIECES + piece)
+                        hopper.copy(wide, [row, column + 64 * piece], wide_full.index(w), at)
+        turn += 1  # noqa: SIM113
+
+
+@gluon.jit
+def _issue(tiles, bars, count, acc, use_acc: gl.constexpr, EPILOGUE: gl.constexpr, SLOTS: gl.constexpr):
+    """Issues the products of the step in slot number `count`, when it is there."""
+    sx, sw, _, _ = tiles
+    full, _, _, _, _ = bars
+    slot = count % SLOTS
+    b = sw.index(slot)
+    if EPILOGUE != BACKWARD:
+        b = b.permute((1, 0))
+    mbarrier.wait(full.index(slot), count // SLOTS % 2)
+    return warpgroup_mma(sx.index(slot), b, acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def _multiply(
+    W: gl.constexpr, tiles, bars, count, turn, STEPS: gl.constexpr, EPILOGUE: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The product of a warpgroup's tile, from slot number `count` on. At least two steps."""
+    _, empty, _, _, order = bars
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    acc = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
+    # The tensor cores are handed over; nobody may wait for a slot's next filling but one, which a barrier cannot tell
+    # from the last.
+    mbarrier.wait(order.index(W), (turn + 1 - W) % 2)
+    acc = _issue(tiles, bars, count, acc, False, EPILOGUE, SLOTS)
+    acc = warpgroup_mma_wait(1, [acc])
+    for step in range(1, STEPS - 1):
+        acc = _issue(tiles, bars, count + step, acc, True, EPILOGUE, SLOTS)
+        acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(empty.index((count + step - 1) % SLOTS), count=1)
+    last = count + STEPS - 1
+    acc = _issue(tiles, bars, last, acc, True, EPILOGUE, SLOTS)
+    mbarrier.arrive(order.index(1 - W), count=1)
+    acc = warpgroup_mma_wait(1, [acc])
+    mbarrier.arrive(empty.index((last - 1) % SLOTS), count=1)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index(last % SLOTS), count=1)
+    return acc
+
+
+@gluon.jit
+def _save(x, target, row, column, stages, stage):
+    """Stores a piece through shared memory, by the copy engine, which goes on reading there."""
+    place = stages.index(stage)
+    place.store(x)
+    fence_async_shared()
+    hopper.store(target, [row, column], place)
+
+
+@gluon.jit
+def _forward_epilogue(
+    W: gl.constexpr, acc, bias, wide, active, stages, row, column, F: gl.constexpr, EPILOGUE: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = active.dtype
+    pieces = _pieces(acc)
+    for piece in gl.static_range(len(pieces)):
+        at = column + 64 * piece
+        columns = at + gl.arange(0, 64, gl.SliceLayout(0, PIECE))
+        u = pieces[piece] + gl.load(bias + columns, mask=columns < F, other=0.0).to(gl.float32)[None, :]
+        if EPILOGUE == KEEP:
+            u = _rounded(u, DTYPE)
+            tma.store_wait(STAGES - 1)
+            _save(u, wide, row, at, stages, W * STAGES + 2 * piece % STAGES)
+            tma.store_wait(STAGES - 1)
+            _save(_gelu(u.to(gl.float32)).to(DTYPE), active, row, at, stages, W * STAGES + (2 * piece + 1) % STAGES)
+        else:
+            tma.store_wait(STAGES - 1)
+            _save(_gelu(u).to(DTYPE), active, row, at, stages, W * STAGES + piece % STAGES)
+
+
+@gluon.jit
+def _backward_epilogue(
+    W: gl.constexpr, acc, active, dwide, sums, s_wide, row, column, F: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = active.dtype
+    pieces = _pieces(acc)
+    gl.static_assert(len(pieces) == 2)
+    u_1 = s_wide.index(2 * W + 1).load(PIECE)  # all of wide is read before results take its two places
+    for piece in gl.static_range(2):
+        at = column + 64 * piece
+        u = u_1 if piece else s_wide.index(2 * W).load(PIECE)
+        if piece:
+            tma.store_wait(0)
+        a, slope = _gelu_and_slope(u.to(gl.float32))
+        d = pieces[piece] * slope
+        _save(a.to(DTYPE), active, row, at, s_wide, 2 * W)
+        _save(d.to(DTYPE), dwide, row, at, s_wide, 2 * W + 1)
+        columns = at + gl.arange(0, 64, gl.SliceLayout(0, PIECE))
+        gl.store(sums + row // ROWS * F + columns, gl.sum(d, 0), mask=columns < F)
+
+
+@gluon.jit
+def _consumer(
+    W: gl.constexpr, out, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, EPILOGUE: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    bias, wide, active, dwide, sums = out
+    _, _, s_wide, stages = tiles
+    _, _, wide_full, wide_empty, _ = bars
+    STEPS: gl.constexpr = (D + 63) // 64
+    tiles_in_all = (T + ROWS - 1) // ROWS * ((F + COLUMNS - 1) // COLUMNS)
+    count = W * STEPS
+    turn = 0
+    for number in range(gl.program_id(0) + W * gl.num_programs(0), tiles_in_all, 2 * gl.num_programs(0)):
+        row, column = _place(number, T, F, ROWS, COLUMNS, GROUP)
+        acc = _multiply(W, tiles, bars, count, turn, STEPS, EPILOGUE, ROWS, COLUMNS, SLOTS)
+        if EPILOGUE == BACKWARD:
+            mbarrier.wait(wide_full.index(W), turn % 2)
+            _backward_epilogue(W, acc, active, dwide, sums, s_wide, row, column, F, ROWS)
+            tma.store_wait(0)
+            mbarrier.arrive(wide_empty.index(W), count=1)
+        else:
+            _forward_epilogue(W, acc, bias, wide, active, stages, row, column, F, EPILOGUE, STAGES)
+        count += 2 * STEPS
+        turn += 1  # noqa: SIM113
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def mlp_kernel(
+    x, weight, bias, wide, active, dwide, sums, T, D: gl.constexpr, F: gl.constexpr, EPILOGUE: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """x, weight, wide, active and dwide are descriptors; what an epilogue does not have is None."""
+    DTYPE: gl.constexpr = active.dtype
+    sx = gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, 64], TILE)
+    if EPILOGUE == BACKWARD:
+        sw = gl.allocate_shared_memory(DTYPE, [SLOTS, 64, COLUMNS], TILE)
+        s_wide = gl.allocate_shared_memory(DTYPE, [2 * (COLUMNS // 64), ROWS, 64], TILE)
+        stages = s_wide
+    else:
+        sw = gl.allocate_shared_memory(DTYPE, [SLOTS, COLUMNS, 64], TILE)
+        stages = gl.allocate_shared_memory(DTYPE, [2 * STAGES, ROWS, 64], TILE)
+        s_wide = stages
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    wide_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    wide_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(wide_full.index(i), count=1)
+        mbarrier.init(wide_empty.index(i), count=1)
+        mbarrier.init(order.index(i), count=1)
+    fence_async_shared()
+    tiles = (sx, sw, s_wide, stages)
+    bars = (full, empty, wide_full, wide_empty, order)
+    source = (x, weight, wide)
+    out = (bias, wide, active, dwide, sums)
+    gl.warp_specialize(
+        [
+            (_consumer, (0, out, tiles, bars, T, D, F, EPILOGUE, ROWS, COLUMNS, GROUP, SLOTS, STAGES)),
+            (_consumer, (1, out, tiles, bars, T, D, F, EPILOGUE, ROWS, COLUMNS, GROUP, SLOTS, STAGES)),
+            (_producer, (source, tiles, bars, T, D, F, EPILOGUE, ROWS, COLUMNS, GROUP, SLOTS)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, blocks: int = 0) -> Tensor:
+    """See `mlp.eager`. Runs on one thread block a multiprocessor, where no other number of `blocks` is asked for."""
+    active = x.new_empty(len(x), len(weight))
+    _launch("gelu", x, weight, bias, None, active, None, None, blocks)
+    return active
+
+
+def linear_gelu_keep(x: Tensor, weight: Tensor, bias: Tensor, blocks: int = 0) -> tuple[Tensor, Tensor]:
+    """See `mlp.eager`."""
+    wide, active = (x.new_empty(len(x), len(weight)) for _ in range(2))
+    _launch("keep", x, weight, bias, wide, active, None, None, blocks)
+    return wide, active
+
+
+def linear_gelu_backward(
+    dout: Tensor, weight: Tensor, wide: Tensor, active: Tensor, blocks: int = 0
+) -> tuple[Tensor, Tensor]:
+    """See `mlp.eager`."""
+    (T, F), dwide = wide.shape, torch.empty_like(wide)
+    sums = torch.empty((ceil_div(T, PLANS["backward"].rows), F), dtype=torch.float32, device=wide.device)
+    _launch("backward", dout, weight, None, wide, active, dwide, sums, blocks)
+    return dwide, fold(sums, wide.dtype)
+
+
+def _launch(
+    epilogue: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wide: Tensor | None,
+    active: Tensor,
+    dwide: Tensor | None,
+    sums: Tensor | None,
+    blocks: int,
+) -> None:
+    x, weight = hopper.in_reach(x), hopper.in_reach(weight)
+    bias = bias if bias is None else hopper.in_reach(bias)
+    (T, D), F, plan = x.shape, active.shape[1], PLANS[epilogue]
+    if weight.shape != ((D, F) if epilogue == "backward" else (F, D)):  # the copy engine would read zeros beyond
+        raise ValueError(f"a weight {list(weight.shape)} does not take rows [{T}, {D}] to [{T}, {F}]")
+
+    def arguments(kind) -> tuple:
+        def tiles(y: Tensor | None, *box: int):
+            return None if y is None else kind(y, list(y.shape), list(y.stride()), list(box), TILE.value)
+
+        of_weight = tiles(weight, 64, plan.columns) if epilogue == "backward" else tiles(weight, plan.columns, 64)
+        outer = [tiles(y, plan.rows, 64) for y in (wide, active, dwide)]
+        return tiles(x, plan.rows, 64), of_weight, bias, *outer, sums, T, D, F, EPILOGUES[epilogue], *plan
+
+    key = x.device, x.dtype, D, F, epilogue
+    with device_of(x):
+        if key not in _compiled:
+            _compiled[key] = mlp_kernel.warmup(
+                *arguments(TensorDescriptor), grid=(1,), num_warps=4, maxnreg=MAX_REGISTERS
+            )
+        tiles_in_all = ceil_div(T, plan.rows) * ceil_div(F, plan.columns)
+        grid = min(tiles_in_all, blocks or multiprocessors(x.device)), 1, 1
+        run_compiled(_compiled[key], grid, arguments(hopper.UncheckedDescriptor))
+
+
+_compiled: dict[tuple, Any] = {}

@@ -1,0 +1,43 @@
+"""Positions: the table, resized to each image's grid, added to the patches. `eager` is the contract; `triton` computes
+them as it adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from siglip2_packed.ops.positions.places import Places
+from siglip2_packed.ops.runtime import choice
+from siglip2_packed.ops.runtime.check import Results, random
+from siglip2_packed.ops.runtime.choice import Function
+from siglip2_packed.ops.runtime.tracing import traced
+
+__all__ = ["ADD_POSITIONS", "Places", "add_positions"]
+
+MODULES = {"eager": "siglip2_packed.ops.positions.eager", "triton": "siglip2_packed.ops.positions.triton"}
+GRIDS = ((1, 13, 19), (1, 8, 32), (2, 2, 3), (1, 16, 16), (1, 7, 1), (1, 40, 2))
+
+
+def _cases(device: torch.device, dtype: torch.dtype, G: int, D: int) -> Iterator[tuple]:
+    rows = sum(t * h * w for t, h, w in GRIDS)
+    yield random(device, dtype, rows, D), random(device, dtype, G * G, D, seed=1), Places(GRIDS)
+
+
+def _result(function: Callable, patches: Tensor, table: Tensor, places: Places) -> Results:
+    return {"patches": function(patches, table, places, patches.dtype)}
+
+
+ADD_POSITIONS = Function("positions.add_positions", MODULES, _result, _cases)
+
+
+def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+    """`[T, D]` patches plus their positions, of a table `[G·G, D]`; see `positions.eager`."""
+    mixed = not patches.dtype == table.dtype == dtype
+    if torch.is_grad_enabled() or traced() or places.ids is not None or mixed:
+        return ADD_POSITIONS.of("eager")(patches, table, places, dtype)  # type: ignore[no-any-return]
+    order = choice.rows(choice.card(patches.device), patches.dtype)
+    G, D = int(table.shape[0] ** 0.5), table.shape[1]
+    return choice.take(ADD_POSITIONS, order, patches.device, patches.dtype, G, D)(patches, table, places, dtype)

@@ -1,0 +1,128 @@
+"""Antialiased bilinear resize of the position table, for all grids of a pack at once, by torch: the contract.
+
+A resize is linear and separable: row r of an image of height h is a weighted sum of a few table rows, and so for
+columns. The weights are computed on the host, the sums are two `embedding_bag`s over exactly the non-zero weights, so
+the work follows the distinct (h, w), not the images.
+
+Shapes: T patches, G side of the table, D hidden size.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip2_packed.ops.positions.places import Grids, Places, ranges, starts
+from siglip2_packed.ops.runtime.transfer import to_device
+
+
+class Plan(NamedTuple):
+    """Weighted sums of table rows, as `embedding_bag` takes them."""
+
+    taps: Any
+    """Rows to sum, those of one output after another."""
+    offsets: Any
+    """Where each output's taps begin."""
+    weights: Any
+
+
+def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+    """Every patch plus the position of its place; differentiable.
+
+    Args:
+        patches: `[T, D]`.
+        table: `[G·G, D]`; resized in float32, then cast to `dtype`, then added.
+
+    Returns:
+        `[T, D]` in the wider of both dtypes: under autocast the residual stream stays in float32.
+    """
+    positions = resize_positions(table, places.grids)
+    if places.ids is not None:
+        positions = positions[to_device(places.ids, positions.device)]
+    return patches + positions.to(dtype)
+
+
+def resize_positions(table: Tensor, grids: Grids) -> Tensor:
+    """Position embeddings of every patch of a pack.
+
+    The same as `F.interpolate(mode="bilinear", align_corners=False, antialias=True)` of the table to each (h, w),
+    computed in float32; bit-exact identity at (G, G). Frames of a video share their image's positions.
+
+    Args:
+        table: `[G·G, D]`, any floating dtype; differentiable.
+        grids: (t, h, w) of each image.
+
+    Returns:
+        `[T, D]` float32, T = sum of t·h·w.
+    """
+    side = int(table.shape[0] ** 0.5)
+    assert side * side == table.shape[0], "the position table is not square"
+    rows_plan, cols_plan, patch = _plan(side, tuple(grids))
+    rows = _weighted_sums(table.float().reshape(side, -1), rows_plan)
+    distinct = _weighted_sums(rows.view(-1, table.shape[1]), cols_plan)
+    return distinct if patch is None else distinct[to_device(patch, table.device)]
+
+
+def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
+    taps, offsets, weights = (to_device(x, table.device) for x in plan)
+    if len(taps) == 0:
+        return table[:0]
+    return F.embedding_bag(taps, table, offsets, mode="sum", per_sample_weights=weights)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _plan(side: int, grids: Grids) -> tuple[Plan, Plan, Tensor | None]:
+    """The row sums, the column sums of those rows, and the distinct patch of every patch of the pack."""
+    shapes = np.array(list(dict.fromkeys((h, w) for _, h, w in grids)), dtype=np.int64).reshape(-1, 2)
+    heights, row_of_height = np.unique(shapes[:, 0], return_inverse=True)
+    widths, col_of_width = np.unique(shapes[:, 1], return_inverse=True)
+    row_taps, row_counts, row_weights = _taps(side, heights)
+    col_taps, col_counts, col_weights = _taps(side, widths)
+
+    # every distinct patch: which resized row it lies in, which column position it has
+    area = shapes[:, 0] * shapes[:, 1]
+    shape_of, within = np.repeat(np.arange(len(shapes)), area), ranges(area)
+    first_row, first_col = starts(heights)[row_of_height], starts(widths)[col_of_width]
+    row = first_row[shape_of] + within // shapes[shape_of, 1]
+    col = first_col[shape_of] + within % shapes[shape_of, 1]
+
+    counts = col_counts[col]
+    tap = np.repeat(starts(col_counts)[col], counts) + ranges(counts)
+    rows_plan = Plan(row_taps, starts(row_counts), row_weights)
+    cols_plan = Plan(np.repeat(row, counts) * side + col_taps[tap], starts(counts), col_weights[tap])
+    patch = _patches_of(grids, shapes, area)
+    rows_plan, cols_plan = (Plan(*map(torch.from_numpy, plan)) for plan in (rows_plan, cols_plan))
+    return rows_plan, cols_plan, None if patch is None else torch.from_numpy(patch)
+
+
+def _taps(side: int, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Non-zero antialias weights for every index of every target size.
+
+    A triangle of half-width max(side / target, 1) around the half-pixel centre (i + 0.5) · side / target, normalised:
+    the filter of torch's and Pillow's antialiased bilinear resize.
+
+    Returns:
+        Source indices and float32 weights of all taps, and how many each (target, i) has.
+    """
+    scale = np.repeat(side / targets, targets)[:, None]
+    centre = (ranges(targets)[:, None] + 0.5) * scale
+    weights = 1 - np.abs(np.arange(side) + 0.5 - centre) / np.maximum(scale, 1)
+    weights = np.where(weights > 1e-12, weights, 0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    index, tap = np.nonzero(weights)
+    return tap, np.bincount(index, minlength=len(weights)), weights[index, tap].astype(np.float32)
+
+
+def _patches_of(grids: Grids, shapes: np.ndarray, area: np.ndarray) -> np.ndarray | None:
+    """The distinct patch of every patch `[T]`; None if the pack is exactly the distinct shapes in order."""
+    number = {tuple(shape): i for i, shape in enumerate(shapes.tolist())}
+    frames = np.array([number[h, w] for t, h, w in grids for _ in range(t)], dtype=np.int64)
+    if np.array_equal(frames, np.arange(len(shapes))):
+        return None
+    return np.repeat(starts(area)[frames], area[frames]) + ranges(area[frames])

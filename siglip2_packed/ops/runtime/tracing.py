@@ -1,0 +1,29 @@
+"""Whether kernels may be launched at once, or calls have to go through operators that others can follow."""
+
+import torch
+from torch import Tensor
+
+BATCHED = [
+    getattr(torch._C._functorch, name)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+]
+
+
+def traced() -> bool:
+    """Whether somebody follows calls to operators: torch.compile, a dispatch mode, a function transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def batched(x: Tensor) -> bool:
+    """Whether x is one of torch.func.vmap's tensors, or of `is_grads_batched=True`: no kernel has its memory."""
+    return any(is_batched(x) for is_batched in BATCHED)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be compiled, compared or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

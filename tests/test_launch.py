@@ -1,0 +1,79 @@
+"""How kernels are launched: which compiled one, and from which memory."""
+
+import pytest
+import torch
+
+from siglip2_packed.ops.runtime import launch as launching
+from siglip2_packed.ops.runtime.launch import readable
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """`launched(kernel, tensors, constants, **options)` -> which of the kernels compiled so far ran."""
+    compiled, ran = [], []
+
+    class Kernel:
+        def warmup(self, *args, grid, **options):
+            compiled.append(args)
+            return len(compiled)
+
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "run_compiled", lambda kernel, grid, args: ran.append(kernel))
+    kernels = Kernel(), Kernel()
+
+    def run(kernel, tensors, constants, **options):
+        launching.launch(kernels[kernel], (1, 1, 1), tensors, (5,), constants, **({"num_warps": 1} | options))
+        return ran[-1]
+
+    return run
+
+
+def test_a_compiled_kernel_is_looked_for_once(launched):
+    """For each device, dtypes, alignment and constexprs; misaligned tensors never get an aligned kernel."""
+    x = torch.zeros(9)
+    ran = [
+        launched(0, (x, x), (8, True)),
+        launched(0, (x[4:], x), (8, True)),  # 16 bytes on: the same
+        launched(0, (x, x.half()), (8, True)),
+        launched(0, (x, x), (8, False)),
+        launched(1, (x, x), (8, True)),
+        launched(0, (x, x[1:]), (8, True)),  # misaligned
+        launched(0, (x, x[1:]), (8, True)),
+        launched(0, (x, x), (8, True)),
+    ]
+    assert ran == [1, 1, 2, 3, 4, 5, 6, 1]
+    x = torch.zeros(9, dtype=torch.int8)
+    assert (
+        launched(0, (x[1:],), (8,)) == 7 and launched(0, (x,), (8,)) == 8
+    )  # nor is theirs remembered for aligned ones
+
+
+def test_options_are_part_of_what_is_looked_for(launched):
+    x = torch.zeros(9)
+    options = {}, {"num_stages": 2}, {"num_stages": 3}
+    assert [launched(0, (x,), (9,), **some) for some in options * 2] == [1, 2, 3] * 2
+
+
+def test_readable_rows_are_taken_as_they_lie():
+    x = torch.randn(6, 24, 40)
+    for rows in (
+        x,
+        x[:, 0],
+        x[:, :, :16],
+        x[:, :, 8:32],
+        x[::2],
+        x[0, 0],
+        x[:0],
+        x[:, :, 1:9],  # whole pieces from where they begin; `launch` looks where that is
+        x[0, :1].expand(5, 40),  # one row for all
+    ):
+        assert readable(rows) is rows
+    for rows in (
+        x.transpose(1, 2),
+        x[:, :, ::2],
+        torch.randn(6, 20)[:, :16],  # every second row begins between pieces of 16 bytes
+        torch.randn(20)[::2],
+    ):
+        copy = readable(rows)
+        assert copy is not rows and copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, rows)
