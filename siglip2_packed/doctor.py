@@ -1,4 +1,4 @@
-"""`siglip2-packed doctor`: which attention backends this machine has, and what each was found to be worth."""
+"""`siglip2-packed doctor`: what runs for my pack on my card, and was it checked?"""
 
 from __future__ import annotations
 
@@ -11,84 +11,96 @@ import torch
 
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.measure import cpu_name
-from siglip2_packed.ops.attention import BACKENDS, why_missing, why_not
-from siglip2_packed.ops.dispatch import LENGTH_CLASSES, resolve_backend, self_check
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
+from siglip2_packed.ops.survey import Finding, Plan, Shape, findings, plan
 from siglip2_packed.version import __version__
 
-HEAD_DIMS = (64, 72)
-"""base and so400m."""
+SHAPES = {"base": Shape(768, 3072, 12, 16), "so400m": Shape(1152, 4304, 16, 16)}
+PATCHES = (256, 1024, 4096)
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "safetensors", "numpy")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="device to check (cuda if there is one, else cpu)")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
+    add = parser.add_argument
+    add("--device", help="device to check (cuda if there is one, else cpu)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes to check (all)")
+    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="sizes of the model (base so400m)")
+    add("--patches", nargs="+", type=int, default=PATCHES, metavar="T", help="packs to plan (256 1024 4096)")
+    add("--image-patches", type=int, default=256, metavar="N", help="of which an image has at most so many (256)")
+    add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
+    add("--json", metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    report: dict[str, Any] = {"environment": environment(device)}
+    if args.image_patches < 1 or min(args.patches) < 1:
+        raise ValueError("--patches and --image-patches must be at least 1")
+    device = torch.empty(0, device=pick_device(args.device)).device  # with its number
+    report: dict[str, Any] = {"environment": environment(device), "models": []}
     for name, value in report["environment"].items():
         print(f"{name:<24} {value}")
-    report["backends"] = {backend: examine(backend, device) for backend in BACKENDS}
-    for backend, found in report["backends"].items():
-        print(f"\n{backend:<24} {'present' if found['missing'] is None else 'missing: ' + found['missing']}")
-        everywhere = {check["reason"] for check in found["checks"]}
-        if len(everywhere) == 1 and None not in everywhere:
-            print(f"  not checked: {everywhere.pop()}")
-            continue
-        for check in found["checks"]:
-            print(f"  {check['dtype']:<9} head_dim {check['head_dim']:<4} {check['text']}")
-    print("\nauto takes")
-    report["auto"] = []
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
-            forward, training = (
-                auto_takes(device, DTYPES[dtype], head_dim, needs_grad) for needs_grad in (False, True)
+    for dtype in args.dtypes:
+        for name in args.shapes:
+            found = list(findings(device, DTYPES[dtype], SHAPES[name]))
+            print(f"\n{name} in {dtype}\n\n  {'operation':<28} {'implementation':<24} found")
+            for finding in found:
+                print(f"  {finding.operation:<28} {finding.implementation:<24} {finding}", flush=True)
+            packs = {T: images(T, args.image_patches) for T in args.patches}
+            plans = {T: planned(device, DTYPES[dtype], SHAPES[name], lengths, args) for T, lengths in packs.items()}
+            for T, one in plans.items():
+                print_plan(T, packs[T], one)
+            report["models"].append(
+                {
+                    "shape": name,
+                    "dtype": dtype,
+                    "operations": [as_json(finding) for finding in found],
+                    "packs": [
+                        {"patches": T, "images": packs[T], **(one if isinstance(one, dict) else one._asdict())}
+                        for T, one in plans.items()
+                    ],
+                }
             )
-            report["auto"].append({"dtype": dtype, "head_dim": head_dim, "forward": forward, "training": training})
-            takes = _listed(forward) + (f"; in training {_listed(training)}" if training != forward else "")
-            print(f"  {dtype:<9} head_dim {head_dim:<4} {takes}")
     if args.json:
         write_json(args.json, report)
     return 0
 
 
-def examine(backend: str, device: torch.device) -> dict[str, Any]:
-    """Why a backend is missing, or the self-checks of all dtypes and head_dims."""
-    missing = why_missing(backend)
-    checks = []
-    for dtype in DTYPES if missing is None else ():
-        for head_dim in HEAD_DIMS:
-            reason = why_not(backend, device, DTYPES[dtype], head_dim)
-            check: dict[str, Any] = {"dtype": dtype, "head_dim": head_dim, "reason": reason}
-            if reason is None:
-                result = self_check(backend, device, DTYPES[dtype], head_dim)
-                check |= result._asdict() | {"forward_ok": result.forward_ok, "backward_ok": result.backward_ok}
-                verdict = "right" if result.backward_ok else "right forward only" if result.forward_ok else "WRONG"
-                check["text"] = f"{verdict}: {result}"
-            else:
-                check["text"] = f"not checked: {reason}"
-            checks.append(check)
-    return {"missing": missing, "checks": checks}
+def images(patches: int, most: int) -> list[int]:
+    """Lengths of the images of a pack: all as long as may be, but the last."""
+    whole, rest = divmod(patches, most)
+    return [most] * whole + [rest] * bool(rest)
 
 
-def auto_takes(
-    device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
-) -> list[tuple[int | None, str]]:
-    """(longest typical segment, backend) in ascending order; None: no limit."""
-    taken: list[tuple[int | None, str]] = []
-    for length, upper in enumerate((*LENGTH_CLASSES, None)):
-        backend = resolve_backend("auto", device, dtype, head_dim, needs_grad, length)
-        if taken and taken[-1][1] == backend:
-            taken.pop()
-        taken.append((upper, backend))
-    return taken
+def planned(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: list[int], args) -> Plan | dict[str, str]:
+    """What runs; or why a backend that was asked for by name does not."""
+    try:
+        return plan(device, dtype, shape, lengths, args.attn_implementation)
+    except ValueError as refused:
+        return {"refused": str(refused)}
 
 
-def _listed(taken: list[tuple[int | None, str]]) -> str:
-    return ", ".join(backend if upper is None else f"{backend} up to {upper} patches" for upper, backend in taken)
+def print_plan(patches: int, lengths: list[int], found: Plan | dict[str, str]) -> None:
+    print(f"\n  a pack of {patches:,} patches, {len(lengths)} images of up to {max(lengths)}")
+    if isinstance(found, dict):
+        print(f"    refused: {found['refused']}")
+        return
+    operations = dict.fromkeys([*found.inference, *found.training])
+    print(f"    {'':<26} {'inference':<26} training")
+    for name in operations:
+        print(f"    {name:<26} {found.inference.get(name, '-'):<26} {found.training.get(name, '-')}")
+
+
+def as_json(finding: Finding) -> dict[str, Any]:
+    verdict = finding.verdict
+    return {
+        "operation": finding.operation,
+        "implementation": finding.implementation,
+        "why_not": finding.why_not,
+        "right": None if verdict is None else verdict.right,
+        "errors": {} if verdict is None else verdict.errors,
+        "bounds": {} if verdict is None else verdict.bounds,
+        "raised": "" if verdict is None else verdict.reason,
+    }
 
 
 def environment(device: torch.device) -> dict[str, str]:

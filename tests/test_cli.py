@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor
-from siglip2_packed.ops import attention, dispatch
+from siglip2_packed.ops.attention import backends, outside
+from siglip2_packed.ops.runtime.choice import Card
 
 COMMANDS = [name for name, _, _ in cli.COMMANDS]
 
@@ -131,70 +131,95 @@ def examined(tmp_path_factory):
     return out.getvalue(), json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-def test_doctor_names_every_backend_and_why(examined):
+OPERATIONS = "attention norm mlp columns pool positions float8".split()
+
+
+def test_doctor_names_every_operation_its_implementations_and_why_one_is_not_here(examined):
     out, report = examined
-    assert list(report["backends"]) == list(attention.BACKENDS)
-    for backend, found in report["backends"].items():
-        assert any(line.startswith(f"{backend} ") for line in out.splitlines())
-        assert found["missing"] == attention.why_missing(backend)
-        assert found["missing"] is None or found["missing"] in out
-        for check in found["checks"]:
-            assert check["reason"] is None or f"not checked: {check['reason']}" in out
+    assert [(model["dtype"], model["shape"]) for model in report["models"]] == [
+        (dtype, shape) for dtype in ("float32", "bfloat16", "float16") for shape in ("base", "so400m")
+    ]
+    for model in report["models"]:
+        found = model["operations"]
+        assert list(dict.fromkeys(one["operation"].split(".")[0] for one in found)) == OPERATIONS
+        assert [x["implementation"] for x in found if x["operation"] == "attention"] == list(backends.BACKENDS)
+        for one in found:
+            (line, *_) = [
+                line
+                for line in out.splitlines()
+                if line.startswith(f"  {one['operation']} ") and f" {one['implementation']} " in line
+            ]
+            assert one["why_not"] is None or one["why_not"] in out, line
+        absent = {one["implementation"] for one in found if one["why_not"] and "cannot be imported" in one["why_not"]}
+        assert absent == {name for name in backends.BACKENDS if backends.why_missing(name)}
     assert importlib.metadata.version("torch") in out
     assert transformers.__version__ in out
     assert report["environment"]["device"].startswith("cpu")
 
 
-def test_doctor_shows_errors_of_every_dtype_and_head_dim(examined):
+def test_doctor_shows_errors_forward_and_backward(examined):
     out, report = examined
-    for backend in ("eager", "sdpa"):
-        checks = report["backends"][backend]["checks"]
-        assert {(check["dtype"], check["head_dim"]) for check in checks} == {
-            (dtype, head_dim) for dtype in ("float32", "bfloat16", "float16") for head_dim in (64, 72)
-        }
-        for check in checks:
-            assert check["forward_ok"]
-            assert check["backward_ok"]
-            assert 0 < check["forward"] <= check["bound"]
-            assert 0 < check["dq"] <= check["bound"]
-    assert f"dq {report['backends']['sdpa']['checks'][1]['dq']:.1e}" in out
+    for model in report["models"]:
+        (sdpa,) = (one for one in model["operations"] if one["implementation"] == "sdpa")
+        assert sdpa["right"] is True
+        assert set(sdpa["errors"]) == {"inference", "forward", "dq", "dk", "dv"}
+        assert all(0 < error <= sdpa["bounds"][name] for name, error in sdpa["errors"].items())
+        assert f"dq {sdpa['errors']['dq']:.1e}" in out
+        (eager,) = (x for x in model["operations"] if x["operation"] == "attention" and x["implementation"] == "eager")
+        assert eager["right"] is None and eager["why_not"] is None
 
 
-def test_doctor_says_what_auto_takes(examined):
+def test_doctor_says_what_runs_for_packs(examined):
     out, report = examined
-    assert len(report["auto"]) == 6
-    for taken in report["auto"]:
-        dtype = doctor.DTYPES[taken["dtype"]]
-        for key, needs_grad in (("forward", False), ("training", True)):
-            backend = dispatch.resolve_backend("auto", torch.device("cpu"), dtype, taken["head_dim"], needs_grad)
-            assert taken[key] == [[None, backend]]
-    assert f"float32   head_dim 72   {report['auto'][1]['forward'][0][1]}" in out
+    for model in report["models"]:
+        assert [pack["patches"] for pack in model["packs"]] == [256, 1024, 4096]
+        assert [len(pack["images"]) for pack in model["packs"]] == [1, 4, 16]
+        for pack in model["packs"]:
+            assert pack["inference"]["attention"] == pack["training"]["attention"] == "sdpa"
+            assert pack["inference"]["layer_norm"] == pack["training"]["layer_norm_backward_"] == "eager"
+    assert "a pack of 4,096 patches, 16 images of up to 256" in out
 
 
-def test_doctor_says_where_auto_changes_its_mind(monkeypatch):
-    names = ["a", "a", "b", "b", "b", "c", "c"]
-    monkeypatch.setattr(doctor, "resolve_backend", lambda *args: names[args[-1]])
-    taken = doctor.auto_takes(torch.device("cpu"), torch.float32, 64, False)
-    assert taken == [(192, "a"), (1536, "b"), (None, "c")]
-    assert doctor._listed(taken) == "a up to 192 patches, b up to 1536 patches, c"
+def doctor_report(tmp_path, *flags):
+    path = tmp_path / "doctor.json"
+    assert cli.main(["doctor", "--device", "cpu", "--dtypes", "float32", "--json", str(path), *flags]) == 0
+    return json.loads(path.read_text())["models"][0]
 
 
-def test_doctor_shows_a_backend_that_is_wrong(monkeypatch):
-    def wrong_backward(q, k, v, segments):
-        return attention.sdpa(q, k, v, segments) + 0.1 * (q - q.detach())
+def test_doctor_takes_my_pack_and_my_backend(tmp_path, capsys):
+    flags = ["--shapes", "base", "--patches", "700", "--image-patches", "300", "--attn-implementation"]
+    (pack,) = doctor_report(tmp_path, *flags, "eager")["packs"]
+    assert pack["images"] == [300, 300, 100] and pack["inference"]["attention"] == "eager"
+    (pack,) = doctor_report(tmp_path, *flags, "flash_attention_2")["packs"]
+    assert "'flash_attention_2' cannot be used: flash_attn" in pack["refused"]
+    assert "'flash_attention_2' cannot be used: flash_attn" in capsys.readouterr().out
+    assert cli.main(["doctor", "--device", "cpu", "--patches", "0"]) == 2
 
-    def wrong(q, k, v, segments):
-        return v
 
-    def examine(name, *backend):
-        monkeypatch.setitem(attention.BACKENDS, name, attention.Backend(*backend))
-        return doctor.examine(name, torch.device("cpu"))
+def test_doctor_says_what_runs_on_another_card(tmp_path, forced):
+    """Where every launch is refused, here because a CPU is no H100, auto goes on and says why."""
+    forced(card=Card("cuda", 90, 132), **{name: ["eager"] for name in ("norm", "mlp", "columns", "pool", "positions")})
+    model = doctor_report(tmp_path, "--shapes", "so400m", "--patches", "1024")
+    launches = [one for one in model["operations"] if one["operation"] == "attention.forward"]
+    assert {one["implementation"].split(",")[0] for one in launches} <= {"hopper", "triton"}
+    assert model["packs"][0]["inference"]["attention"] in ("sdpa", "torch_varlen")
 
-    monkeypatch.setattr(doctor, "DTYPES", {"float32": torch.float32})
-    assert "No module named 'no_such_module'" in examine("absent", wrong, "no_such_module", "attend")["missing"]
-    texts = [check["text"] for check in examine("wrong_backward", wrong_backward)["checks"]]
-    assert [text.split(":")[0] for text in texts] == ["right forward only"] * 2
-    assert [check["text"].split(":")[0] for check in examine("wrong", wrong)["checks"]] == ["WRONG"] * 2
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"), [("backward", {"dq"}), ("forward", {"inference", "forward", "dq", "dk", "dv"})]
+)
+def test_doctor_shows_a_backend_that_is_wrong(tmp_path, monkeypatch, forced, capsys, fault, wrong):
+    forced()
+
+    def attention(q, k, v, segments):
+        return outside.sdpa(q, k, v, segments) + 0.1 * (q - q.detach()) if fault == "backward" else v
+
+    monkeypatch.setitem(backends.BACKENDS, "wrong", backends.Backend(attention))
+    (found,) = (x for x in doctor_report(tmp_path, "--shapes", "base")["operations"] if x["implementation"] == "wrong")
+    assert found["right"] is False
+    bad = {name for name, error in found["errors"].items() if error is None or error > found["bounds"][name]}
+    assert bad == wrong  # None: there is no such gradient
+    assert f"WRONG: inference {found['errors']['inference']:.1e}" in capsys.readouterr().out
 
 
 def test_json_has_no_nan(tmp_path):
