@@ -19,6 +19,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/biome lint --config-path=.ci --error-on-warnings siglip2_packed/inspection
 
 $(DEMO_CKPT)/model.safetensors: | $(VENV)/.demo
