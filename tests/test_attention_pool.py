@@ -46,6 +46,20 @@ def test_large_scores(pool):
     torch.testing.assert_close(out[0, 0, :3], torch.tensor([1.0, 0.0, 0.0], device=DEVICE))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[16], [13 * 19, 256, 35], [64] * 8], ids=str)
+def test_keys_with_a_large_mean(pool, lengths, dtype):
+    """It cancels in the gradient of q, whose error is that of rounding it."""
+    images, q = Segments(lengths, DEVICE), query(2, 72, dtype)
+    _, k, v = random_qkv(sum(lengths), 2, 72).unbind(1)
+    k, v = (k + 10 * query(2, 72, seed=5)).to(dtype), v.to(dtype)
+    grad = random_qkv(len(lengths), 2, 72, dtype, 1)[:, 0]
+    _, *actual = with_gradients(lambda *x: pool(*x, images), (q, k, v), grad)
+    exact = with_gradients(lambda *x: pool_loop(*x, lengths), [x.double() for x in (q, k, v)], grad)[1:]
+    assert_close(actual[:1], exact[:1], torch.finfo(dtype).eps / 2)
+    assert_close(actual[1:], exact[1:], torch.finfo(dtype).eps)
+
+
 def test_isolation(pool):
     """Noise, then NaN, in one image changes no bit of the others, forward and backward."""
     images, q, kv = Segments([3, 40, 9], DEVICE), query(2, 72), random_qkv(52, 2, 72)[:, 1:]

@@ -1,11 +1,12 @@
 """What only a CUDA device shows: half precision at the so400m shape, the flash backends, syncs, memory."""
 
+import copy
 import time
 import warnings
 
 import pytest
 import torch
-from transformers import Siglip2VisionModel
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused, pad
 from siglip2_packed.measure import relative_error
@@ -15,6 +16,7 @@ from siglip2_packed.ops.attention.backends import BACKENDS, refusal, why_not
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.transfer import STAGED
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.random_checkpoint import SHAPES
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -76,6 +78,33 @@ def test_bf16_is_as_close_to_fp32_as_padded_transformers(checkpoint, packed, for
     assert mine.isfinite().all()
     assert mine.norm() <= 1.2 * padded.norm()
     assert (mine / scale).median() <= 1.2 * (padded / scale).median()
+
+
+@pytest.mark.parametrize(
+    "grids", [[(1, 4, 4)], [(1, 13, 19), (1, 8, 32), (1, 5, 7)], [(1, 16, 16)] * 8], ids=lambda grids: str(len(grids))
+)
+def test_the_probe_learns_as_exactly_as_padded_transformers(grids):
+    """Its gradient is a small difference: keys after post_layernorm have a large mean in common."""
+    torch.manual_seed(0)
+    config = Siglip2VisionConfig(**SHAPES["so400m"] | {"num_hidden_layers": 4})
+    reference = Siglip2VisionModel(config).to(CUDA)
+    state = {name.removeprefix("vision_model."): x for name, x in reference.state_dict().items()}
+    packed = PackedPatches(torch.randn(sum(t * h * w for t, h, w in grids), 768), grids)
+
+    def probe_gradient(model, pooled):
+        pooled().float().sin().mean().backward()
+        (grad,) = (p.grad for name, p in model.named_parameters() if name.endswith("head.probe"))
+        return grad
+
+    exact = probe_gradient(reference, lambda: padded_features(reference, packed)[1])
+    half = copy.deepcopy(reference).bfloat16()
+    half.zero_grad()
+    theirs = probe_gradient(half, lambda: padded_features(half, packed)[1])
+    model = Siglip2PackedVisionModel(copy.deepcopy(config))
+    model.load_state_dict(state)
+    model.to(CUDA, torch.bfloat16)
+    ours = probe_gradient(model, lambda: model(**packed.to(CUDA)).pooler_output)
+    assert relative_error(ours, exact) <= 1.2 * relative_error(theirs, exact)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])

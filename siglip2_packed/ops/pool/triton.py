@@ -44,7 +44,7 @@ def varlen_attention_pool(
             f"got {list(q.shape)} {q.dtype} on {q.device}"
         )
     check_segments(k, cu_seqlens, max_seqlen)
-    return _pool(q, k, v, cu_seqlens, positive_scale(k.shape[-1], softmax_scale))[0]
+    return _pool(q, k, v, cu_seqlens, positive_scale(k.shape[-1], softmax_scale))[0].to(v.dtype)
 
 
 @triton.jit
@@ -175,9 +175,14 @@ def pool_backward_kernel(
 
 @torch.library.custom_op("siglip2_packed::varlen_attention_pool", mutates_args=())
 def _pool(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`[N, H, K]` and lse `[N, H]`, both in float32.
+
+    Rounded, `out` would not be what the backward's weights sum up to: what is left of sum(p (dp - delta)), which is
+    zero, multiplies the mean key, and keys may have a large one.
+    """
     _, H, K = k.shape
     N = cu_seqlens.shape[0] - 1
-    out = torch.empty((N, H, K), dtype=v.dtype, device=v.device)
+    out = torch.empty((N, H, K), dtype=torch.float32, device=v.device)
     lse = torch.empty((N, H), dtype=torch.float32, device=v.device)
     if N == 0:
         return out, lse
@@ -241,7 +246,7 @@ def _pool_backward(
 @_pool.register_fake
 def _(q, k, v, cu_seqlens, scale):
     N = cu_seqlens.shape[0] - 1
-    return v.new_empty((N, *v.shape[1:])), v.new_empty((N, v.shape[1]), dtype=torch.float32)
+    return v.new_empty((N, *v.shape[1:]), dtype=torch.float32), v.new_empty((N, v.shape[1]), dtype=torch.float32)
 
 
 @_pool_backward.register_fake
