@@ -5,26 +5,36 @@ Shapes: T rows, S segments, H heads, K head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip2_packed.ops.segments import Segments
 
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """torch's scaled_dot_product_attention, one call for all segments of a length; no mask, no padding."""
+    """torch's scaled_dot_product_attention, one call for all segments of a length; no mask, no padding.
+
+    On CUDA without cuDNN where gradients are wanted: torch 2.11's are wrong, without a word, where the gradient of the
+    output has another layout than the output.
+    """
     if segments.by_length is not None:
         rows = segments.by_length[0]
         q, k, v = q[rows], k[rows], v[rows]
+    differentiated = q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     sizes = [count * length for count, length in segments.groups]
     outputs = []
     for (count, length), *qkv in zip(segments.groups, *(x.split(sizes) for x in (q, k, v))):
         q_g, k_g, v_g = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q_g, k_g, v_g, is_causal=False)
+        with sdpa_kernel(NOT_CUDNN) if differentiated else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(q_g, k_g, v_g, is_causal=False)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if segments.by_length is None else out[segments.by_length[1]]
