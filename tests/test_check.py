@@ -135,7 +135,8 @@ def test_lack_of_memory_threads_or_disk_is_no_verdict(fresh, caplog, error):
     "error",
     [
         FileNotFoundError(errno.ENOENT, "No such file or directory", "gcc"),
-        PermissionError(errno.EACCES, "Permission denied", "/root/.triton"),
+        PermissionError(errno.EACCES, "Permission denied", "/home/user/.triton"),
+        ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
         RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"),
     ],
     ids=repr,

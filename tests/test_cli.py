@@ -15,6 +15,7 @@ import transformers
 from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor
 from siglip2_packed.ops.attention import backends, outside
 from siglip2_packed.ops.runtime.choice import Card
+from siglip2_packed.ops.survey import Shape
 
 COMMANDS = [name for name, _, _ in cli.COMMANDS]
 
@@ -180,9 +181,9 @@ def test_doctor_says_what_runs_for_packs(examined):
     assert "a pack of 4,096 patches, 16 images of up to 256" in out
 
 
-def doctor_report(tmp_path, *flags):
+def doctor_report(tmp_path, *flags, dtype="float32"):
     path = tmp_path / "doctor.json"
-    assert cli.main(["doctor", "--device", "cpu", "--dtypes", "float32", "--json", str(path), *flags]) == 0
+    assert cli.main(["doctor", "--device", "cpu", "--dtypes", dtype, "--json", str(path), *flags]) == 0
     return json.loads(path.read_text())["models"][0]
 
 
@@ -196,13 +197,22 @@ def test_doctor_takes_my_pack_and_my_backend(tmp_path, capsys):
     assert cli.main(["doctor", "--device", "cpu", "--patches", "0"]) == 2
 
 
-def test_doctor_says_what_runs_on_another_card(tmp_path, forced):
-    """Where every launch is refused, here because a CPU is no H100, auto goes on and says why."""
-    forced(card=Card("cuda", 90, 132), **{name: ["eager"] for name in ("norm", "mlp", "columns", "pool", "positions")})
-    model = doctor_report(tmp_path, "--shapes", "so400m", "--patches", "1024")
-    launches = [one for one in model["operations"] if one["operation"] == "attention.forward"]
-    assert {one["implementation"].split(",")[0] for one in launches} <= {"hopper", "triton"}
-    assert model["packs"][0]["inference"]["attention"] in ("sdpa", "torch_varlen")
+def test_doctor_says_what_runs_on_another_card(tmp_path, forced, monkeypatch):
+    """A launch that cannot run here, because a CPU is no H100, is refused, and auto goes on to the next."""
+    monkeypatch.setitem(doctor.SHAPES, "so400m", Shape(144, 208, 2, 4))  # which is interpreted in seconds
+    forced(
+        card=Card("cuda", 90, 2),
+        **{name: ["eager"] for name in ("norm", "mlp", "columns", "pool", "positions", "float8")},
+    )
+    model = doctor_report(tmp_path, "--shapes", "so400m", "--patches", "1024", dtype="float16")
+    launches = [one for one in model["operations"] if one["operation"] in ("attention.forward", "attention.backward")]
+    assert {one["implementation"].split(",")[0] for one in launches} == {"hopper", "triton", "triton_short"}
+    for one in launches:
+        hopper = one["implementation"].startswith("hopper")
+        assert one["right"] is not hopper and bool(one["raised"]) is hopper, one
+    (pack,) = model["packs"]
+    for plan in (pack["inference"], pack["training"]):
+        assert plan["attention"] == "triton" and not any(ran.startswith("hopper") for ran in plan.values())
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,13 @@ def test_places_come_back_from_a_run_that_stops_early(tower, monkeypatch, how):
 @pytest.mark.parametrize("decode_in", DECODE_IN)
 def test_a_consumer_that_stops_early_leaves_no_thread_and_no_process(tower, decode_in):
     model, processor = tower
-    before = threading.active_count()
+    threads, children = threading.active_count(), set(multiprocessing.active_children())
     with decoding_pool(model.device, processor, 2, decode_in) as pool:
         rows = encode(model, processor, inputs(*[image_bytes(0, (8, 8))] * 300), pool, patch_budget=16, workers=2)
         next(rows)
         rows.close()
-    assert threading.active_count() <= before
-    assert not multiprocessing.active_children()
+    assert threading.active_count() <= threads
+    assert set(multiprocessing.active_children()) <= children
 
 
 @pytest.mark.gpu

@@ -145,6 +145,8 @@ def _lacks_room(error: Exception) -> bool:
     """Whether it is memory, threads or disk that lack, which says nothing about a kernel."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, ImportError):  # "cannot allocate memory in static TLS block": no later call finds it
+        return False
     words = "out of memory", "alloc_failed", "can't allocate", "cannot allocate", "new thread"
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
