@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import subprocess
 import sys
 import threading
@@ -298,6 +299,38 @@ def test_a_restriction_of_sdpa_is_the_callers_again_after_a_check(forced):
         assert verdict_on("sdpa", CPU, torch.float32, 72, True).right
         assert not torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
+def test_two_checks_at_once_leave_the_restriction_as_it_was():
+    """The second takes over before the first is done, as with the threads of `nn.DataParallel`."""
+    second_begins, first_ends = threading.Event(), threading.Event()
+
+    def first():
+        second_begins.set()
+        first_ends.wait(0.2)  # the second, if it may run at once
+
+    def second():
+        first_ends.set()
+        one.join(5)
+
+    def flags():
+        return [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math")]
+
+    one = threading.Thread(target=in_clean_context, args=(first, CPU))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        one.start()
+        assert second_begins.wait(5)
+        in_clean_context(second, CPU)
+        assert not one.is_alive()
+        assert flags() == [False, True, False]
+
+
+def test_a_check_within_a_check_does_not_wait_for_it():
+    done = threading.Event()
+    inner = functools.partial(in_clean_context, done.set, CPU)
+    outer = threading.Thread(target=in_clean_context, args=(inner, CPU), daemon=True)
+    outer.start()
+    assert done.wait(5)
 
 
 def test_a_check_may_be_made_after_the_main_thread_has_ended():

@@ -74,6 +74,9 @@ class Verdict(NamedTuple):
 
 
 _verdicts: dict[tuple, Verdict] = {}
+_settings_lock = threading.Lock()
+_here = threading.local()
+"""Whether this thread was started by a check."""
 
 
 def check(
@@ -152,7 +155,7 @@ def _lacks_room(error: Exception) -> bool:
 
 
 def in_clean_context(run: Callable[[], T], device: torch.device) -> T:
-    """`run()` in a new thread, where nothing is set but what torch begins with.
+    """`run()` in a new thread, where nothing is set but what torch begins with. One at a time.
 
     A backward within it runs there too: autograd's own thread may be the one that waits for it.
     """
@@ -167,6 +170,7 @@ def in_clean_context(run: Callable[[], T], device: torch.device) -> T:
     future: Future[T] = Future()
 
     def settle() -> None:
+        _here.checking = True
         try:
             future.set_result(start())
         except BaseException as error:
@@ -181,7 +185,19 @@ def in_clean_context(run: Callable[[], T], device: torch.device) -> T:
 
 @contextlib.contextmanager
 def _process_settings(device: torch.device) -> Iterator[None]:
-    """Sets aside what belongs to the process: a comparison waits for the device, and takes sdpa as it comes."""
+    """Sets aside what belongs to the process: a comparison waits for the device, and takes sdpa as it comes.
+
+    Two at once would leave to the process what the first had set: the second waits. One within another finds it set.
+    """
+    if getattr(_here, "checking", False):
+        yield
+        return
+    with _settings_lock, _set_aside(device):
+        yield
+
+
+@contextlib.contextmanager
+def _set_aside(device: torch.device) -> Iterator[None]:
     waiting = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
     if waiting:
         torch.cuda.set_sync_debug_mode("default")
