@@ -107,7 +107,7 @@ def ours(files, ckpt, device, dtype):
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
     inputs = find_inputs(files)
-    settings = {"inputs": len(inputs), "shard_size": 8192, "format": "safetensors"}
+    settings = {"shard_size": 8192, "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
     meter = Meter(BUDGET)
 
@@ -119,7 +119,7 @@ def ours(files, ckpt, device, dtype):
 
     with pool, tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        failed, _, patches = to_folder(Path(folder), settings, False, encoded, empty, 0, 1)
+        failed, _, patches = to_folder(Path(folder), inputs, settings, encoded, empty)
         seconds = time.perf_counter() - start
         assert failed == 0
         shards = [load_file(shard)["pooled"] for shard in sorted(Path(folder).glob("shard-*"))]

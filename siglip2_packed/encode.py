@@ -2,18 +2,23 @@
 
     sources -> decode -> packs -> features -> shards
 
-The stages are in `collection/`; here is what a command adds: flags, the model, the progress bar, the exit code.
+The stages are in `collection/`; here is what a command adds: flags, the model, the progress bar, the exit code. It is 0
+for a run that came to its end, whatever it could not read, so that a launcher does not start it again; 1 if it read
+nothing, or --strict or --max-errors say so.
 Decoding runs ahead of the model, in threads or processes, writing in a thread behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,12 @@ from tqdm import tqdm
 
 from siglip2_packed.collection.decode import DECODE_IN, cores, decoding_pool
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
-from siglip2_packed.collection.run import check_run, fingerprint, leave, to_folder
-from siglip2_packed.collection.shards import FORMATS, write_file
+from siglip2_packed.collection.identity import tower, versions, weights_digest
+from siglip2_packed.collection.lock import Lock, lock_of
+from siglip2_packed.collection.parquet import import_pyarrow
+from siglip2_packed.collection.ranks import Ranks
+from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
+from siglip2_packed.collection.shards import FORMATS, Counts, write_file
 from siglip2_packed.collection.sources import Inputs, find_inputs
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.graphs import replayed
@@ -35,41 +44,66 @@ from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 REPORTED = 20
 """Errors said on stderr; all of them are in errors.csv."""
+BUDGETS = {"cuda": 16384, "cpu": 2048}
+"""Patches a pack. A GPU is busy with so many; on a CPU fewer are as fast, and something is seen to happen."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet")
     add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
-    add_model_flags(parser, dtype="dtype to compute and save")
+    add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
-    add("--resume", action="store_true", help="go on with the run in DIR, if there is one")
-    add("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
+    add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
+    add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
     add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
     add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
     add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
-    add("--patch-budget", type=int, default=16384, metavar="N", help="patches a pack (16384)")
+    add("--patch-budget", type=int, metavar="N", help="patches a pack (16384; on a CPU 2048)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
-    check_arguments(args, out, is_one_file(out), int(os.environ.get("WORLD_SIZE", 1)))
-    inputs = find_inputs(args.images, args.column, but=out.resolve())
-    limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
-    processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
-    if args.patch_budget < processor.max_num_patches:
-        raise ValueError(
-            f"--patch-budget {args.patch_budget} is less than the {processor.max_num_patches} patches an image may have"
-        )
-    workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    # forks before there is a model, while that is quick
-    with decoding_pool(pick_device(args.device), processor, workers, args.decode_in, args.patch_budget) as pool:
-        return encode_inputs(args, out, inputs, processor, pool, workers)
+    out, ranks = Path(args.out), Ranks.of_torchrun()
+    check_arguments(args, out, ranks.world)
+    ranks.join()
+    with locked(out, ranks) as lock:
+        before: dict[str, Any] = {}
+        if not is_one_file(out):
+            check_run(out, {}, args.resume)
+            before = read_run(out)
+        device = pick_device(args.device)
+        # a run goes on as what it was begun, wherever that was
+        args.dtype = args.dtype or before.get("dtype") or default_dtype(device)
+        args.save_dtype = args.save_dtype or before.get("save_dtype")
+        inputs = find_inputs(args.images, args.column, but=out.resolve())
+        limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
+        processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
+        longest = processor.max_num_patches
+        if args.patch_budget is None:
+            args.patch_budget = max(longest, BUDGETS.get(device.type, BUDGETS["cuda"]))
+        if args.patch_budget < longest:
+            raise ValueError(f"--patch-budget {args.patch_budget} is less than the {longest} patches an image may have")
+        workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        # forks before there is a model, while that is quick
+        with decoding_pool(device, processor, workers, args.decode_in, args.patch_budget) as pool:
+            return encode_inputs(args, out, inputs, processor, pool, workers, ranks, lock)
+
+
+@contextmanager
+def locked(out: Path, ranks: Ranks) -> Iterator[Lock]:
+    """Rank 0 holds the lock for all. Raises BlockingIOError, which says who else does."""
+    lock = Lock(lock_of(out, is_one_file(out)))
+    lock.join(ranks.first(lock.take))
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def encode_inputs(
@@ -79,19 +113,28 @@ def encode_inputs(
     processor: Siglip2PackedImageProcessor,
     pool: Executor,
     workers: int,
+    ranks: Ranks,
+    lock: Lock,
 ) -> int:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = local_device(args.device)
-    model: Any = load_model(args, device)
-    weights = fingerprint(model)
+    settings = run_settings(args, processor)
+    if not is_one_file(out):
+        check_run(out, complete(settings, inputs), args.resume)  # before the model, which takes longer
+    model: Any = load_model(args)
+    settings |= {"tower": tower(model.config), "checkpoint": args.ckpt, "weights": weights_digest(model, workers)}
+    on_device(model, device)
     forward = replayed(model, args.patch_budget)
     empty = nothing_yet(args, model.config.hidden_size)
     meter = Meter(args.patch_budget)
 
     def encoded(ranges: list[tuple[int, int]], done: int = 0) -> Iterator[EncodedImage]:
         wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
-        total = done + sum(stop - start for start, stop in ranges)
-        with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True, disable=rank > 0) as progress:
+        count = sum(stop - start for start, stop in ranges)
+        if ranks.rank == 0:
+            say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
+        with tqdm(
+            total=done + count, initial=done, unit="image", dynamic_ncols=True, disable=ranks.rank > 0
+        ) as progress:
             images = encode(
                 forward,
                 processor,
@@ -110,28 +153,50 @@ def encode_inputs(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
             if is_one_file(out):
-                out.parent.mkdir(parents=True, exist_ok=True)
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
-                settings = run_settings(args, inputs, processor, sorted(empty), weights)
-                counts = to_folder(out, settings, args.resume, encoded, empty, rank, world)
+                counts = to_folder(
+                    out, inputs, settings, encoded, empty, resume=args.resume, ranks=ranks, held=lock.held
+                )
     except BrokenExecutor as error:
         raise OSError("a decoding process was killed (out of memory?): see --workers; --resume goes on") from error
     except StrictError as error:
         print(f"siglip2-packed encode: --strict: {error}", file=sys.stderr)
         return 1
-    if rank == 0:
+    if ranks.rank == 0:
         print(f"wrote {args.out}: {counts.read} images, {counts.patches} patches ({args.dtype} on {device})")
-        print(f"{'rank 0: ' * (world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
-        if counts.failed:
-            print(f"{counts.failed} of {len(inputs)} images could not be read", file=sys.stderr)
-    leave(world)  # not before the lines above are out
-    return 1 if counts.failed else 0
+        print(f"{'rank 0: ' * (ranks.world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
+    code = verdict(counts, args)
+    if ranks.rank == 0 and counts.failed:
+        where = "" if is_one_file(out) else f": see {out / 'errors.csv'}"
+        print(f"{counts.failed} of {len(inputs)} images could not be read{where}", file=sys.stderr)
+    ranks.leave()  # not before the lines above are out
+    return code
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> Siglip2PackedVisionModel:
-    """Raises ValueError for a head or a backend that was asked for and is not there."""
+def verdict(counts: Counts, args: argparse.Namespace) -> int:
+    """The exit code: 1 if no image was read, or more were not than --strict or --max-errors allow."""
+    total = counts.read + counts.failed
+    allowed = 0 if args.strict else args.max_errors
+    if isinstance(allowed, float):
+        allowed = allowed * total
+    return int(counts.failed > 0 and (counts.read == 0 or (allowed is not None and counts.failed > allowed)))
+
+
+def most_errors(text: str) -> int | float:
+    """A count (`10`), or a share of all (`1%`, `0.01`)."""
+    try:
+        value: int | float = int(text) if text.isdecimal() else float(text.rstrip("%")) / (100 if "%" in text else 1)
+    except ValueError:
+        value = math.nan
+    if not (isinstance(value, int) or 0 <= value <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count (10) nor a share (1%)")
+    return value
+
+
+def load_model(args: argparse.Namespace) -> Siglip2PackedVisionModel:
+    """On the CPU. Raises ValueError for a head that was asked for and is not there."""
     dtype = DTYPES[args.dtype]
     head: Any = {} if args.pooled else {"vision_use_head": False}
     model: Any = Siglip2PackedVisionModel.from_pretrained(
@@ -139,16 +204,23 @@ def load_model(args: argparse.Namespace, device: torch.device) -> Siglip2PackedV
     )
     if args.pooled and not hasattr(model, "head"):
         raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")
-    model.to(device).eval()
-    with torch.no_grad():
-        model._attention(Segments([256], device))  # refused here, not in the middle
     return model
 
 
+def on_device(model: Any, device: torch.device) -> None:
+    """Raises ValueError for a backend that was asked for and is not there."""
+    model.to(device).eval()
+    with torch.no_grad():
+        model._attention(Segments([256], device))  # refused here, not in the middle
+
+
 def nothing_yet(args: argparse.Namespace, hidden_size: int) -> dict[str, Tensor]:
-    """What is kept of no images, in the dtype to save: patches `[0, D]`, pooled `[0, D]`."""
-    kept = {"patches": args.patches, "pooled": args.pooled}
-    return {name: torch.zeros(0, hidden_size, dtype=save_dtype(args)) for name, wanted in kept.items() if wanted}
+    """What is kept of no images, in the dtype to save: pooled `[0, D]`, patches `[0, D]`."""
+    return {name: torch.zeros(0, hidden_size, dtype=save_dtype(args)) for name in kept(args)}
+
+
+def kept(args: argparse.Namespace) -> list[str]:
+    return ["patches"] * args.patches + ["pooled"] * args.pooled
 
 
 def save_dtype(args: argparse.Namespace) -> torch.dtype:
@@ -156,22 +228,42 @@ def save_dtype(args: argparse.Namespace) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 and args.format != "safetensors" else dtype
 
 
-def run_settings(
-    args: argparse.Namespace, inputs: Inputs, processor: Siglip2PackedImageProcessor, kept: list[str], weights: str
-) -> dict[str, Any]:
-    """What `--resume` compares: all that the rows in a shard depend on."""
+def default_dtype(device: torch.device) -> str:
+    fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fit else "float32"
+
+
+def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], args: argparse.Namespace) -> None:
+    """How much will be written at most, and what room there is for it."""
+    rows = {"patches": longest, "pooled": 1}
+    need = images * sum(rows[name] * x.shape[1] * x.element_size() for name, x in empty.items())
+    free = shutil.disk_usage(out if out.is_dir() else out.parent).free
+    dtype = str(save_dtype(args)).removeprefix("torch.")
+    why = f" ({args.format} has no bfloat16)" if args.dtype == "bfloat16" and dtype == "float32" else ""
+    warn = ": this may not fit" if need > free else ""
+    print(f"to write: up to {size(need)} of {dtype}{why}; free there: {size(free)}{warn}", file=sys.stderr)
+
+
+def size(count: float) -> str:
+    """`1234567` -> `1.2 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def run_settings(args: argparse.Namespace, processor: Siglip2PackedImageProcessor) -> dict[str, Any]:
+    """What all rows depend on, and `--resume` compares; the model's come to it once it is there."""
     return {
-        "inputs": len(inputs),
-        "names": inputs.fingerprint(),
         "column": args.column,
         "shard_size": args.shard_size or (1024 if args.patches else 8192),
         "format": args.format,
-        "kept": kept,
+        "kept": kept(args),
         "dtype": args.dtype,
         "save_dtype": str(save_dtype(args)).removeprefix("torch."),
         **processor.to_dict(),
-        "checkpoint": args.ckpt,
-        "weights": weights,
+        "versions": versions(),
     }
 
 
@@ -179,13 +271,19 @@ def is_one_file(out: Path) -> bool:
     return out.suffix == ".safetensors" and not out.is_dir()
 
 
-def check_arguments(args: argparse.Namespace, out: Path, one_file: bool, world: int) -> None:
+def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
+    """What can be said before anything is opened, waited for or written."""
+    missing = [path for path in args.images if path != "-" and not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
     if not (args.patches or args.pooled):
         raise ValueError("--no-patches without --pooled: nothing to write")
+    if args.format in ("parquet", "arrow"):
+        import_pyarrow()
     for flag, value in (("--shard-size", args.shard_size), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
-    if one_file:
+    if is_one_file(out):
         for flag, given in (("--resume", args.resume), ("torchrun", world > 1), ("--shard-size", args.shard_size)):
             if given:
                 raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
@@ -195,8 +293,6 @@ def check_arguments(args: argparse.Namespace, out: Path, one_file: bool, world: 
         raise ValueError(f"--out {args.out!r}: give a folder, and --format for what its shards are")
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out {args.out!r} is a file, not a folder")
-    elif not args.resume:
-        check_run(out, {}, resume=False)
     if world > 1 and "-" in args.images:
         raise ValueError("standard input is one process's: write the list to a file for torchrun")
 

@@ -16,12 +16,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def add_model_flags(
-    parser: argparse.ArgumentParser, ckpt: str = "checkpoint: a folder or a hub id", dtype: str = "dtype to compute in"
+    parser: argparse.ArgumentParser,
+    ckpt: str = "checkpoint: a folder or a hub id",
+    dtype: str = "dtype to compute in",
+    default: str = "float32",
 ) -> None:
-    """--ckpt, --device, --dtype, --max-num-patches, --attn-implementation."""
+    """--ckpt, --device, --dtype, --max-num-patches, --attn-implementation.
+
+    Args:
+        default: the dtype; anything that is none says how the command chooses, which then finds None.
+    """
     parser.add_argument("--ckpt", required=True, help=ckpt)
     parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help=f"{dtype} (float32)")
+    chosen = default if default in DTYPES else None
+    parser.add_argument("--dtype", choices=list(DTYPES), default=chosen, help=f"{dtype} ({default})")
     parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
     parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
 

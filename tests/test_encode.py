@@ -96,8 +96,9 @@ def test_bad_files_are_named_and_leave_rows_aligned(checkpoint, folder, tmp_path
     cut, text, zero, absent = bad_files(folder)
     good = [folder / "a.png", folder / "b.PNG", folder / "deeper" / "a.png"]
     files = [good[0], cut, text, good[1], zero, absent, good[2]]
+    (tmp_path / "list.txt").write_text("".join(f"{file}\n" for file in files))
     out = tmp_path / "features.safetensors"
-    assert run(checkpoint(), files, out, "--patch-budget", str(budget), "--pooled") == 1
+    assert run(checkpoint(), [tmp_path / "list.txt"], out, "--patch-budget", str(budget), "--pooled") == 0
     err = capsys.readouterr().err
     for index in (1, 2, 4, 5):
         assert f"image {index} ({files[index]}): " in err
@@ -119,7 +120,7 @@ def test_bad_files_are_named_and_leave_rows_aligned(checkpoint, folder, tmp_path
 
 def test_no_good_file_at_all(checkpoint, folder, tmp_path, capsys):
     out = tmp_path / "features.safetensors"
-    assert run(checkpoint(), bad_files(folder), out, "--pooled") == 1
+    assert run(checkpoint(), bad_files(folder)[:3], out, "--pooled") == 1
     tensors, metadata = read(out)
     assert metadata["images"] == {}
     assert {name: list(x.shape) for name, x in tensors.items()} == {"grid_thw": [0, 3], "pooled": [0, 64]}

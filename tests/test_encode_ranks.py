@@ -40,14 +40,14 @@ def test_torchrun(checkpoint, photos, expected, tmp_path, finished):
     for process in processes:
         process.join(120)
     said = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
-    assert [process.exitcode for process in processes] == [1, 1], said  # images could not be read, on whichever rank
+    assert [process.exitcode for process in processes] == [0, 0], said  # images could not be read, on whichever rank
     assert "4 of 15 images could not be read" in said[0]
     assert ["11 images" in text for text in said] == [True, False]
     check(tmp_path, expected, GOOD)
     for name in ("index.csv", "errors.csv"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     (tmp_path / ".parts" / "00002.csv").unlink()
-    assert run(checkpoint, photos, tmp_path, *SETTINGS, "--resume") == 1
+    assert run(checkpoint, photos, tmp_path, *SETTINGS, "--resume") == 0
     check(tmp_path, expected, GOOD)
 
 
@@ -75,6 +75,6 @@ def test_sigkill_from_outside(checkpoint, photos, expected, tmp_path, world):
         process.kill()
     for process in processes:
         process.join(60)
-        assert process.exitcode in (-signal.SIGKILL, 1)
-    assert run(checkpoint, photos, tmp_path / "out", *SETTINGS, "--resume") == 1
+        assert process.exitcode in (-signal.SIGKILL, 0)
+    assert run(checkpoint, photos, tmp_path / "out", *SETTINGS, "--resume") == 0
     check(tmp_path / "out", expected, GOOD)

@@ -20,7 +20,7 @@ def test_every_row_is_the_models(checkpoint, photos, expected, tmp_path, capsys,
         pytest.importorskip("pyarrow")
     flags = ["--pooled"] * ("pooled" in kept) + ["--no-patches"] * ("patches" not in kept)
     out = tmp_path / "made" / "features"
-    assert run(checkpoint, photos, out, "--format", fmt, "--shard-size", "6", "--patch-budget", "40", *flags) == 1
+    assert run(checkpoint, photos, out, "--format", fmt, "--shard-size", "6", "--patch-budget", "40", *flags) == 0
     check(out, expected, GOOD, fmt, kept)
     shown = capsys.readouterr()
     assert all(f"{photos / name}" in shown.err for name in BAD)
@@ -34,7 +34,7 @@ def test_every_row_is_the_models(checkpoint, photos, expected, tmp_path, capsys,
 @pytest.mark.parametrize(("dtype", "save"), [("bfloat16", None), ("float32", "float16"), ("bfloat16", "float16")])
 def test_dtypes(checkpoint, photos, expected, tmp_path, fmt, dtype, save):
     flags = ["--pooled", "--format", fmt, "--dtype", dtype, *(["--save-dtype", save] if save else [])]
-    assert run(checkpoint, photos, tmp_path / "out", *flags) == 1
+    assert run(checkpoint, photos, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD, fmt, tolerance=2e-3 if dtype == "float32" else 0.2)
     [shard] = {row["shard"] for row in table(tmp_path / "out" / "index.csv")}
     wanted = save or ("float32" if fmt == "npy" else "bfloat16")
@@ -45,7 +45,7 @@ def test_dtypes(checkpoint, photos, expected, tmp_path, fmt, dtype, save):
 def test_half_precision_parquet(checkpoint, photos, expected, tmp_path):
     pytest.importorskip("pyarrow")
     flags = ["--pooled", "--format", "parquet", "--save-dtype", "float16"]
-    assert run(checkpoint, photos, tmp_path / "out", *flags) == 1
+    assert run(checkpoint, photos, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD, "parquet", tolerance=2e-3)
 
 
@@ -62,7 +62,7 @@ def test_collections_of_every_kind(checkpoint, photos, expected, tmp_path, decod
     inputs = [tmp_path / name for name in ("a.txt", "b.tar", "c.parquet")]
     out = tmp_path / "out"
     flags = ["--pooled", "--shard-size", "7", "--patch-budget", "50", "--decode-in", decode_in]
-    assert run(checkpoint, inputs, out, *flags) == 1
+    assert run(checkpoint, inputs, out, *flags) == 0
     rows = [f"{tmp_path / 'c.parquet'}#{i}" for i in range(16)]
     features = expected | {Path(row).name: expected[name] for row, name in zip(rows, names) if name in GOOD}
     members = {name: f"b.tar#{name}" for name in names}
@@ -95,7 +95,7 @@ def test_shards_can_be_read_by_whom_other_files_can(finished):
 def test_cuda(checkpoint, photos, expected, tmp_path, budget):
     """Page-locked copies beside the next forward bring back the features of the right pack."""
     flags = ["--device", "cuda", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
-    assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 1
+    assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD * 5, tolerance=1e-4, bad=BAD * 5)
 
 
@@ -109,6 +109,6 @@ def test_half_precision_is_replayed_from_cuda_graphs(checkpoint, photos, expecte
         graphs._Graph, "replay", lambda self, *args: (replays.append(self.bucket), replay(self, *args))[1]
     )
     flags = ["--device", "cuda", "--dtype", "float16", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
-    assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 1
+    assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD * 5, tolerance=2e-2, bad=BAD * 5)
     assert len(replays) > 1 and {bucket.patches for bucket in replays} == {budget}

@@ -3,8 +3,10 @@
     sources.py    files, folders, lists, tar shards (Parquet: parquet.py)  ->  Input
     decode.py     Input  ->  DecodedImage  ->  Pack, in threads or processes that run ahead of the model
     features.py   Pack  ->  EncodedImage: a forward, and the copies beside it
-    shards.py     EncodedImage  ->  numbered shards, and the tables that say what lies where
-    run.py        which of the shards a process writes: its share, less what an earlier run has left there
+    shards.py     EncodedImage  ->  numbered shards; parts.py: what is known of each
+    run.py        which shards a process writes, and what the files of a run vouch for: the rule is there
+                  plan.py: what is there and what is missing; identity.py: what a row depends on
+                  lock.py: one run a folder; ranks.py: the processes of one run
 
 `encode.py` is the command; `ray_data.py` takes decode and features to a cluster. Nothing here imports either.
 """

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
@@ -30,6 +31,8 @@ from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 DECODE_IN = ("threads", "processes")
 IMAGES_PER_JOB = 8
 JOBS_PER_WORKER = 3
+READS = 3
+"""Of a file that changes under the reader's hands."""
 MOST_SHARED = 4 << 30
 """Bytes. Images for which there is no room come through the pipe."""
 T = TypeVar("T")
@@ -44,6 +47,8 @@ class DecodedImage(NamedTuple):
     patches: np.ndarray | None = None
     """`[h·w, P]` uint8, or None where `error` says why not."""
     error: str = ""
+    stamp: str = ""
+    """Which state of its file this is, see `identity.stamp`."""
     place: slice | None = None
     """Where its job's memory has the patches, on the way from a process."""
 
@@ -197,7 +202,21 @@ def from_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedIm
     ]
 
 
-def read_image(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry) -> DecodedImage:
+def read_image(
+    processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry, container: str = ""
+) -> DecodedImage:
+    """A file that somebody writes to meanwhile is read again, and then given up."""
+    if not isinstance(entry, str):
+        return decoded(processor, ordinal, name, entry)._replace(stamp=container)
+    for _ in range(READS):
+        before = stamp(entry)
+        image = decoded(processor, ordinal, name, entry)
+        if stamp(entry) == before:
+            return image._replace(stamp=joint(container, before, entry))
+    return DecodedImage(ordinal, name, error="it changed while it was read", stamp=UNSTEADY)
+
+
+def decoded(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry) -> DecodedImage:
     if isinstance(entry, ValueError):
         return DecodedImage(ordinal, name, error=one_line(entry))
     try:

@@ -32,6 +32,8 @@ class EncodedImage(NamedTuple):
     pooled: Tensor | None = None
     """`[D]`"""
     error: str = ""
+    stamp: str = ""
+    """Which state of its file this is, see `identity.stamp`."""
 
 
 Image = TypeVar("Image", DecodedImage, EncodedImage)
@@ -118,7 +120,7 @@ def launch(
     meter: Meter,
 ) -> Callable[[], list[EncodedImage]]:
     """Starts a forward and the copies to the host. What it returns waits for them and gives the images."""
-    failed = [EncodedImage(image.ordinal, image.name, error=image.error) for image in pack.failed]
+    failed = [EncodedImage(image.ordinal, image.name, error=image.error, stamp=image.stamp) for image in pack.failed]
     if not pack.images:
         return lambda: failed
     on_device = upload(pack.patches, model.device)
@@ -160,9 +162,10 @@ def taken_apart(
     for i, image in enumerate(images):
         if all(bool(split[f"finite_{name}"][i].all()) for name in kept):
             found = {name: split[name][i] for name in kept}
-            yield EncodedImage(image.ordinal, image.name, image.grid, **found)
+            yield EncodedImage(image.ordinal, image.name, image.grid, **found, stamp=image.stamp)
         else:
-            yield EncodedImage(image.ordinal, image.name, error=f"its features are not finite in {dtype}")
+            error = f"its features are not finite in {dtype}"
+            yield EncodedImage(image.ordinal, image.name, error=error, stamp=image.stamp)
 
 
 def upload(patches: Tensor, device: torch.device) -> Tensor:

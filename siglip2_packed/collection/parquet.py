@@ -6,6 +6,8 @@ import itertools
 import os
 from collections.abc import Iterator
 
+from siglip2_packed.collection.identity import stamp
+
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
 
@@ -21,6 +23,7 @@ class Parquet:
 
     def __init__(self, path: str, column: str | None):
         self.path, self.fault, self.groups = path, "", [1]
+        self.stamp = stamp(path)
         pyarrow = import_pyarrow()
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

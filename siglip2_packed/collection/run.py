@@ -1,158 +1,287 @@
-"""A run over a folder: which shards this process writes, and which of them are there already.
+"""A run over a folder, and what its files vouch for.
 
-    settings  ->  missing shards  ->  ranges of inputs  ->  encoded images  ->  shards  ->  index.csv, errors.csv
+    settings  ->  plan: what is there, what is missing  ->  encoded images  ->  shards, parts  ->  index.csv, errors.csv
 
-Under torchrun, rank r of w takes the shards r, r + w, ...: ranks tell each other when they are ready and when they are
-done, nothing else.
+An index never names a row that was not computed from that input, those settings and those weights. What each file
+says, in the order in which they come into being:
+
+    .run.lock       Somebody writes here (lock.py). Before all else; the death of its holder opens it.
+    run.json        What all rows have in common: settings, versions, a digest of all bytes of the weights. Its own
+                    digest is the run's. Once no part is there that it does not account for.
+    shard-*         Nothing by itself. Once the part of this number that was there is gone.
+    .parts/*.csv    The shard's files are whole (size, checksum of both ends) and hold, in this order, these inputs in
+                    this state (size and modification time), computed by the run of this digest. After its shard.
+    errors.csv      The inputs without a row, and why. When every input is in a part.
+    index.csv       The row of every other input. Last of all.
+
+Every file is written under another name, brought to the disk and renamed. A kill between any two steps leaves shards
+without a part, or files of other names, which are nothing yet: they are written again or swept away; parts, which vouch
+for what is there; and an index that is true or missing: it goes before any shard that it names is touched.
+
+`--resume` believes run.json and the parts. It refuses another run (settings, versions, weights that differ, inputs that
+are gone or in another order) and says which. It encodes what no part vouches for: shards lost or torn, inputs that are
+new, and inputs that have changed, which it names, with the rest of their shard. A folder without run.json trusts no
+part; if it holds files of our names it is not written to.
+
+Under torchrun rank 0 holds the lock, plans and writes the tables. Rank r of w makes the missing shards r, r + w, ...
 
 D hidden size.
 """
 
 from __future__ import annotations
 
-import datetime
-import hashlib
+import contextlib
+import csv
 import json
+import math
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+import numpy as np
 from torch import Tensor
 
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
-from siglip2_packed.collection.shards import Counts, gather, merge, part_path, replacing, shards_done, write_shard
+from siglip2_packed.collection.identity import flat, run_digest
+from siglip2_packed.collection.parts import Row, part_numbers, read_part, write_part
+from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
+from siglip2_packed.collection.ranks import Ranks
+from siglip2_packed.collection.shards import (
+    FORMATS,
+    Counts,
+    Output,
+    in_order,
+    replacing,
+    sweep,
+    tensor_names,
+    write_shard,
+)
+from siglip2_packed.collection.sources import Inputs
 
-Range = tuple[int, int]
-"""Inputs `start` to `stop`."""
 Encode = Callable[[list[Range], int], Iterator[EncodedImage]]
 """(ranges, how many inputs are done already) -> the inputs of these ranges, encoded."""
+ALONE = Ranks()
+RECORD = 2
+"""Of run.json and the parts. The first recorded neither versions nor states of inputs."""
 
 
 def to_folder(
     folder: Path,
+    inputs: Inputs,
     settings: dict[str, Any],
-    resume: bool,
     encode: Encode,
     empty: dict[str, Tensor],
-    rank: int,
-    world: int,
+    *,
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+    held: Callable[[], None] = lambda: None,
 ) -> Counts:
     """Writes this rank's shards; rank 0, the tables. Every rank returns the counts of all.
 
     Args:
-        settings: `inputs`, `shard_size`, `format`, and all else that makes a run another one: they become run.json.
+        settings: `shard_size`, `format`, and all else that makes a run another one: they become run.json.
         resume: go on with the run that is in the folder, if there is one.
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
+        held: raises OSError if the folder is somebody else's by now, see lock.py.
 
     Raises:
         ValueError: the folder holds another run, or ranks were asked for different ones.
     """
-    if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        check_ranks(settings, rank, world)
-    check_run(folder, settings, resume)
-    barrier(world)  # all have looked
-    if rank == 0:
-        start(folder, settings)
-    barrier(world)
-    count = -(-settings["inputs"] // settings["shard_size"])
-    write_missing(folder, settings, range(rank, count, world), encode, empty)
-    barrier(world)
-    counts = merge(folder, count) if rank == 0 else Counts(0, 0, 0)
-    if world > 1:
-        shared = [counts]
-        dist.broadcast_object_list(shared)  # every rank exits with the same code
-        counts = shared[0]
-    return counts
+    settings = complete(settings, inputs)
+    ranks.agree(settings)
+    output = Output(folder, settings["format"], tensor_names(empty), run_digest(settings), held)
+    plan = ranks.first(lambda: start(output, inputs, settings, resume))
+    write_missing(output, plan, plan.to_make[ranks.rank :: ranks.world], encode, empty)
+    ranks.wait()
+    return ranks.first(lambda: merge(output, plan))
 
 
-def write_missing(
-    folder: Path, settings: dict[str, Any], numbers: range, encode: Encode, empty: dict[str, Tensor]
-) -> None:
-    """Those of the numbered shards that are not there, by a thread behind the model."""
-    total, size, fmt = settings["inputs"], settings["shard_size"], settings["format"]
+def complete(settings: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """As run.json holds them."""
+    about = {"record": RECORD, "inputs": len(inputs), "names": inputs.fingerprint()}
+    return json.loads(json.dumps({**about, **settings}))
 
-    def inputs_of(number: int) -> Range:
-        return number * size, min(number * size + size, total)
 
-    done = shards_done(folder, fmt, numbers, [*empty, "grid_thw"])
-    ranges = joined(inputs_of(number) for number in numbers if number not in done)
-    encoded = encode(ranges, sum(stop - start for start, stop in map(inputs_of, done)))
-    made = gather(encoded, size, total)
-    jobs = ((partial(write_shard, folder, number, images, fmt, empty), None) for number, images in made)
+def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool) -> Plan:
+    """Leaves nothing in the folder that this run does not vouch for; then run.json."""
+    check_run(output.folder, settings, resume)
+    file = output.folder / "run.json"
+    if file.exists():
+        try:
+            plan = make_plan(output, inputs, settings["shard_size"])
+        except ValueError as error:
+            raise ValueError(f"--resume: the run in {str(output.folder)!r} cannot go on: {error}") from None
+        if plan.changed:
+            print(f"changed since they were encoded, encoded again: {listed(plan.changed)}", file=sys.stderr)
+    output.parts.mkdir(parents=True, exist_ok=True)
+    for folder in (output.folder, output.parts):
+        sweep(folder)
+    if file.exists():
+        forget(output, plan)
+    else:
+        for number in part_numbers(output):
+            output.part(number).unlink(missing_ok=True)
+        plan = make_plan(output, inputs, settings["shard_size"])
+    with replacing(file, output.held) as path:
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    return plan
+
+
+def forget(output: Output, plan: Plan) -> None:
+    """Takes away parts that are not true, and before them an index that names a shard which will be another."""
+    index, errors = output.folder / "index.csv", output.folder / "errors.csv"
+    if plan.stale or shards_in(index) & {output.shard(number) for number in plan.to_make}:
+        index.unlink(missing_ok=True)
+        errors.unlink(missing_ok=True)
+    for number in plan.stale:
+        output.part(number).unlink(missing_ok=True)
+        for path in output.files(number):
+            path.unlink(missing_ok=True)
+
+
+def shards_in(index: Path) -> set[str]:
+    if not index.exists():
+        return set()
+    with open_csv(index, "r") as file:
+        return {row["shard"] or "" for row in csv.DictReader(file)}
+
+
+def write_missing(output: Output, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]) -> None:
+    """The shards of these numbers, by a thread behind the model."""
+    done = len(plan.owner) - int(np.isin(plan.owner, plan.to_make).sum())
+    made = gather(encode(plan.ranges(numbers), done), plan)
+    jobs = ((partial(write, output, number, images, empty), None) for number, images in made)
     with ThreadPoolExecutor(1) as writer:
         for _ in ahead(jobs, writer, depth=2):
             pass
 
 
-def joined(ranges: Iterable[Range]) -> list[Range]:
-    """The same inputs in fewer ranges: those that follow each other become one."""
-    result: list[Range] = []
-    for start, stop in ranges:
-        if result and result[-1][1] == start:
-            start = result.pop()[0]
-        result.append((start, stop))
-    return result
+def write(output: Output, number: int, images: list[EncodedImage], empty: dict[str, Tensor]) -> None:
+    write_shard(output, number, images, empty)
+    write_part(output, number, images)
 
 
-def start(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes run.json, and takes away what a killed run left unfinished."""
-    part_path(folder, 0).parent.mkdir(parents=True, exist_ok=True)
-    for place in (folder, part_path(folder, 0).parent):
-        for leftover in place.glob(".*.tmp"):
-            leftover.unlink()
-    with replacing(folder / "run.json") as path:
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+def gather(images: Iterable[EncodedImage], plan: Plan) -> Iterator[tuple[int, list[EncodedImage]]]:
+    """(number, its images in input order) of each shard, once the last of its inputs has come."""
+    sizes = np.bincount(plan.owner)
+    waiting: dict[int, list[EncodedImage]] = {}
+    for image in images:
+        number = int(plan.owner[image.ordinal])
+        shard = waiting.setdefault(number, [])
+        shard.append(image)
+        if len(shard) == sizes[number]:
+            yield number, in_order(waiting.pop(number))
+    assert not waiting, f"shards {sorted(waiting)} never got all of their inputs"
+
+
+def merge(output: Output, plan: Plan) -> Counts:
+    """Parts -> errors.csv and index.csv, in input order."""
+    failed = read = patches = 0
+    left = np.bincount(plan.owner)
+    parts: dict[int, list[Row]] = {}
+    with contextlib.ExitStack() as stack:
+        # left in turn: index.csv, which says that all is there, is renamed last
+        index_path, errors_path = (
+            stack.enter_context(replacing(output.folder / name, output.held)) for name in ("index.csv", "errors.csv")
+        )
+        index_file, errors_file = (stack.enter_context(open_csv(path, "w")) for path in (index_path, errors_path))
+        index, errors = csv.writer(index_file), csv.writer(errors_file)
+        index.writerow(("input", "shard", "row", "grid"))
+        errors.writerow(("input", "reason"))
+        for number, line in zip(map(int, plan.owner), map(int, plan.line)):
+            if number not in parts:
+                parts[number] = rows_of(output, number)
+            row = parts[number][line]
+            left[number] -= 1
+            if not left[number]:
+                del parts[number]
+            if row.error:
+                errors.writerow((row.input, row.error))
+                failed += 1
+            else:
+                index.writerow((row.input, output.shard(number), row.row, row.grid))
+                read += 1
+                patches += math.prod(map(int, row.grid.split("x")))
+    return Counts(failed, read, patches)
+
+
+def rows_of(output: Output, number: int) -> list[Row]:
+    rows = read_part(output, number)
+    if rows is None:
+        raise OSError(f"{output.part(number)} or its shard was changed while the run went on: --resume makes it again")
+    return rows
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json, or nothing. Raises ValueError if it is none."""
+    file = folder / "run.json"
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("inputs"), int):
+            raise ValueError("it does not hold an object with a number of inputs")
+    except ValueError as error:
+        raise ValueError(f"{file} is not a run.json that can be read ({error}): write elsewhere") from None
+    return found
 
 
 def check_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError if the folder holds a run and this one does not go on with it: other settings, other inputs."""
-    file = folder / "run.json"
-    if not file.exists():
+    """Raises ValueError if the folder holds what this run does not go on with: another run, or other files.
+
+    Args:
+        settings: those that are known; one that is not there is not compared.
+    """
+    before = read_run(folder)
+    if not before:
+        check_names(folder)
         return
+    where = f"the run in {str(folder)!r}"
     if not resume:
         raise ValueError(f"{str(folder)!r} holds a run: go on with it (--resume), remove it or write elsewhere")
-    before = json.loads(file.read_text(encoding="utf-8"))
-    for name in {**settings, **before}:
-        ours, theirs = settings.get(name), before.get(name)
-        if name != "checkpoint" and ours != theirs:
-            if name == "names":
-                ours, theirs = "the same number under other names or in another order", f"{before['inputs']} inputs"
-            if name == "weights":
-                ours, theirs = f"others, of {settings['checkpoint']}", f"those of {before['checkpoint']}"
-            raise ValueError(f"--resume: the run in {str(folder)!r} has {name} {theirs}, this one {ours}")
+    if before.get("record") != RECORD:
+        raise ValueError(
+            f"--resume: {where} is of another version of siglip2-packed. It does not record the size and modification "
+            "time of its inputs, all bytes of its weights and the versions of Pillow, torch and transformers, so "
+            "nothing can be added to it. Its index.csv and shards stay as they are: write elsewhere"
+        )
+    ours, theirs = dict(flat(settings)), dict(flat(before))
+    unlike = [name for name in ours if name != "checkpoint" and ours[name] != theirs.get(name)]
+    said = [difference(name, ours, theirs) for name in unlike]
+    if any(said):
+        raise ValueError(f"--resume: {where} has {'; '.join(filter(None, said))}")
 
 
-def check_ranks(settings: dict[str, Any], rank: int, world: int) -> None:
-    """Raises ValueError if ranks were asked for different things."""
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, settings)
-    for other, theirs in enumerate(everyone):
-        for name in (name for name in settings if settings[name] != theirs[name]):
-            raise ValueError(f"rank {other} has {name} {theirs[name]}, rank {rank} {settings[name]}")
+def difference(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """ "dtype float32, this one bfloat16". Nothing for inputs that are only more than there were: see `make_plan`."""
+    mine, other = ours[name], theirs.get(name)
+    if name == "weights":
+        mine, other = f"others, of {ours['checkpoint']}", f"those of {theirs['checkpoint']}"
+    if name == "inputs" and mine > other:
+        return ""
+    if name == "names":
+        if ours["inputs"] != theirs["inputs"]:
+            return ""
+        mine, other = "the same number under other names or in another order", f"{theirs['inputs']} inputs"
+    return f"{name} {other}, this one {mine}"
 
 
-def barrier(world: int) -> None:
-    if world > 1:
-        dist.barrier()
+def check_names(folder: Path) -> None:
+    """Raises ValueError for files that this run would write over and that no run.json accounts for."""
+    ours = re.compile(rf"index\.csv|errors\.csv|shard-\d{{5,}}\.(?:.+\.)?(?:{'|'.join(FORMATS)})")
+    found = sorted(path.name for path in folder.iterdir() if ours.fullmatch(path.name)) if folder.is_dir() else []
+    if found:
+        raise ValueError(
+            f"{str(folder)!r} holds {listed(found)}, but no run.json that says what they are: remove them, or write "
+            "elsewhere"
+        )
 
 
-def leave(world: int) -> None:
-    """Returns once all ranks are here: the first to exit with 1 has torchrun end the others."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of the beginning of every parameter: training, or another checkpoint, changes it."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:1024].float().cpu().numpy()
-        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:32]
+def open_csv(path: Path, mode: str):
+    # names that are not UTF-8 come and go as they are
+    return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")

@@ -1,12 +1,6 @@
-"""Features on disk: numbered shards, each whole or not there, and the tables that say what lies where.
+"""Features on disk, shard by shard, in any format; and how a file comes into being: whole, or not at all.
 
-    DIR/run.json                      what was asked for; `--resume` compares it (run.py)
-    DIR/shard-00000.safetensors ...   of the inputs 0 to shard_size-1, ...: those that could be read, in order
-    DIR/.parts/00000.csv ...          written after its shard: a shard with a part is done
-    DIR/index.csv, errors.csv         the parts, end to end, when all are there
-
-Which inputs a shard holds depends on its number alone, so any process can write it, and write it again. Everything is
-written under another name, brought to the disk and renamed.
+    DIR/shard-00000.safetensors ...   `grid_thw [N, 3]`, `pooled [N, D]`, `patches [T, D]` with `offsets [N+1]`
 
 N images of a shard, T their patches, D hidden size.
 """
@@ -14,11 +8,11 @@ N images of a shard, T their patches, D hidden size.
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +25,8 @@ from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.parquet import import_pyarrow
 
 FORMATS = ("safetensors", "parquet", "arrow", "npy")
-PART = ("input", "shard", "row", "grid", "error")
+OURS = r"run\.json|index\.csv|errors\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
+"""What the files of a collection are called."""
 
 
 class Counts(NamedTuple):
@@ -42,16 +37,34 @@ class Counts(NamedTuple):
     patches: int
 
 
-def gather(images: Iterable[EncodedImage], shard_size: int, total: int) -> Iterator[tuple[int, list[EncodedImage]]]:
-    """(number, its images in input order) of each shard, once the last of its inputs has come."""
-    waiting: dict[int, list[EncodedImage]] = {}
-    for image in images:
-        number = image.ordinal // shard_size
-        shard = waiting.setdefault(number, [])
-        shard.append(image)
-        if len(shard) == min(shard_size, total - number * shard_size):
-            yield number, in_order(waiting.pop(number))
-    assert not waiting, f"shards {sorted(waiting)} never got all of their inputs"
+class Output(NamedTuple):
+    """A folder, and what a run writes there."""
+
+    folder: Path
+    fmt: str
+    kept: tuple[str, ...]
+    """Names of the tensors of a shard."""
+    run: str
+    """Its digest, see `identity.run_digest`."""
+    held: Callable[[], None] = lambda: None
+    """Raises OSError if the folder is not this run's any more."""
+
+    def shard(self, number: int) -> str:
+        """What index.csv calls it."""
+        stem = f"shard-{number:05d}"
+        return stem if self.fmt == "npy" else f"{stem}.{self.fmt}"
+
+    def files(self, number: int) -> list[Path]:
+        """Those it consists of."""
+        suffixes = [f".{name}.npy" for name in self.kept] if self.fmt == "npy" else [""]
+        return [self.folder / f"{self.shard(number)}{suffix}" for suffix in suffixes]
+
+    @property
+    def parts(self) -> Path:
+        return self.folder / ".parts"
+
+    def part(self, number: int) -> Path:
+        return self.parts / f"{number:05d}.csv"
 
 
 def in_order(images: Iterable[EncodedImage]) -> list[EncodedImage]:
@@ -64,6 +77,7 @@ def write_file(path: Path, images: Iterable[EncodedImage], empty: dict[str, Tens
     `"00000"`, ...: `[h·w, D]` of the input of that index. `grid_thw [N, 3]` and, if wanted, `pooled [N, D]`: a row for
     each input that was read, in their order. What they are, and what failed, is JSON in the metadata.
     """
+    sweep(path.parent, re.escape(path.name))
     with replacing(path) as temporary:  # entered first: what cannot be written is not computed
         images = in_order(images)
         good, bad = [image for image in images if not image.error], [image for image in images if image.error]
@@ -84,37 +98,31 @@ def file_key(image: EncodedImage) -> str:
     return f"{image.ordinal:05d}"
 
 
-def write_shard(folder: Path, number: int, images: Sequence[EncodedImage], fmt: str, empty: dict[str, Tensor]) -> None:
-    """Writes the features, then the part that says they are there.
+def write_shard(output: Output, number: int, images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> None:
+    """Writes the features of those of the images that have some.
 
     Args:
-        images: all of the shard's inputs, in their order.
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
     """
     good = [image for image in images if not image.error]
     tensors = stacked(good, empty)
     names = [image.name for image in good]
-    stem = folder / f"shard-{number:05d}"
-    if fmt == "safetensors":
-        with replacing(stem.with_suffix(".safetensors")) as path:
+    files = output.files(number)
+    if output.fmt == "npy":
+        for name, file in zip(output.kept, files):
+            with replacing(file, output.held) as path, open(path, "wb") as opened:
+                np.save(opened, tensors[name].numpy())
+        return
+    with replacing(files[0], output.held) as path:
+        if output.fmt == "safetensors":
             save_file(tensors, path, {"inputs": json.dumps(names)})
-    elif fmt == "npy":
-        for name, tensor in tensors.items():
-            with replacing(stem.with_suffix(f".{name}.npy")) as path, open(path, "wb") as file:
-                np.save(file, tensor.numpy())
-    else:
-        with replacing(stem.with_suffix(f".{fmt}")) as path:
-            write_table(path, arrow_table(names, tensors), fmt)
+        else:
+            write_table(path, arrow_table(names, tensors), output.fmt)
 
-    shard = stem.name if fmt == "npy" else f"{stem.name}.{fmt}"
-    rows = {image.ordinal: row for row, image in enumerate(good)}
-    with replacing(part_path(folder, number)) as path, open_csv(path, "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(PART)
-        for image in images:
-            grid = "x".join(map(str, (1, *image.grid)))
-            place = ("", "", "") if image.error else (shard, rows[image.ordinal], grid)
-            writer.writerow((image.name, *place, image.error))
+
+def tensor_names(empty: Iterable[str]) -> tuple[str, ...]:
+    """Those that `stacked` makes of what is kept."""
+    return ("grid_thw", *empty, *(["offsets"] if "patches" in empty else []))
 
 
 def stacked(images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,67 +172,38 @@ def write_table(path: Path, table, fmt: str) -> None:
         pa.parquet.write_table(table, path, compression="none", use_dictionary=["input"], write_statistics=["input"])
 
 
-def shards_done(folder: Path, fmt: str, numbers: Iterable[int], kept: Iterable[str]) -> set[int]:
-    """Which of the shards need no work: their part and all their files are there."""
-    suffixes = [f".{name}.npy" for name in kept] if fmt == "npy" else [f".{fmt}"]
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    parts = {path.name for path in part_path(folder, 0).parent.glob("*.csv")}
-    return {
-        number
-        for number in numbers
-        if f"{number:05d}.csv" in parts and all(f"shard-{number:05d}{suffix}" in there for suffix in suffixes)
-    }
-
-
-def merge(folder: Path, shards: int) -> Counts:
-    """Parts -> index.csv and errors.csv, in input order."""
-    failed = read = patches = 0
-    with (
-        replacing(folder / "errors.csv") as errors_path,
-        replacing(folder / "index.csv") as index_path,
-        open_csv(errors_path, "w") as errors_file,
-        open_csv(index_path, "w") as index_file,
-    ):
-        index, errors = csv.writer(index_file), csv.writer(errors_file)
-        index.writerow(("input", "shard", "row", "grid"))
-        errors.writerow(("input", "reason"))
-        for number in range(shards):
-            with open_csv(part_path(folder, number), "r") as file:
-                for row in csv.DictReader(file):
-                    if row["error"]:
-                        errors.writerow((row["input"], row["error"]))
-                        failed += 1
-                    else:
-                        index.writerow([row[name] for name in PART[:-1]])
-                        read += 1
-                        patches += math.prod(map(int, row["grid"].split("x")))
-    return Counts(failed, read, patches)
-
-
-def part_path(folder: Path, number: int) -> Path:
-    return folder / ".parts" / f"{number:05d}.csv"
-
-
-def open_csv(path: Path, mode: str):
-    # names that are not UTF-8 come and go as they are
-    return open(path, mode, newline="", encoding="utf-8", errors="surrogateescape")
-
-
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to. At the end it is on the disk under its own, in one step, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, held: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A name to write to. At the end it is on the disk under its own, in one step, or not at all.
+
+    It lies in a folder of its own: safetensors, too, writes to another name first, and a kill would leave that.
+    """
+    apart = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = apart / path.name
     try:
+        apart.mkdir(exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
         os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         _sync(temporary)
+        held()
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # not every file system syncs folders
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(apart, ignore_errors=True)
+
+
+def sweep(folder: Path, names: str = OURS) -> None:
+    """Takes away what killed runs have left of files of these names. Nobody else may be writing them."""
+    leftover = re.compile(rf"\.(?:{names})\.\d+\.tmp")
+    for path in folder.glob(".*.tmp"):
+        if leftover.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _sync(path: Path) -> None:

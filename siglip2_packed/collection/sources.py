@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from siglip2_packed.collection.identity import stamp
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -30,10 +31,14 @@ class Input(NamedTuple):
     ordinal: int
     name: str
     entry: Entry
+    stamp: str = ""
+    """Of the container it comes from, see `identity.stamp`; of a file of its own whoever reads it takes one."""
 
 
 class Files:
     """Image files, opened by whoever decodes them."""
+
+    stamp = ""
 
     def __init__(self, paths: list[str]):
         self.paths = paths
@@ -52,7 +57,7 @@ class Tar:
     """The image members of an uncompressed tar file; `a.tar#name` is their name."""
 
     def __init__(self, path: str):
-        self.path = path
+        self.path, self.stamp = path, stamp(path)
         self.members = list(tar_members(path))
 
     def __len__(self) -> int:
@@ -136,7 +141,7 @@ class Unusable:
     """A file or folder met on a walk that cannot be opened as what its name says: one input, and why."""
 
     def __init__(self, path: str, fault: str):
-        self.path, self.fault = path, fault
+        self.path, self.fault, self.stamp = path, fault, stamp(path)
 
     def __len__(self) -> int:
         return 1
@@ -172,7 +177,15 @@ class Inputs:
             if first >= last:
                 break
             entries = zip(part.names(first, last), part.read(first, last))
-            yield from (Input(ordinal, *pair) for ordinal, pair in enumerate(entries, begin + first))
+            for ordinal, (name, entry) in enumerate(entries, begin + first):
+                if not isinstance(part, Files) and stamp(part.path) != part.stamp:
+                    entry = ValueError(f"{part.path} has changed since it was listed")
+                yield Input(ordinal, name, entry, part.stamp)
+
+    def stamps(self) -> Iterator[str]:
+        """Of every input: its file's, or its container's when that was listed."""
+        for part in self.parts:
+            yield from map(stamp, part.paths) if isinstance(part, Files) else itertools.repeat(part.stamp, len(part))
 
     def fingerprint(self) -> str:
         """Of the names in their order."""

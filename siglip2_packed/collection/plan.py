@@ -1,0 +1,112 @@
+"""Which shard an input is in: those that are there and still true keep theirs, the others share new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from siglip2_packed.collection.identity import same
+from siglip2_packed.collection.parts import Row, part_numbers, read_part
+from siglip2_packed.collection.shards import Output
+from siglip2_packed.collection.sources import Inputs
+
+Range = tuple[int, int]
+"""Inputs `start` to `stop`."""
+
+
+class Plan(NamedTuple):
+    owner: np.ndarray
+    """`[inputs]` int32: the shard of each."""
+    line: np.ndarray
+    """`[inputs]` int32: its place among the shard's inputs."""
+    to_make: list[int]
+    """Shards that are not there, in the order of their inputs."""
+    stale: list[int]
+    """Parts that are there and vouch for nothing."""
+    changed: list[str]
+    """Inputs that are in another state than when they were encoded."""
+
+    def ranges(self, numbers: list[int]) -> list[Range]:
+        """The inputs of these shards, in order."""
+        chosen = np.flatnonzero(np.isin(self.owner, numbers))
+        if not len(chosen):
+            return []
+        runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
+        return [(int(run[0]), int(run[-1]) + 1) for run in runs]
+
+
+def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
+    """Reads the parts that are there; changes nothing.
+
+    Raises:
+        ValueError: there are features of inputs that are not among these.
+    """
+    owner, line = np.full(len(inputs), -1, np.int32), np.zeros(len(inputs), np.int32)
+    stale, changed, gone = [], [], []
+    numbers = part_numbers(output)
+    known = Known(inputs) if numbers else None
+    for number in numbers:
+        rows = read_part(output, number)
+        if rows is None or known is None:
+            stale.append(number)
+            continue
+        places, others = known.find(rows)
+        gone += others
+        unlike = [row.input for row, place in zip(rows, places) if not same(row.stamp, known.stamps[place])]
+        if unlike or others:
+            changed += unlike
+            stale.append(number)
+            continue
+        owner[places], line[places] = number, np.arange(len(places))
+    if gone:
+        raise ValueError(f"it has features of {listed(gone)}, which the inputs do not name (any more)")
+
+    todo, taken = np.flatnonzero(owner < 0), {*numbers} - {*stale}
+    to_make = first_free(taken, -(-len(todo) // shard_size))
+    order = np.arange(len(todo))
+    owner[todo] = np.array(to_make, np.int32)[order // shard_size]
+    line[todo] = order % shard_size
+    return Plan(owner, line, to_make, stale, changed)
+
+
+class Known:
+    """Finds inputs by their names. One that is named twice is found twice."""
+
+    def __init__(self, inputs: Inputs):
+        names = list(inputs.names())
+        self.stamps = list(inputs.stamps())
+        self.next: dict[str, int] = {}
+        self.after = np.full(len(names), -1, np.int32)  # the next of the same name
+        for place in range(len(names) - 1, -1, -1):
+            self.after[place] = self.next.get(names[place], -1)
+            self.next[names[place]] = place
+
+    def find(self, rows: list[Row]) -> tuple[list[int], list[str]]:
+        """(the inputs of the rows, names of which there are none left)."""
+        places, missing = [], []
+        for row in rows:
+            place = self.next.get(row.input, -1)
+            if place < 0:
+                missing.append(row.input)
+            else:
+                places.append(place)
+                self.next[row.input] = int(self.after[place])
+        return places, missing
+
+
+def first_free(taken: set[int], count: int) -> list[int]:
+    def free() -> Iterator[int]:
+        number = 0
+        while True:
+            if number not in taken:
+                yield number
+            number += 1
+
+    return [number for number, _ in zip(free(), range(count))]
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
