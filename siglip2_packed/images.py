@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from siglip2_packed.formats import open_image
+
 Source = Any
 """A PIL image, path, bytes, file object, array or tensor."""
 
@@ -216,7 +218,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         if isinstance(source, Image.Image):
             yield source
             return
-        with Image.open(_openable(source)) as image:
+        with open_image(_openable(source)) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(
@@ -224,8 +226,8 @@ def _opened(source: Source) -> Iterator[Image.Image]:
                     f"PIL.Image.MAX_IMAGE_PIXELS = {limit}"
                 )
             yield image
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image that Pillow can identify (empty, cut short or another kind of file)") from error
+    except UnidentifiedImageError as error:  # by pillow-heif, which knew its beginning
+        raise ValueError("an image whose header cannot be read (cut short or damaged)") from error
     except Image.DecompressionBombError as error:  # Pillow's own, above twice the limit
         raise ValueError(f"{error} (PIL.Image.MAX_IMAGE_PIXELS = {Image.MAX_IMAGE_PIXELS})") from error
     except ValueError:
@@ -260,8 +262,6 @@ def _chunks_after_pixels(file: IO[bytes]) -> bool:
 def _openable(source: Source) -> Any:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{source} is a URL: download it and pass its bytes")
     if isinstance(source, (str, os.PathLike)):
         return source
     if hasattr(source, "read"):

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import kernels_ref
+from siglip2_packed.formats import open_image
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.packing import PackedPatches, convert_to_packing_format
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -211,7 +212,7 @@ def image_case(name: str, files: Sequence[Path], ckpt: str, max_num_patches: int
 
 
 def _open(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"{file}: mode {image.mode}, which transformers reads differently; align takes 8 bits")
         return ImageOps.exif_transpose(image).convert("RGB")
