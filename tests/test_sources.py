@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import subprocess
 import sys
 import tarfile
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip2_packed.collection.sources import SUFFIXES, find_inputs
+from siglip2_packed.collection.sources import find_inputs
 
 
 def png(seed=0, size=(6, 9)):
@@ -239,6 +241,43 @@ def test_a_tar_cut_in_what_is_no_image(shard):
     assert read([shard])[2:] == [(f"{shard}#001.txt", "the tar file ends after 3 of its 9 bytes")]
 
 
+@pytest.mark.skipif(not shutil.which("tar"), reason="GNU tar makes them")
+@pytest.mark.parametrize("form", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+def test_sparse_members_are_read_and_hide_nothing(form, tmp_path):
+    picture = png(5, (40, 40))
+    with open(tmp_path / "b.png", "wb") as file:
+        file.write(picture)
+        for place in range(1, 9):  # more pieces than a header holds
+            file.seek(place << 17)
+            file.write(bytes([place]) * 700)
+        file.truncate(3 << 20)
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).write_bytes(png())
+    path = tmp_path / "x.tar"
+    command = ["tar", "-S", *f"--format={form}".split(), "-cf", path, "a.png", "b.png", "c.png"]
+    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("not GNU tar")
+    if path.stat().st_size > 1 << 20:
+        pytest.skip("the file system keeps no holes")
+    found = read([path])
+    assert [name.rpartition("#")[2] for name, _ in found] == ["a.png", "b.png", "c.png"]
+    assert [entry for _, entry in found] == [(tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png")]
+
+
+def test_a_sparse_member_that_claims_a_terabyte(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        add(tar, "a.png", b"x" * 512, pax_headers={"GNU.sparse.map": "0,512", "GNU.sparse.size": str(1 << 40)})
+        add(tar, "b.png", b"x" * 512, pax_headers={"GNU.sparse.map": "512,512", "GNU.sparse.size": "600"})
+        add(tar, "c.png", png())
+    found = [entry for _, entry in read([path])]
+    assert found == [
+        f"a sparse file of {1 << 40} bytes, not an image",
+        "a sparse file whose map does not fit its size",
+        png(),
+    ]
+
+
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 IMAGES = [png(seed) for seed in range(150)]
@@ -306,7 +345,3 @@ def test_damaged_parquet(tmp_path):
     assert "not a Parquet file that can be read" in reason
     with pytest.raises(FileNotFoundError):
         find_inputs([tmp_path / "absent.parquet"])
-
-
-def test_suffixes_are_those_pillow_reads():
-    assert set(SUFFIXES) <= Image.registered_extensions().keys()

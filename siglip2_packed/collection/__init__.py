@@ -1,6 +1,6 @@
 """A collection's way to disk; every stage is a generator over the one before it.
 
-    sources.py    files, folders, lists, tar shards (Parquet: parquet.py)  ->  Input
+    sources.py    files, folders (walk.py), lists, tar shards (tar.py), tables (parquet.py, arrow.py)  ->  Input
     decode.py     Input  ->  DecodedImage  ->  Pack, in threads or processes that run ahead of the model
     features.py   Pack  ->  EncodedImage: a forward, and the copies beside it
     shards.py     EncodedImage  ->  numbered shards; parts.py: what is known of each

@@ -1,70 +1,120 @@
-"""Images in a Parquet file: which column holds them, and the entry in each row of it."""
+"""Images in a Parquet file: which column holds them, and the entry in each row of it.
+
+R rows of a table.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 
 from siglip2_packed.collection.identity import stamp
 
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
+BATCH = 64
+"""Rows that are in memory at a time."""
+LONGEST_ID = 64
+"""Bytes. Binary values of one short length are ids and digests, not images."""
+WORDS = ("image", "path", "file")
+"""What the name of a column of paths holds."""
 
 
-class Parquet:
-    """The rows of a Parquet file's image column; `a.parquet#17` is the name of a row.
+class Table:
+    """The rows of a table's image column; `a.parquet#17` is the name of a row.
 
-    The column holds bytes, paths (relative ones are looked for beside the file first), or structs of both, as
-    Hugging Face datasets writes them.
+    The column holds bytes, paths (relative ones are looked for beside the file first), structs of both, as Hugging Face
+    datasets writes them, or lists of any of these: `a.parquet#17.2` is then the name of the third image in a row.
+
+    A subclass sets `groups`, the rows of each part that is read on its own, and `faults`, which of them cannot be read
+    and why; for lists it calls `hold_lists`. It yields the values of a group's rows with `values`.
     """
 
-    BATCH = 64
+    groups: list[int]
+    column: str
 
-    def __init__(self, path: str, column: str | None):
-        self.path, self.fault, self.groups = path, "", [1]
-        self.stamp = stamp(path)
-        pyarrow = import_pyarrow()
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-                self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        except pyarrow.ArrowException as error:
-            self.fault = one_line(f"not a Parquet file that can be read: {error}")
-        else:
-            self.column = image_column(schema, column, path)
+    def __init__(self, path: str):
+        self.path, self.stamp = path, stamp(path)
+        self.faults: dict[int, str] = {}
+        self.ends: np.ndarray | None = None
+        """`[R]`: images in the rows up to and with each; None where every row holds one."""
+        self.empty = 0
+        """Rows that hold an empty list."""
+
+    def hold_lists(self, lengths: list[np.ndarray]) -> None:
+        """`lengths` has the images in each row of every group; a row of a faulty group counts as one."""
+        counts = np.concatenate([np.zeros(0, np.int64), *lengths])
+        self.ends, self.empty = counts.cumsum(), int((counts == 0).sum())
+
+    def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
+        """What the column holds in the rows `start` to `stop` of a group. May raise an OSError or ArrowException."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Any]:
+        """What `values` reads from."""
+        raise NotImplementedError
+        yield
 
     def __len__(self) -> int:
-        return sum(self.groups)
+        if self.ends is None:
+            return sum(self.groups)
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def names(self, start: int, stop: int) -> Iterator[str]:
-        return (f"{self.path}#{row}" for row in range(start, stop))
+        if self.ends is None:
+            return (f"{self.path}#{row}" for row in range(start, stop))
+        rows = self.ends.searchsorted(np.arange(start, stop), "right")
+        first = np.concatenate(([0], self.ends))[rows]
+        return (f"{self.path}#{row}.{i - begin}" for row, i, begin in zip(rows, range(start, stop), first))
 
     def read(self, start: int, stop: int) -> Iterator[Entry]:
-        if self.fault:
-            yield from (ValueError(self.fault) for _ in range(start, stop))
+        if start >= stop:
             return
+        if self.ends is None:
+            yield from map(self._entry, self._rows(start, stop))
+            return
+        first, last = self.ends.searchsorted((start, stop - 1), "right").tolist()
+        begin = int(self.ends[first - 1]) if first else 0
+        values = self._images(first, last + 1)
+        yield from map(self._entry, itertools.islice(values, start - begin, stop - begin))
+
+    def _images(self, start: int, stop: int) -> Iterator[Any]:
+        """The images of rows that hold lists."""
+        assert self.ends is not None
+        counts = np.diff(self.ends[start:stop], prepend=self.ends[start - 1] if start else 0).tolist()
+        for value, count in zip(self._rows(start, stop), counts):
+            if isinstance(value, ValueError):
+                value = [value] * count
+            yield from value or ()
+
+    def _rows(self, start: int, stop: int) -> Iterator[Any]:
+        """Values of rows; a ValueError for each that cannot be read."""
         pyarrow = import_pyarrow()
-        with pyarrow.parquet.ParquetFile(self.path) as file:
+        with contextlib.ExitStack() as stack:
+            opened = None
             first = 0
             for group, rows in enumerate(self.groups):
                 done, last = max(0, start - first), min(rows, stop - first)
                 if done < last:
+                    fault = self.faults.get(group, "")
                     try:
-                        for value in self._values(file, group, done, last):
-                            yield value
-                            done += 1
+                        if not fault:
+                            opened = opened or stack.enter_context(self.opened())
+                            for value in self.values(opened, group, done, last):
+                                yield value
+                                done += 1
                     except (pyarrow.ArrowException, OSError) as error:
                         fault = one_line(f"row group {group} cannot be read: {error}")
-                        yield from (ValueError(fault) for _ in range(done, last))
+                    yield from (ValueError(fault) for _ in range(done, last))
                 first += rows
 
-    def _values(self, file, group: int, start: int, stop: int) -> Iterator[Entry]:
-        batches = file.iter_batches(self.BATCH, row_groups=[group], columns=[self.column])
-        values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        return map(self._entry, itertools.islice(values, start, stop))
-
-    def _entry(self, value: bytes | str | dict | None) -> Entry:
+    def _entry(self, value: Any) -> Entry:
         entry = entry_of(value)
         if isinstance(entry, str):
             beside = os.path.join(os.path.dirname(self.path), entry)
@@ -72,36 +122,102 @@ class Parquet:
         return entry
 
 
-def entry_of(value: bytes | str | dict | None) -> Entry:
+class Parquet(Table):
+    def __init__(self, path: str, column: str | None):
+        super().__init__(path)
+        pyarrow = import_pyarrow()
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+                self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        except pyarrow.ArrowException as error:
+            self.groups, self.faults[0] = [1], one_line(f"not a Parquet file that can be read: {error}")
+            return
+        self.column = image_column(schema, column, path)
+        if element_type(schema.field(self.column).type):
+            with self.opened() as file:
+                self.hold_lists([self._lengths(file, group, rows) for group, rows in enumerate(self.groups)])
+
+    def _lengths(self, file, group: int, rows: int) -> np.ndarray:
+        """Images in each row of the group: of the paths, where there are any, which are shorter than the images."""
+        pyarrow = import_pyarrow()
+        leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+        leaves = [leaf for leaf in leaves if leaf.split(".")[0] == self.column] or [self.column]
+        leaf = next((leaf for leaf in leaves if leaf.endswith(".path")), leaves[0])
+        try:
+            batches = file.iter_batches(row_groups=[group], columns=[leaf], batch_size=BATCH)
+            return np.concatenate([np.zeros(0, np.int64), *(list_lengths(batch.column(0)) for batch in batches)])
+        except (pyarrow.ArrowException, OSError) as error:
+            self.faults[group] = one_line(f"row group {group} cannot be read: {error}")
+            return np.ones(rows, np.int64)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Any]:
+        with import_pyarrow().parquet.ParquetFile(self.path) as file:
+            yield file
+
+    def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
+        batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])
+        values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        return itertools.islice(values, start, stop)
+
+
+def entry_of(value: Any) -> Entry:
     """What a cell holds: bytes, a path, or {bytes, path}, of which the bytes count if there are any."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     return ValueError("null: the row has no image") if value is None else value
 
 
+def list_lengths(column) -> np.ndarray:
+    """`[R]` int64: elements of each row's list, 0 for null."""
+    lengths = import_pyarrow().compute.list_value_length(column)
+    return lengths.fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def element_type(kind):
+    """Of a list's elements; None for what is no list."""
+    types = import_pyarrow().types
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return kind.value_type if any(check(kind) for check in lists) else None
+
+
+def is_image_type(kind, short: bool = False) -> bool:
+    """Bytes, a struct of `bytes`, or a list of these; with `short` also bytes of one length that an id may have."""
+    types = import_pyarrow().types
+    if types.is_dictionary(kind) or element_type(kind):
+        return is_image_type(kind.value_type, short)
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and is_image_type(field.type, short=True) for field in kind)
+    if types.is_fixed_size_binary(kind):
+        return short or kind.byte_width > LONGEST_ID
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
+
+
+def is_path_type(kind) -> bool:
+    """Text, a struct of a `path` without bytes, or a list of these."""
+    types = import_pyarrow().types
+    if types.is_dictionary(kind) or element_type(kind):
+        return is_path_type(kind.value_type)
+    if types.is_struct(kind):
+        return any(field.name == "path" and is_path_type(field.type) for field in kind)
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
 def image_column(schema, wanted: str | None, path: str) -> str:
     """The column asked for, or the one that can hold images."""
-    types = import_pyarrow().types
-
-    def holds(kind, *checks) -> bool:
-        return any(check(kind) for check in checks)
-
-    def is_image(kind) -> bool:
-        if types.is_struct(kind):
-            return any(field.name == "bytes" and is_image(field.type) for field in kind)
-        return holds(kind, types.is_binary, types.is_large_binary, types.is_binary_view)
-
     columns = {field.name: field.type for field in schema}
     listed = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
     if wanted is not None:
         kind = columns.get(wanted)
-        if kind is None or not (is_image(kind) or holds(kind, types.is_string, types.is_large_string)):
-            raise ValueError(f"{path}: --column {wanted!r} must hold bytes, paths or {{bytes, path}}; it has {listed}")
+        if kind is None or not (is_image_type(kind, short=True) or is_path_type(kind)):
+            kinds = "bytes, paths or {bytes, path}, or lists of them"
+            raise ValueError(f"{path}: --column {wanted!r} must hold {kinds}; it has {listed}")
         return wanted
-    found = [name for name, kind in columns.items() if is_image(kind)]
+    found = [name for name, kind in columns.items() if is_image_type(kind)]
     if not found:
-        texts = [name for name, kind in columns.items() if holds(kind, types.is_string, types.is_large_string)]
-        found = [name for name in texts if any(word in name.lower() for word in ("image", "path", "file"))]
+        texts = [name for name, kind in columns.items() if is_path_type(kind)]
+        found = [name for name in texts if any(word in name.lower() for word in WORDS)]
     if len(found) != 1:
         what = f"{len(found)} columns that may hold images" if found else "no image column"
         raise ValueError(f"{path} has {what}: choose with --column; it has {listed}")
@@ -111,6 +227,7 @@ def image_column(schema, wanted: str | None, path: str) -> str:
 def import_pyarrow():
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"Parquet and Arrow need pyarrow (pip install siglip2-packed[parquet]): {error}") from error

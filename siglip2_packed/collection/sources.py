@@ -1,8 +1,8 @@
-"""Where images come from: files, folders, lists, tar shards (WebDataset) and Parquet, as one numbered sequence.
+"""Where images come from: files, folders, lists, tar shards (WebDataset) and tables, as one numbered sequence.
 
-The order is that of the arguments; folders are walked in sorted order, tar members and Parquet rows come as stored.
-The entry of an input is a path, the bytes of an image, or the ValueError that says why there are none: damage inside a
-collection costs the inputs it hits, never the run.
+The order is that of the arguments; folders are walked in sorted order (walk.py), tar members and the rows of Parquet
+and Arrow files come as stored. The entry of an input is a path, the bytes of an image, or the ValueError that says why
+there are none: damage inside a collection costs the inputs it hits, never the run.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import hashlib
 import itertools
 import os
 import sys
-import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from siglip2_packed.collection.arrow import ARROW, Arrow
 from siglip2_packed.collection.identity import stamp
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
+from siglip2_packed.collection.tar import Tar
+from siglip2_packed.collection.walk import COMPRESSED, CONTAINERS, ELSEWHERE, EMPTY, Fault, Skipped, walk
+from siglip2_packed.formats import is_image_name, local_path, open_regular
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LISTS = (".txt",)
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-CONTAINERS = (".tar", ".parquet", *COMPRESSED)
 
 
 class Input(NamedTuple):
@@ -53,90 +53,6 @@ class Files:
         return iter(self.paths[start:stop])
 
 
-class Tar:
-    """The image members of an uncompressed tar file; `a.tar#name` is their name."""
-
-    def __init__(self, path: str):
-        self.path, self.stamp = path, stamp(path)
-        self.members = list(tar_members(path))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def names(self, start: int, stop: int) -> Iterator[str]:
-        return (f"{self.path}#{member.name}" for member in self.members[start:stop])
-
-    def read(self, start: int, stop: int) -> Iterator[Entry]:
-        with open(self.path, "rb") as file:
-            for member in self.members[start:stop]:
-                if member.fault:
-                    yield ValueError(member.fault)
-                    continue
-                file.seek(member.offset)
-                yield file.read(member.size)
-
-
-class Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-    fault: str = ""
-
-
-def tar_members(path: str) -> Iterator[Member]:
-    """Members with an image's suffix, and a faulty member wherever more may be lost: damaged headers, a cut file.
-
-    `tarfile` ends without a word at a header it cannot read. With `ignore_zeros` it looks for the next good one
-    instead, and the gap shows that something was lost.
-    """
-    total, end = os.path.getsize(path), 0
-    if not total:
-        yield Member("", 0, 0, "an empty file, not a tar file")
-
-    def gap(start: int, stop: int) -> Iterator[Member]:
-        if start >= stop:
-            return
-        with open(path, "rb") as file:
-            while start < stop:
-                file.seek(start)
-                block = file.read(512)
-                if not block.strip(b"\0"):  # padding, or where tar files were joined
-                    start += 512
-                elif 0 <= (size := global_header(block)) < stop - start:  # for all members that follow (git archive)
-                    start += 512 + -(-size // 512) * 512
-                else:
-                    yield Member(f"bytes {start} to {stop}", 0, 0, "damaged tar headers: what they described is lost")
-                    return
-
-    try:
-        with tarfile.open(path, "r:", ignore_zeros=True) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if member.size < 0:
-                    break
-                yield from gap(end, member.offset)
-                end = member.offset_data + (-(-member.size // 512) * 512 if member.isreg() else 0)
-                there = total - member.offset_data
-                if member.isreg() and member.size > there:  # whatever it is: what came behind it is lost
-                    yield Member(member.name, 0, 0, f"the tar file ends after {there} of its {member.size} bytes")
-                    return
-                if member.name.lower().endswith(SUFFIXES) and not member.isdir():
-                    fault = "" if member.isreg() else "a link or a special file, not an image"
-                    yield Member(member.name, member.offset_data, member.size, fault)
-    except Exception:  # TarError, or what an absurd size provokes when it is sought or allocated
-        pass  # cut short or damaged from here on: the gap below
-    yield from gap(min(end, total), total)
-
-
-def global_header(block: bytes) -> int:
-    """Size of what follows, or -1 if the block is no such header."""
-    try:
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.TarError:
-        return -1
-    return member.size if member.type == tarfile.XGLTYPE else -1
-
-
 class Unusable:
     """A file or folder met on a walk that cannot be opened as what its name says: one input, and why."""
 
@@ -153,13 +69,14 @@ class Unusable:
         return iter([ValueError(self.fault)])
 
 
-Part = Files | Tar | Parquet | Unusable
+Part = Files | Tar | Parquet | Arrow | Unusable
 
 
 class Inputs:
-    """The parts end to end: N inputs with the numbers 0 to N-1."""
+    """The parts end to end: N inputs with the numbers 0 to N-1; `skipped` is what was passed over to find them."""
 
-    def __init__(self, parts: Iterable[Part]):
+    def __init__(self, parts: Iterable[Part], skipped: Skipped | None = None):
+        self.skipped = skipped or Skipped()
         self.parts = [part for part in parts if len(part)]
         self.ends = list(itertools.accumulate(map(len, self.parts)))
 
@@ -200,101 +117,142 @@ def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, b
 
     Args:
         paths: image files, folders, lists (`.txt`, or `-` for standard input: a path a line, relative to the working
-            folder), tar and Parquet files.
-        column: the image column of Parquet files.
+            folder), tar, Parquet and Arrow files. What is named is read whatever its suffix; what a walk or a tar
+            file holds besides images is passed over and counted.
+        column: the image column of Parquet and Arrow files.
         but: a folder that is not walked: the output.
 
     Raises:
         ValueError: a path without images, a compressed tar file, no or several image columns, the output as input.
             In a folder with anything else, what is met of these is an input that says so.
-        OSError: a folder, list, tar or Parquet file that is not there.
+        OSError: a folder, list, tar, Parquet or Arrow file that is not there.
     """
     parts: list[Part] = []
-    for path in (os.fspath(path) for path in paths):
+    skipped = Skipped()
+    for path in map(as_path, paths):
+        finder = Finder(column, but)
         if os.path.isdir(path):
-            found = list(_parts(_walk(path, but), column, but, walked=True))
+            found = list(finder.parts(walk(path, finder.skipped, but), walked=True))
         elif path == "-" or path.lower().endswith(LISTS):
-            found = list(_parts(_lines(path), column, but))
-        elif path.lower().endswith(SUFFIXES) or os.path.exists(path):
-            found = list(_parts([path], column, but))
+            found = list(finder.parts(_lines(path)))
+        elif is_image_name(path) or os.path.exists(path):
+            found = list(finder.parts([path]))
         else:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         if not any(map(len, found)):
-            raise ValueError(f"no images in {path!r} (files that end in {', '.join(SUFFIXES)})")
+            raise ValueError(no_images(path, finder.skipped))
         if isinstance(found[0], Unusable) and all(isinstance(part, Unusable) for part in found):
             raise ValueError(found[0].fault)
         parts += found
-    return Inputs(parts)
+        skipped.update(finder.skipped)
+    return Inputs(parts, skipped)
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Files as they are, folders walked for images. Raises ValueError for a folder without."""
+    """Files as they are, folders walked for images; stderr tells what was passed over.
+
+    Raises ValueError for a folder without images.
+    """
     files: list[Path] = []
-    for path in map(Path, paths):
+    skipped = Skipped()
+    for path in map(as_path, paths):
         found = [path]
-        if path.is_dir():
-            found = [file for file in map(Path, _walk(str(path))) if file.suffix.lower() in SUFFIXES]
-        if not found:
-            raise ValueError(f"no images in {str(path)!r} (files that end in {', '.join(SUFFIXES)})")
-        files += found
+        if os.path.isdir(path):
+            found = list(_only_images(walk(path, here := Skipped()), here))
+            if not found:
+                raise ValueError(no_images(path, here))
+            skipped.update(here)
+        files += map(Path, found)
+    if skipped:
+        print(f"passed over: {skipped}", file=sys.stderr)
     return files
 
 
-def _parts(paths: Iterable[str], column: str | None, but: Path | None, walked: bool = False) -> Iterator[Part]:
-    """Runs of image files become one part; anything else stands for itself.
+def _only_images(paths: Iterable[str | Fault], skipped: Skipped) -> Iterator[str]:
+    for path in paths:
+        if isinstance(path, Fault):
+            skipped.add(path.path, one_line(path.reason), suffix="/")
+        elif is_image_name(path):
+            yield path
+        else:
+            skipped.add(path, ELSEWHERE)
 
-    What somebody named and is unfit is an error. What a walk met must not keep the rest of the folder from being read.
-    """
-    for is_image, run in itertools.groupby(paths, lambda path: path.lower().endswith(SUFFIXES)):
-        if is_image:
-            yield Files(list(run))
-            continue
-        for path in run:
+
+def no_images(path: str, skipped: Skipped) -> str:
+    there = f"; it holds {skipped}" if skipped else ""
+    return f"no images in {path!r}{there}. `siglip2-packed encode --help` lists the suffixes of images"
+
+
+class Finder:
+    """Paths -> parts, and what was passed over on the way."""
+
+    def __init__(self, column: str | None, but: Path | None):
+        self.column, self.but, self.skipped = column, but, Skipped()
+
+    def parts(self, paths: Iterable[str | Fault], walked: bool = False) -> Iterator[Part]:
+        """Runs of image files become one part; anything else stands for itself.
+
+        What somebody named and is unfit is an error. What a walk met must not keep the rest of the folder from being
+        read.
+        """
+        run: list[str] = []
+        for path in paths:
+            if isinstance(path, str) and (is_image_name(path) or is_other_file(path)):
+                run.append(path)
+                continue
+            if run:
+                yield Files(run)
+                run = []
+            if isinstance(path, Fault):
+                yield Unusable(path.path, one_line(path.reason))
+                continue
             try:
                 if os.path.isdir(path):
-                    more = _parts(_walk(path, but), column, but, walked=True)
+                    yield from self.parts(walk(path, self.skipped, self.but), walked=True)
                 else:
-                    more = iter([_part(path, column)])
-            except (ValueError, OSError) as error:
+                    yield self.container(path)
+            except (ValueError, OSError, ImportError) as error:
                 if not walked:
                     raise
-                more = iter([Unusable(path, one_line(error))])
-            yield from more
+                yield Unusable(path, one_line(error))
+        if run:
+            yield Files(run)
+
+    def container(self, path: str) -> Part:
+        lower = path.lower()
+        if lower.endswith(COMPRESSED):
+            raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
+        if lower.endswith(".tar"):
+            return Tar(path, self.skipped)
+        table = (Arrow if lower.endswith(ARROW) else Parquet)(path, self.column)
+        if table.empty:
+            self.skipped.add(path, EMPTY, count=table.empty)
+        return table
 
 
-def _part(path: str, column: str | None) -> Part:
-    lower = path.lower()
-    if lower.endswith(COMPRESSED):
-        raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
-    if lower.endswith(".tar"):
-        return Tar(path)
-    return Parquet(path, column) if lower.endswith(".parquet") else Files([path])
+def is_other_file(path: str) -> bool:
+    """Neither a folder nor a collection: reading it tells what it is. Of a pipe too, which has no suffix to go by."""
+    return not os.path.isdir(path) and (
+        not path.lower().endswith(CONTAINERS) or (os.path.exists(path) and not os.path.isfile(path))
+    )
+
+
+def as_path(path: str | os.PathLike) -> str:
+    """A `file://` URL as the path it stands for; one of another machine is left, for whoever reads it to say so."""
+    try:
+        return local_path(path)
+    except ValueError:
+        return os.fspath(path)
 
 
 def _lines(path: str) -> list[str]:
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    if path == "-":
+        data = sys.stdin.buffer.read()
+    else:
+        try:
+            with open_regular(path) as file:
+                data = file.read()
+        except ValueError as error:
+            raise ValueError(f"{path} is {error}: have it come through `-`, standard input") from error
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [os.fsdecode(line.rstrip(b"\r")) for line in lines if line.strip()]
-
-
-def _walk(folder: str, but: Path | None = None) -> list[str]:
-    """Every image, tar and Parquet file below a folder, sorted part by part of the path. No features: outputs.
-
-    A folder below that cannot be read is listed for itself.
-    """
-    found: list[str] = []
-
-    def fail(error: OSError):
-        if error.filename == folder:
-            raise error
-        found.append(error.filename)
-
-    for root, folders, files in os.walk(folder, onerror=fail):
-        is_output = but is not None and Path(root).resolve() == but
-        if is_output and root == folder:
-            raise ValueError(f"--out {folder!r} is a folder of inputs: name another, which may lie in it")
-        if is_output or (root != folder and ".parts" in folders):
-            folders.clear()
-        else:
-            found += [os.path.join(root, name) for name in files if name.lower().endswith((*SUFFIXES, *CONTAINERS))]
-    return sorted(found, key=lambda path: path.split(os.sep))
+    return [as_path(os.fsdecode(line.rstrip(b"\r"))) for line in lines if line.strip()]
