@@ -38,7 +38,7 @@ class Siglip2PackedEncoder:
 
     Args:
         ckpt: a folder that every node has, or a hub id.
-        column: of bytes, paths, or {bytes, path}.
+        column: of bytes, paths, {bytes, path}, or pixels, as `ray.data.read_images` gives them.
         pooled, patches: which features to add.
         device: CUDA if the actor has one (`num_gpus=1`), else the CPU.
         dtype: to compute; features come as float32.
@@ -90,7 +90,7 @@ class Siglip2PackedEncoder:
         """
         if self.column not in batch:
             raise ValueError(f"no column {self.column!r} in the batch; it has {', '.join(batch)}")
-        inputs = [Input(i, "", entry_of(value)) for i, value in enumerate(batch[self.column].tolist())]
+        inputs = [Input(i, "", entry_of(value)) for i, value in enumerate(cells(batch[self.column]))]
         found = encode(
             self.model,
             self.processor,
@@ -116,3 +116,16 @@ class Siglip2PackedEncoder:
             result["patches"] = ragged
         result["error"] = np.array([row.error for row in rows], dtype=object)
         return result
+
+
+def cells(column: Any) -> list[Any]:
+    """What each row holds. Ray stacks arrays of one shape: images of one size come as `[N, h, w, c]`.
+
+    NumPy takes zeros at the end of bytes for padding; they are put back, up to the longest of the batch.
+    """
+    if getattr(column, "ndim", 1) > 1:
+        return list(column)
+    values = column.tolist()
+    if getattr(column.dtype, "kind", "") == "S":
+        values = [value.ljust(column.dtype.itemsize, b"\0") for value in values]
+    return values

@@ -1,5 +1,6 @@
 """The Ray Data actor on a local Ray: rows keep their columns, features are those of the model alone."""
 
+import io
 import os
 
 import numpy as np
@@ -68,6 +69,37 @@ def test_structs_and_paths(checkpoint, photos):
         np.testing.assert_allclose(found["pooled"][0], found["pooled"][i], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(20, 9, 3), (3, 40, 3), (16, 16, 1), (18, 30), (9, 20, 4)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_pixels_of_one_size_come_stacked(checkpoint, size, count):
+    encoder = Siglip2PackedEncoder(checkpoint(), column="image", device="cpu", patch_budget=64, workers=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *size), dtype=np.uint8)
+    ragged = np.empty(count, object)
+    for i in range(count):
+        ragged[i] = pixels[i]
+    stacked, single = encoder({"image": pixels, "n": np.arange(count)}), encoder({"image": ragged})
+    if size[0] == 3:  # channels at either end: refused by both alike
+        assert stacked["error"].tolist() == single["error"].tolist() and "input_data_format" in stacked["error"][0]
+        return
+    assert stacked["error"].tolist() == [""] * count
+    assert stacked["n"].tolist() == list(range(count))
+    np.testing.assert_array_equal(stacked["grid_thw"], single["grid_thw"])
+    np.testing.assert_allclose(stacked["pooled"], single["pooled"], rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        output = Siglip2PackedVisionModel.from_pretrained(checkpoint())(**encoder.processor([pixels[-1]]))
+    torch.testing.assert_close(torch.tensor(stacked["pooled"][-1]), output.pooler_output[0], rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_that_end_in_zeros(checkpoint):
+    encoder = Siglip2PackedEncoder(checkpoint(), device="cpu", patch_budget=64, workers=1)
+    files = []
+    for size in ((16, 16), (8, 32)):
+        file = io.BytesIO()
+        Image.new("RGB", size).save(file, "BMP")  # black: ends in zeros
+        files.append(file.getvalue())
+    assert encoder({"bytes": np.array(files)})["error"].tolist() == ["", ""]
+
+
 def test_local_ray(checkpoint, photos, monkeypatch):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
@@ -88,5 +120,17 @@ def test_local_ray(checkpoint, photos, monkeypatch):
             compute=ray.data.ActorPoolStrategy(size=1),
         )
         check(dataset.take_all(), checkpoint(), photos, True)
+
+        folder = photos / "of one size"
+        folder.mkdir()
+        for seed in range(5):
+            pixels = np.random.default_rng(seed).integers(0, 256, (20, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{seed}.png")
+        encoder = Siglip2PackedEncoder(checkpoint(), column="image", device="cpu", workers=1)
+        images = ray.data.read_images(str(folder))
+        [batch] = images.iter_batches(batch_size=5)
+        assert batch["image"].shape == (5, 20, 9, 3)
+        found = encoder(batch)
+        assert found["error"].tolist() == [""] * 5 and np.isfinite(found["pooled"]).all()
     finally:
         ray.shutdown()
