@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from siglip2_packed.configuration import patch_dim
 from siglip2_packed.ops.positions import Places, add_positions
 
 
@@ -21,8 +22,3 @@ class Siglip2PackedEmbeddings(nn.Module):
         return add_positions(
             self.patch_embedding(pixel_values.to(dtype)), self.position_embedding.weight, places, dtype
         )
-
-
-def patch_dim(config) -> int:
-    """P = patch_size² · channels."""
-    return config.patch_size**2 * config.num_channels

@@ -19,9 +19,10 @@ from transformers import Siglip2VisionConfig
 from transformers.feature_extraction_utils import BatchFeature
 
 from siglip2_packed import weights
-from siglip2_packed.embeddings import patch_dim
+from siglip2_packed.configuration import layer_index, patch_dim, read_config
+from siglip2_packed.files import find_file
 from siglip2_packed.llava_inputs import ImagePack, pack_images
-from siglip2_packed.modeling import Siglip2PackedVisionModel, layer_index
+from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import pad
 from siglip2_packed.preprocess import CONFIG_FILES, Siglip2PackedImageProcessor
@@ -79,7 +80,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         select_layer = getattr(vision_tower_cfg, "mm_vision_select_layer", None)
         self.select_layer: int = -2 if select_layer is None else select_layer
         self.vision_tower_name = vision_tower
-        self.config = weights.read_config(vision_tower)
+        self.config, _ = read_config(vision_tower)
         layer_index(self.select_layer, self.config.num_hidden_layers)
         self.image_processor = _read_processor(vision_tower, self.config)
         self.register_load_state_dict_pre_hook(_receive_weights)
@@ -300,6 +301,6 @@ def _receive_weights(tower: SigLip2NaflexVisionTower, state: dict, prefix: str, 
 
 
 def _read_processor(ckpt: str | os.PathLike, config: Any) -> Siglip2PackedImageProcessor:
-    if any(weights.find_file(ckpt, name) for name in CONFIG_FILES):
+    if any(find_file(ckpt, name) for name in CONFIG_FILES):
         return SigLip2NaflexImageProcessor.from_pretrained(ckpt, patch_size=config.patch_size)
     return SigLip2NaflexImageProcessor(patch_size=config.patch_size, max_num_patches=config.num_patches)

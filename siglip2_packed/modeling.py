@@ -6,6 +6,7 @@ Shapes: N images, T total patches, P patch_dim, D hidden size, L layers.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import os
 import sys
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import fused, plain, weights
+from siglip2_packed import files, fused, plain, weights
 from siglip2_packed.attention import head_dim
-from siglip2_packed.embeddings import Siglip2PackedEmbeddings, patch_dim
+from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
+from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention, for_pack, why_missing
 from siglip2_packed.ops.positions import Places
@@ -68,11 +70,12 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: Siglip2VisionConfig):
+        check_config(config)
+        config = copy.deepcopy(config)  # the caller's stays as it is
         super().__init__(config)
-        _check_config(config)
         select_layer = getattr(config, "select_layer", None)
         if select_layer is not None:
-            select_layer = config.select_layer = _as_integer(select_layer)
+            select_layer = config.select_layer = operator.index(select_layer)
         num_layers = layer_index(select_layer, config.num_hidden_layers)
         self.embeddings = Siglip2PackedEmbeddings(config)
         self.encoder = Siglip2PackedEncoder(config, num_layers)
@@ -168,17 +171,16 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         for name in {"state_dict", "variant", "from_tf", "from_flax", "gguf_file"} & kwargs.keys():
             raise ValueError(f"{name} is not supported: weights are read from the checkpoint's model.safetensors")
         kwargs.pop("trust_remote_code", None)
-        if not isinstance(config, PretrainedConfig):
-            config = weights.read_config(ckpt if config is None else config, **hub)
-        given = getattr(config, "vision_config", config)
-        kwargs.setdefault("attn_implementation", getattr(given, "_attn_implementation", None) or "auto")
-        config = Siglip2VisionConfig.from_dict(given.to_dict())
         head_wanted = kwargs.get("vision_use_head") is True
-        for name in kwargs.keys() & {*config.to_dict(), "vision_use_head"} - {"dtype", "torch_dtype"}:
-            setattr(config, name, kwargs.pop(name))
         if select_layer is not None:
-            config.select_layer = select_layer
+            kwargs["select_layer"] = select_layer
+        if isinstance(config, PretrainedConfig):
+            config, source = adopt_config(config, kwargs), "config"
+        else:
+            config, source = read_config(ckpt if config is None else config, kwargs, **hub)
+        kwargs.setdefault("attn_implementation", config._attn_implementation or "auto")
         state = weights.read_state_dict(ckpt, **hub)
+        weights.check_sizes(state, config, source)
         if not any(name.startswith("head.") for name in state):
             if head_wanted:
                 raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
@@ -211,7 +213,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process, state_dict=state_dict, **kwargs)
         state = self.state_dict() if state_dict is None else state_dict
         prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
-        super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
+        with files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext():
+            super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
         """Recomputes every encoder layer in backward; non-reentrant, so that frozen inputs and DDP work."""
@@ -364,46 +367,11 @@ def _not_partitioned() -> Iterator[None]:
         zero.restore_init_context()
 
 
-def layer_index(select_layer: int | None, num_layers: int) -> int:
-    """How many layers run for `hidden_states[select_layer]` of L+1 entries; all of them for None.
-
-    Raises:
-        ValueError: out of range.
-    """
-    if select_layer is None:
-        return num_layers
-    select_layer = _as_integer(select_layer)
-    if not -num_layers - 1 <= select_layer <= num_layers:
-        raise ValueError(
-            f"select_layer {select_layer} is out of range: {num_layers} layers give hidden_states[0..{num_layers}]"
-        )
-    return select_layer % (num_layers + 1)
-
-
-def _as_integer(select_layer: Any) -> int:
-    if isinstance(select_layer, bool) or not hasattr(select_layer, "__index__"):
-        raise ValueError(f"select_layer must be an integer, got {select_layer!r}")
-    return operator.index(select_layer)
-
-
 def _strip_prefix(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
     """Lets `load_state_dict` read what `save_pretrained` wrote (as a Trainer does when it resumes)."""
     written = f"{prefix}vision_model."
     for name in [name for name in state if name.startswith(written)]:
         state[prefix + name.removeprefix(written)] = state.pop(name)
-
-
-def _check_config(config: Siglip2VisionConfig) -> None:
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_patches"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-    head_dim(config)
-    if int(config.num_patches**0.5) ** 2 != config.num_patches:
-        raise ValueError(f"num_patches {config.num_patches} is not a square number, as the position table has to be")
-    if getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout {config.attention_dropout} is not supported, only 0.0")
-    if not isinstance(config.patch_size, int):
-        raise ValueError(f"patch_size must be one integer (square patches), got {config.patch_size!r}")
 
 
 __all__ = ["NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel", "layer_index"]

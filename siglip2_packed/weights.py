@@ -1,4 +1,4 @@
-"""From a checkpoint, whoever wrote it, to this model's configuration and state dict.
+"""From a checkpoint's weights, whoever wrote them, to this model's state dict.
 
 Read are safetensors files only, single or sharded, in every layout SigLIP2 towers come in: bare keys, `vision_model.`,
 the full model with its text tower, and towers cut out of, or still inside, a vision-language model. What decides is
@@ -7,88 +7,21 @@ the full model with its text tower, and towers cut out of, or still inside, a vi
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Siglip2VisionConfig
-from transformers.utils import cached_file
+
+from siglip2_packed.configuration import layer_index, patch_dim
+from siglip2_packed.files import open_weights, weight_files
 
 logger = logging.getLogger("siglip2_packed")
 
 PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
-SAFETENSORS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
-
-
-def find_file(ckpt: str | os.PathLike, name: str, **hub) -> Path | None:
-    """A file of a local folder, or of a hub repository through transformers' cache; None if it has no such file."""
-    folder = Path(ckpt).expanduser()
-    if folder.is_dir():
-        path = folder / (hub.get("subfolder") or "") / name
-        return path if path.is_file() else None
-    if folder.is_absolute() or str(ckpt).startswith((".", "~")) or str(ckpt).count("/") > 1:
-        raise FileNotFoundError(f"checkpoint folder {str(ckpt)!r} does not exist")
-    found = cached_file(ckpt, name, _raise_exceptions_for_missing_entries=False, **hub)
-    return None if found is None else Path(found)
-
-
-def read_config(ckpt: str | os.PathLike, **hub) -> Siglip2VisionConfig:
-    """The vision configuration of a checkpoint: its own, or the `vision_config` inside.
-
-    Raises:
-        FileNotFoundError: no config.json.
-        ValueError: a model_type that is no SigLIP2 NaFlex tower.
-    """
-    path = find_file(ckpt, "config.json", **hub)
-    if path is None:
-        raise FileNotFoundError(f"no config.json in {str(ckpt)!r}")
-    config = read_json(path)
-    model_type = config.get("model_type")
-    vision = config
-    while "vision_config" in vision:
-        vision = vision["vision_config"]
-        if not isinstance(vision, dict):
-            raise ValueError(f"{path}: vision_config is {vision!r}, expected an object")
-        # Siglip2Config's own vision_config may leave out its type
-        model_type = vision.get("model_type", "siglip2_vision_model" if model_type == "siglip2" else None)
-    if model_type in ("siglip", "siglip_vision_model"):
-        raise ValueError(_fixed_resolution(ckpt, config, vision, hub))
-    if model_type != "siglip2_vision_model":
-        raise ValueError(
-            f"{str(ckpt)!r} has model_type {config.get('model_type')!r}; expected 'siglip2', 'siglip2_vision_model' or "
-            "a model whose vision_config is one"
-        )
-    return Siglip2VisionConfig.from_dict({k: v for k, v in vision.items() if k != "model_type"})
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object; ValueError, with the path, for anything else."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, expected an object")
-    return value
-
-
-@contextlib.contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
-    """`safe_open`, whose errors do not say which file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
@@ -100,7 +33,7 @@ def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
         FileNotFoundError: no weights, or a shard that the index names is missing.
         ValueError: pickle weights only; no SigLIP2 patch embedding among the keys, or more than one.
     """
-    files = _weight_files(ckpt, hub)
+    files = weight_files(ckpt, **hub)
     names = [name for keys in files.values() for name in keys]
     towers = [name.removesuffix(PATCH_EMBEDDING) for name in names if name.endswith(PATCH_EMBEDDING)]
     if len(towers) != 1:
@@ -125,62 +58,35 @@ def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
 def read_tensors(ckpt: str | os.PathLike, names: Sequence[str], **hub) -> dict[str, Tensor]:
     """Those of the named tensors that a checkpoint holds, by their names in the file."""
     found = {}
-    for path, keys in _weight_files(ckpt, hub).items():
+    for path, keys in weight_files(ckpt, **hub).items():
         with open_weights(path) as file:
             found.update({name: file.get_tensor(name) for name in names if name in keys})
     return found
 
 
-def _weight_files(ckpt: str | os.PathLike, hub: dict) -> dict[Path, list[str]]:
-    """Weight files and the keys in each."""
-    single = find_file(ckpt, SAFETENSORS, **hub)
-    if single is not None:
-        paths = [single]
-    else:
-        index = find_file(ckpt, INDEX, **hub)
-        if index is None:
-            raise _no_weights(ckpt, hub)
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map")
-        shards = sorted(set(weight_map.values()))
-        found = {name: find_file(ckpt, name, **hub) for name in shards}
-        missing = [name for name, path in found.items() if path is None]
-        if missing:
-            raise FileNotFoundError(f"{INDEX} in {str(ckpt)!r} names shards that are not there: {', '.join(missing)}")
-        paths = [path for path in found.values() if path is not None]
-    files = {}
-    for path in paths:
-        with open_weights(path) as file:
-            files[path] = list(file.keys())
-    return files
-
-
-def _no_weights(ckpt: str | os.PathLike, hub: dict) -> Exception:
-    pickles = [name for name in PICKLES if find_file(ckpt, name, **hub) is not None]
-    if pickles:
-        return ValueError(
-            f"{str(ckpt)!r} has pickle weights only ({', '.join(pickles)}), which can run code when opened and are not "
-            "loaded. If you trust the file, convert it: safetensors.torch.save_file(torch.load('pytorch_model.bin', "
-            "weights_only=True), 'model.safetensors')"
+def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source: str) -> None:
+    """ValueError, naming the field, if the configuration's sizes are not the weights': before anything is built."""
+    layers = {int(name.split(".")[2]) for name in state if name.startswith("encoder.layers.")}
+    wanted = layer_index(getattr(config, "select_layer", None), config.num_hidden_layers)
+    if wanted > len(layers):
+        raise ValueError(
+            f"{source}: num_hidden_layers is {config.num_hidden_layers}, but the weights have {len(layers)} layers"
         )
-    return FileNotFoundError(f"no {SAFETENSORS} and no {INDEX} in {str(ckpt)!r}")
-
-
-def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping, hub: dict) -> str:
-    shapes = {}
-    for path, keys in _weight_files(ckpt, hub).items():
-        with open_weights(path) as file:
-            for key in keys:
-                if key.endswith((PATCH_EMBEDDING, "embeddings.position_embedding.weight")) and "text_model" not in key:
-                    shapes[key.split(".")[-2]] = file.get_slice(key).get_shape()
-    width, patch, channels = vision.get("hidden_size", 768), vision.get("patch_size", 16), vision.get("num_channels", 3)
-    return (
-        f"{str(ckpt)!r} has model_type {config.get('model_type')!r}: a fixed-resolution SigLIP checkpoint, with "
-        f"patch_embedding {shapes.get('patch_embedding')} and position_embedding {shapes.get('position_embedding')}. "
-        f"This model needs a NaFlex one, with patch_embedding [{width}, {patch * patch * channels}] and a square table "
-        f"[256, {width}], such as google/siglip2-so400m-patch16-naflex"
-    )
+    table, patches = state.get("embeddings.position_embedding.weight"), state[PATCH_EMBEDDING]
+    fc1 = state.get("encoder.layers.0.mlp.fc1.bias") if wanted else None
+    rows, width = (None, None) if table is None or table.ndim != 2 else table.shape
+    sizes = {
+        "num_patches": (config.num_patches, rows),
+        "hidden_size": (config.hidden_size, width),
+        "intermediate_size": (config.intermediate_size, None if fc1 is None else fc1.numel()),
+        "patch_size² · num_channels": (
+            patch_dim(config),
+            patches.shape[-1] if patches.ndim == 2 and patches.is_floating_point() else None,
+        ),
+    }
+    for name, (told, found) in sizes.items():
+        if found is not None and told != found:
+            raise ValueError(f"{source}: {name} is {told}, but the weights have {found}")
 
 
 def check_state_dict(

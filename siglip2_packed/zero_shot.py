@@ -20,10 +20,11 @@ import transformers
 from torch import Tensor
 
 from siglip2_packed.collection.sources import image_files
+from siglip2_packed.files import find_file
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.weights import find_file, read_tensors
+from siglip2_packed.weights import read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 
