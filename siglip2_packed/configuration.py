@@ -123,7 +123,10 @@ def _read_fields(ckpt: str | os.PathLike, hub: dict) -> tuple[dict[str, Any], st
             f"{path}: model_type {config.get('model_type')!r}; expected 'siglip2', {MODEL_TYPE!r} or a model whose "
             "vision_config is one"
         )
-    return {name: value for name, value in vision.items() if name != "model_type"}, str(path)
+    fields = {name: value for name, value in vision.items() if name != "model_type"}
+    if config.get("quantization_config"):  # of all that the checkpoint holds
+        fields["quantization_config"] = config["quantization_config"]
+    return fields, str(path)
 
 
 def make_config(fields: Mapping[str, Any], source: str) -> Siglip2VisionConfig:

@@ -132,6 +132,6 @@ def join_projections(encoder: nn.Module) -> None:
     for layer in encoder.layers:  # type: ignore[union-attr]
         attention = getattr(layer, "self_attn", None)
         projections: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(type(x) is nn.Linear for x in projections):
+        if all(type(x) is nn.Linear and type(x.weight) in plain.WHOLE for x in projections):
             fused.join(*(x.weight for x in projections))
             fused.join(*(x.bias for x in projections))

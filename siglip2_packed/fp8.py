@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from siglip2_packed import plain
 from siglip2_packed.encoder import GELU_TANH
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops import float8
@@ -77,6 +78,12 @@ class Float8Layer(nn.Module):
         self.head_dim = block.self_attn.head_dim
         attention, mlp = block.self_attn, block.mlp
         projections = attention.q_proj, attention.k_proj, attention.v_proj
+        for x in (*projections, attention.out_proj, mlp.fc1, mlp.fc2):
+            if type(x) is not nn.Linear or type(x.weight) not in plain.WHOLE:
+                raise ValueError(
+                    f"float8 replaces plain linear layers, not {type(x).__name__} of {type(x.weight).__name__}: merge "
+                    "adapters first; what is quantised already stays as it is"
+                )
         self.qkv = Float8Linear(torch.cat([x.weight for x in projections]), torch.cat([x.bias for x in projections]))
         self.out, self.fc1, self.fc2 = (Float8Linear(x.weight, x.bias) for x in (attention.out_proj, mlp.fc1, mlp.fc2))
 

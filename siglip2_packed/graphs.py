@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from siglip2_packed.attention import head_dim
+from siglip2_packed.configuration import patch_dim
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
@@ -53,7 +54,7 @@ class CUDAGraphs:
     def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS, least: int = 1):
         if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
             raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
-        dtype = model.embeddings.patch_embedding.weight.dtype
+        dtype = model.embeddings.compute_dtype
         if reason := buckets_unmet(model.device, dtype, head_dim(model.config)):
             raise ValueError(f"no graphs of this model: attention in buckets {reason}")
         self.model = model
@@ -134,7 +135,7 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
     A large pack keeps the device busy for longer than its launches take; but hundreds of them compete with decoding
     for the interpreter, and one does not.
     """
-    half = model.embeddings.patch_embedding.weight.dtype in (torch.bfloat16, torch.float16)
+    half = model.embeddings.compute_dtype in (torch.bfloat16, torch.float16)
     if model.device.type != "cuda" or not half or not serves_buckets(model.config._attn_implementation):
         return model
     try:
@@ -144,20 +145,20 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
 
 
 def attention_in_buckets(model: Siglip2PackedVisionModel, segments: Segments, rows: int) -> VarlenAttention:
-    dtype, config = model.embeddings.patch_embedding.weight.dtype, model.config
+    dtype, config = model.embeddings.compute_dtype, model.config
     return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config))
 
 
 class _Graph:
     def __init__(self, model: Siglip2PackedVisionModel, bucket: Bucket):
         self.model, self.bucket = model, bucket
-        weight = model.embeddings.patch_embedding.weight
-        self.pixel_values = torch.zeros(bucket.patches, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        device, dtype = model.embeddings.patch_embedding.weight.device, model.embeddings.compute_dtype
+        self.pixel_values = torch.zeros(bucket.patches, patch_dim(model.config), device=device, dtype=dtype)
         sizes = bucket.segments + 1, bucket.images + 1, 3 * bucket.images, bucket.patches
         self.host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu").pin_memory()
         self.copied = torch.cuda.Event()
         self.layout: Layout | None = None
-        self.metadata = self.host.to(weight.device)
+        self.metadata = self.host.to(device)
         self.host_parts = [part.numpy() for part in self.host.split(sizes)]
         cu_seqlens, cu_images, images, image_of_row = self.metadata.split(sizes)
         self.attention = attention_in_buckets(model, Segments.on_device(cu_seqlens, bucket.max_seqlen), bucket.patches)
@@ -166,8 +167,8 @@ class _Graph:
 
         rows = min(bucket.max_seqlen, bucket.patches)
         self._fill(Layout([(1, 1, rows)], [rows], rows))
-        stream = torch.cuda.Stream(weight.device)
-        stream.wait_stream(torch.cuda.current_stream(weight.device))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():
             for _ in range(2):
                 self._run()  # compiles kernels, checks backends, sets up cuBLAS
@@ -176,7 +177,7 @@ class _Graph:
             # other threads may go on, pinning memory for the packs to come
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.outputs = self._run()
-        torch.cuda.current_stream(weight.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def _run(self) -> Any:
         images = self.images if hasattr(self.model, "head") else None

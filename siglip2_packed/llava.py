@@ -26,6 +26,7 @@ from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import pad
 from siglip2_packed.preprocess import CONFIG_FILES, Siglip2PackedImageProcessor
+from siglip2_packed.quantized import FLOATING
 
 logger = logging.getLogger("siglip2_packed")
 
@@ -188,7 +189,8 @@ class SigLip2NaflexVisionTower(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._parameter().dtype
+        """What it computes in: quantised weights are of another."""
+        return next(p.dtype for p in (self._parameter(), *self.vision_tower.parameters()) if p.dtype in FLOATING)
 
     @property
     def device(self) -> torch.device:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import operator
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import files, fused, plain, weights
+from siglip2_packed import files, fused, plain, quantized, weights
 from siglip2_packed.attention import head_dim
 from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
@@ -130,6 +131,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
         device = pixel_values.device
+        if device.type == "cpu":
+            quantized.keep_layout(self)
         output = self._features(
             pixel_values,
             Places(layout.grids, position_ids),
@@ -179,24 +182,52 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         else:
             config, source = read_config(ckpt if config is None else config, kwargs, **hub)
         kwargs.setdefault("attn_implementation", config._attn_implementation or "auto")
-        state = weights.read_state_dict(ckpt, **hub)
-        weights.check_sizes(state, config, source)
-        if not any(name.startswith("head.") for name in state):
+        tower = weights.read_tower(ckpt, **hub)
+        weights.check_sizes(tower.state, config, source)
+        if not any(name.startswith("head.") for name in tower.state):
             if head_wanted:
                 raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
             config.vision_use_head = False
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", "auto")
+        if tower.quantized:
+            return cls._load_quantized(ckpt, tower, config, hub, **kwargs)
+        if hasattr(config, "quantization_config"):  # of the model around this tower, which was left as it was
+            del config.quantization_config
 
         with torch.device("meta"), _not_partitioned():
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         truncated = getattr(config, "select_layer", None) is not None
-        weights.check_state_dict(state, expected, str(ckpt), truncated)
-        state = {name: state[name] for name in expected}
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", "auto")
+        weights.check_state_dict(tower.state, expected, str(ckpt), truncated)
+        state = {name: tower.state[name] for name in expected}
         loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(ckpt)
         return loaded
+
+    @classmethod
+    def _load_quantized(
+        cls, ckpt: str | os.PathLike, tower: weights.Tower, config: Siglip2VisionConfig, hub: dict, **kwargs: Any
+    ) -> Any:
+        """Weights that were saved quantised, which transformers reads into the modules of their quantiser."""
+        if not getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"{str(ckpt)!r} has quantised weights, and its config.json no quantization_config that says how"
+            )
+        if tower.prefix:
+            if any(name.endswith("._weight_qdata") for name in tower.state):
+                raise ValueError(
+                    f"{str(ckpt)!r}: what torchao quantised inside another model ({tower.prefix}...) cannot be read "
+                    "without that model: load the whole, or quantise the tower's own checkpoint"
+                )
+            kwargs["key_mapping"] = {f"^{re.escape(tower.prefix)}": "", **(kwargs.get("key_mapping") or {})}
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(ckpt, config=config, output_loading_info=True, **hub, **kwargs)
+        info = loaded[1]
+        wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
+        if wrong:
+            raise ValueError(f"{str(ckpt)!r} lacks {len(wrong)} quantised tensors: {', '.join(wrong[:8])}")
+        return loaded if wants_info else loaded[0]
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -286,7 +317,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     @torch.compiler.disable
     def _attention(self, segments: Segments) -> VarlenAttention:
         """What runs for these segments: the backend of `attn_implementation`, checked, in the dtype of the weights."""
-        device, dtype = segments.device.type, self.embeddings.patch_embedding.weight.dtype
+        device, dtype = segments.device.type, self.embeddings.compute_dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         heads, requested = self.config.num_attention_heads, self.config._attn_implementation

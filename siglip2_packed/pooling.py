@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from siglip2_packed.attention import head_dim
 from siglip2_packed.encoder import Siglip2PackedMLP
@@ -20,7 +21,8 @@ class PoolingAttention(nn.Module):
         self.head_dim = head_dim(config)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * config.hidden_size, config.hidden_size))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * config.hidden_size))
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # not for quantisers, as in nn.MultiheadAttention: their files and transformers' hold the same
+        self.out_proj = NonDynamicallyQuantizableLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, probe: Tensor, hidden_states: Tensor, images: Segments) -> Tensor:
         """probe `[1, D]`, hidden_states `[T, D]` -> `[N, D]`."""

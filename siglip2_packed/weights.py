@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +20,37 @@ from transformers import Siglip2VisionConfig
 
 from siglip2_packed.configuration import layer_index, patch_dim
 from siglip2_packed.files import open_weights, weight_files
+from siglip2_packed.quantized import FLOATING
 
 logger = logging.getLogger("siglip2_packed")
 
 PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
+TORCHAO = "embeddings.patch_embedding._weight_qdata"  # torchao writes the parts of its weights
+
+
+class Tower(NamedTuple):
+    """A checkpoint's vision tower: its tensors by Hugging Face's bare keys, and what comes before them in the file."""
+
+    state: dict[str, Tensor]
+    prefix: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights of linear layers are in the form of some quantiser."""
+        linear = re.compile(r".*(patch_embedding|_proj|fc1|fc2)\._?weight.*")
+        return any(tensor.dtype not in FLOATING for name, tensor in self.state.items() if linear.fullmatch(name))
 
 
 def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
     """All tensors of the vision tower under Hugging Face's bare keys (`encoder.layers.0.self_attn.q_proj.weight`, ...).
 
-    Tensors of other parts (text tower, logit scale, language model) are not read.
+    See `read_tower`.
+    """
+    return read_tower(ckpt, **hub).state
+
+
+def read_tower(ckpt: str | os.PathLike, **hub) -> Tower:
+    """The vision tower. Tensors of other parts (text tower, logit scale, language model) are not read.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -35,13 +58,13 @@ def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
     """
     files = weight_files(ckpt, **hub)
     names = [name for keys in files.values() for name in keys]
-    towers = [name.removesuffix(PATCH_EMBEDDING) for name in names if name.endswith(PATCH_EMBEDDING)]
+    towers = [name.removesuffix(end) for end in (PATCH_EMBEDDING, TORCHAO) for name in names if name.endswith(end)]
     if len(towers) != 1:
         raise ValueError(
             f"{str(ckpt)!r} holds {len(towers)} vision towers (keys that end in {PATCH_EMBEDDING}: "
             f"{[tower + PATCH_EMBEDDING for tower in towers]}); expected one. First keys: {sorted(names)[:5]}"
         )
-    return _read(files, towers[0])
+    return Tower(_read(files, towers[0]), towers[0])
 
 
 def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
@@ -72,7 +95,7 @@ def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source
         raise ValueError(
             f"{source}: num_hidden_layers is {config.num_hidden_layers}, but the weights have {len(layers)} layers"
         )
-    table, patches = state.get("embeddings.position_embedding.weight"), state[PATCH_EMBEDDING]
+    table, patches = state.get("embeddings.position_embedding.weight"), state.get(PATCH_EMBEDDING)
     fc1 = state.get("encoder.layers.0.mlp.fc1.bias") if wanted else None
     rows, width = (None, None) if table is None or table.ndim != 2 else table.shape
     sizes = {
@@ -81,7 +104,7 @@ def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source
         "intermediate_size": (config.intermediate_size, None if fc1 is None else fc1.numel()),
         "patch_size² · num_channels": (
             patch_dim(config),
-            patches.shape[-1] if patches.ndim == 2 and patches.is_floating_point() else None,
+            None if patches is None or patches.ndim != 2 or patches.dtype not in FLOATING else patches.shape[1],
         ),
     }
     for name, (told, found) in sizes.items():
@@ -100,9 +123,8 @@ def check_state_dict(
     if missing:
         listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(f"{source!r} lacks {len(missing)} of {len(expected)} tensors: {listed}")
-    floating = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     for name in expected:
-        if state[name].dtype not in floating:
+        if state[name].dtype not in FLOATING:
             raise ValueError(f"{source!r}: {name} is {state[name].dtype}; expected floating weights")
     wrong = [name for name in expected if state[name].shape != expected[name]]
     if wrong:
