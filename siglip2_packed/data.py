@@ -88,7 +88,7 @@ def image_grids(
             pool.shutdown(cancel_futures=True)
     if skipped:
         warnings.warn(f"{len(skipped)} of {len(sources)} images have no grid; the first is {skipped[min(skipped)]}")
-    return torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    return torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
 
 
 def fill_packs(

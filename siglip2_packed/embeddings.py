@@ -29,6 +29,16 @@ class Siglip2PackedEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
         """`[T, P]` patches (any floating dtype) and where they lie -> `[T, D]` in the weights' dtype."""
         dtype = self.compute_dtype
-        return add_positions(
-            self.patch_embedding(pixel_values.to(dtype)), self.position_embedding.weight, places, dtype
-        )
+        patches = self.patch_embedding(pixel_values.to(dtype))
+        if patches.requires_grad and patches.is_leaf and _made_to_require_grad(self.patch_embedding):
+            patches = patches.detach()
+        return add_positions(patches, self.position_embedding.weight, places, dtype)
+
+
+def _made_to_require_grad(module: nn.Module) -> bool:
+    """Whether `enable_input_require_grads`, transformers' or PEFT's, hung its hook here, as it does on all of a VLM.
+
+    It is there for reentrant checkpointing, which layers never do; a frozen tower would keep all its activations.
+    """
+    hooks = module._forward_hooks.values()
+    return any(getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in hooks)

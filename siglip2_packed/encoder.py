@@ -44,17 +44,13 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = Siglip2PackedMLP(config)
 
-    @property
-    def _gradient_checkpointing_func(self) -> Any:
-        return self.__dict__["checkpointing"]
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, checkpointing: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # A VLM around this model may choose reentrant checkpointing (transformers 4's default), which gives layers over
         # frozen ones no gradients at all. transformers sets a partial of torch's `checkpoint`.
-        if isinstance(checkpointing, partial) and checkpointing.keywords.get("use_reentrant"):
-            checkpointing = partial(checkpointing, use_reentrant=False)
-        self.__dict__["checkpointing"] = checkpointing
+        reentrant = isinstance(value, partial) and value.keywords.get("use_reentrant")
+        if name == "_gradient_checkpointing_func" and reentrant:
+            value = partial(value, use_reentrant=False)
+        super().__setattr__(name, value)
 
     def forward(self, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
         """`[T, D]` -> `[T, D]`."""

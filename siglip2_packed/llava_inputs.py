@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from siglip2_packed.layout import Grid, check_numbers, host_grids, integers
 from siglip2_packed.ops.runtime.transfer import to_device
-from siglip2_packed.packing import Grid, check_mask, cumulative, integers, make_layout
+from siglip2_packed.ops.segments import cumulative
+from siglip2_packed.packing import check_mask
 
 
 class ImagePack(NamedTuple):
@@ -68,7 +70,8 @@ def pack_images(images: Any, grid_thw: Any, patch_positions: Any, patch_dim: int
 
     if cu_seqlens is not None:
         raise ValueError("patch_positions choose the attention segments, and so does the mapping's cu_seqlens")
-    positions, entry_of_image = _positions_of_images(entries, grids)
+    given = len(images) if rows is None else sum(map(len, rows))
+    positions, entry_of_image = _positions_of_images(entries, grids, given)
     if all(map(_are_whole_frames, positions, grids)):
         return ImagePack(images, _pixel_values(images, rows, counts, patch_dim), grids, counts)
     _check_positions(positions, grids, None if rows is None else [len(row) for row in rows])
@@ -107,8 +110,10 @@ def _pixel_values(images: Any, rows: list[Tensor] | None, counts: list[int], wid
             raise ValueError(f"image {i}: its grid covers {count} patches, it has {len(row)} rows")
         if row.shape[1] != rows[0].shape[1]:
             raise ValueError(f"image {i} has patch_dim {row.shape[1]}, image 0 has {rows[0].shape[1]}")
+    if not rows and isinstance(images, Tensor):
+        return images.flatten(0, 1)
     if not rows:
-        return images.flatten(0, 1) if isinstance(images, Tensor) else torch.zeros(0, width)
+        return torch.zeros(0, width, dtype=torch.float32, device="cpu")
     return torch.cat([row[:count] for row, count in zip(rows, counts)])
 
 
@@ -140,7 +145,7 @@ def _agreed_grid(own: Any, given: Any, rows: list[Tensor] | None) -> list[Grid]:
 def _host_grid(grid_thw: Any) -> list[Grid]:
     grid = integers(grid_thw, "grid_thw")
     # a batch of text alone comes as [B, 1, 3] from LLaVA's data code
-    return make_layout(grid[:, 0] if grid.ndim == 3 and grid.shape[1] == 1 else grid).grids
+    return host_grids(grid[:, 0] if grid.ndim == 3 and grid.shape[1] == 1 else grid)
 
 
 def _square(i: int, row: Tensor) -> Grid:
@@ -160,25 +165,29 @@ def _host_positions(given: Any) -> list[np.ndarray | None] | None:
     if given is None or (isinstance(given, (list, tuple)) and all(entry is None for entry in given)):
         return None
     entries = list(given) if isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) == 3 else [given]
-    tensors = [None if entry is None else integers(entry, "patch_positions").long() for entry in entries]
+    tensors = [None if entry is None else integers(entry, "patch_positions") for entry in entries]
     for i, tensor in enumerate(tensors):
+        if tensor is not None:
+            check_numbers(tensor, f"patch_positions[{i}]")
         if tensor is not None and tensor.shape != (*[1] * (tensor.ndim - 2), tensor.numel() // 3, 3):
             raise ValueError(f"patch_positions[{i}] must be [1, T, 3] rows of (t, h, w), got {list(tensor.shape)}")
     joined = [tensor.reshape(-1, 3) for tensor in tensors if tensor is not None]
     device = next((tensor.device for tensor in joined if tensor.device.type != "cpu"), torch.device("cpu"))
-    host = torch.cat([tensor.to(device) for tensor in joined]).cpu() if joined else torch.zeros(0, 3)
+    host = torch.cat([tensor.to(device) for tensor in joined]).cpu()
     arrays = iter(host.split([len(tensor) for tensor in joined]))
     return [None if tensor is None else next(arrays).numpy() for tensor in tensors]
 
 
-def _positions_of_images(entries: list[np.ndarray | None], grids: list[Grid]) -> tuple[list[np.ndarray], np.ndarray]:
+def _positions_of_images(
+    entries: list[np.ndarray | None], grids: list[Grid], given: int
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Positions `[n, 3]` of every image, and which entry they come from.
 
     There is one entry an image; or (LLaVA's: one a sample) each covers all patches of as many images as it has rows
-    for, None those of one image.
+    for, None those of one image. `given`: rows of patches there are.
     """
     if len(entries) == len(grids):
-        arrays = [_raster(grid) if entry is None else entry for entry, grid in zip(entries, grids)]
+        arrays = [_raster(grid, given) if entry is None else entry for entry, grid in zip(entries, grids)]
         return arrays, np.arange(len(grids))
     lengths = [math.prod(grid) for grid in grids]
     ends, rows, spans = np.cumsum(lengths).tolist(), 0, list[int]()
@@ -193,11 +202,14 @@ def _positions_of_images(entries: list[np.ndarray | None], grids: list[Grid]) ->
             "patches of some images"
         )
     entry_of_image = np.repeat(np.arange(len(entries)), spans)
-    whole = [_raster(grids[i]) if entry is None else entry for i, entry in zip(np.cumsum([0, *spans]), entries)]
+    whole = [_raster(grids[i], given) if entry is None else entry for i, entry in zip(np.cumsum([0, *spans]), entries)]
     return np.split(np.concatenate(whole), ends[:-1]), entry_of_image
 
 
-def _raster(grid: Grid) -> np.ndarray:
+def _raster(grid: Grid, given: int | None = None) -> np.ndarray:
+    """`[t·h·w, 3]`, unless that is more than the rows that are `given`."""
+    if given is not None and math.prod(grid) > given:
+        raise ValueError(f"the grid {grid} covers {math.prod(grid)} patches, there are {given} rows of patches")
     return np.stack(np.unravel_index(np.arange(math.prod(grid)), grid), axis=1)
 
 

@@ -11,6 +11,7 @@ import operator
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,11 @@ from siglip2_packed.attention import head_dim
 from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder
+from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention, for_pack, why_missing
 from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.packing import Layout, check_patches, make_layout
+from siglip2_packed.packing import check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -129,6 +131,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             raise ValueError("output_attentions: varlen attention never forms the weights it would return")
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
+        position_ids = None if position_ids is None else integers(position_ids, "position_ids")
         layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
         device = pixel_values.device
         if device.type == "cpu":
@@ -248,12 +251,22 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
-        """Recomputes every encoder layer in backward; non-reentrant, so that frozen inputs and DDP work."""
-        kwargs_ = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs_, **kwargs)
+        """Recomputes every encoder layer in backward; non-reentrant (layers see to it): frozen inputs and DDP work."""
+        with warnings.catch_warnings():  # transformers 5.24 renames it; both names are ours
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ):
+        """`gradient_checkpointing_enable` by its newer name, whatever the version of transformers."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.patch_embedding = value  # type: ignore[assignment]
 
     @torch.compiler.disable(recursive=False)  # as the forward
     def _features(
@@ -305,10 +318,12 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
         if position_ids is not None and hasattr(self, "head"):
             raise ValueError("position_ids: which rows an image pools is not known; load with vision_use_head=False")
+        if position_ids is not None and not pixel_values.is_meta:
+            check_numbers(position_ids, "position_ids")
         return make_layout(
             grid_thw,
             total_patches=pixel_values.shape[0],
-            temporal=temporal or "frames",
+            temporal="frames" if temporal is None else temporal,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             position_ids=position_ids,

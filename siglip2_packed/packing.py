@@ -5,8 +5,9 @@ Shapes: N images (rows of grid_thw), S attention segments (frames), T total patc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,87 +15,14 @@ from einops import rearrange
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
+from siglip2_packed.layout import Grid, Layout, check_numbers, host_grids, integer, integers, make_layout, to_host
 from siglip2_packed.ops.segments import cumulative
 
-Grid = tuple[int, int, int]
-TEMPORAL = ("frames", "joint")
+__all__ = [
+    "KEYS", "Grid", "Layout", "PackedPatches", "check_mask", "check_patches", "convert_to_packing_format", "cumulative",
+    "integers", "make_layout", "pack", "pad", "unpack",
+]  # fmt: skip
 KEYS = ("pixel_values", "grid_thw", "cu_seqlens", "max_seqlen")
-
-
-class Layout(NamedTuple):
-    """Where everything lies in a pack. Host integers only: nothing in it can cause a device sync."""
-
-    grids: list[Grid]
-    """(t, h, w) in patches, one an image."""
-    lengths: list[int]
-    """Rows of each attention segment, S of them."""
-    max_seqlen: int
-
-    @property
-    def image_lengths(self) -> list[int]:
-        """Rows of each image, N of them."""
-        return [t * h * w for t, h, w in self.grids]
-
-
-def make_layout(
-    grid_thw: Any,
-    *,
-    total_patches: int | None = None,
-    temporal: str = "frames",
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    position_ids: Tensor | None = None,
-) -> Layout:
-    """Checks the metadata of a pack and brings it to the host.
-
-    Costs one device-to-host copy if `grid_thw` or `cu_seqlens` lies on a device, none otherwise.
-
-    Args:
-        grid_thw: `[N, 3]` integers (t, h, w) in patches; tensor, array or nested list.
-        total_patches: rows of `pixel_values`, compared with what the grid covers.
-        temporal: `"frames"`: every frame is an attention segment; `"joint"`: every image (t·h·w rows) is one.
-        cu_seqlens: `[S+1]` integers, segments that replace those of `temporal`.
-        max_seqlen: upper bound of the segments' lengths, as the caller knows it.
-        position_ids: `[T]` integers: the rows are not the patches that the grid covers; each names its own among them.
-
-    Raises:
-        ValueError: a floating or misshapen grid, entries below 1, or counts that disagree (both are named).
-    """
-    if temporal not in TEMPORAL:
-        raise ValueError(f"temporal must be one of {TEMPORAL}, got {temporal!r}")
-    grid, offsets = _to_host(integers(grid_thw, "grid_thw"), cu_seqlens)
-    if grid.shape == (0,):
-        grid = grid.reshape(0, 3)
-    if grid.ndim == 2 and grid.shape[1] == 2:
-        raise ValueError(
-            f"grid_thw must be [N, 3] rows of (t, h, w), got {list(grid.shape)}; rows of (h, w) need t = 1 in front"
-        )
-    if grid.ndim != 2 or grid.shape[1] != 3:
-        raise ValueError(f"grid_thw must be [N, 3] rows of (t, h, w), got shape {list(grid.shape)}")
-    for i in np.flatnonzero((grid < 1).any(axis=1))[:1]:
-        raise ValueError(f"grid_thw[{i}] is {tuple(grid[i].tolist())}: t, h and w must all be at least 1")
-
-    grids: list[Grid] = [(t, h, w) for t, h, w in grid.tolist()]
-    covered = sum(t * h * w for t, h, w in grids)
-    if position_ids is not None:
-        _check_position_ids(position_ids, total_patches, covered, offsets)
-        covered = len(position_ids)
-    elif total_patches is not None and covered != total_patches:
-        raise ValueError(f"grid_thw covers {covered} patches, pixel_values has {total_patches} rows")
-
-    if offsets is not None:
-        lengths = _segment_lengths(offsets, covered)
-    elif temporal == "joint":
-        lengths = [t * h * w for t, h, w in grids]
-    else:
-        lengths = [h * w for t, h, w in grids for _ in range(t)]
-
-    longest = max(lengths) if lengths else 0
-    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__")):
-        raise ValueError(f"max_seqlen must be an integer, got {max_seqlen!r}")
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"max_seqlen is {max_seqlen}, the longest segment has {longest} rows")
-    return Layout(grids, lengths, longest)
 
 
 class PackedPatches(BatchFeature):
@@ -140,7 +68,7 @@ class PackedPatches(BatchFeature):
         super().__init__(
             {
                 "pixel_values": pixel_values,
-                "grid_thw": torch.tensor(layout.grids, dtype=torch.int64).reshape(-1, 3),
+                "grid_thw": _rows_of_integers(layout.grids, 3),
                 "cu_seqlens": cumulative(layout.lengths),
                 "max_seqlen": layout.max_seqlen,
             }
@@ -199,8 +127,9 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
     """
     if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
-    if images.ndim != 4:
-        raise ValueError(f"images must be [N, C, H, W], got {list(images.shape)}")
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor [N, C, H, W], got {got}")
     n, _, height, width = images.shape
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
@@ -233,13 +162,15 @@ def pack(
     if (grid_thw is None) == (spatial_shapes is None):
         raise ValueError("give exactly one of grid_thw [N, 3] and spatial_shapes [N, 2]")
     if grid_thw is None:
-        shapes = _to_host(integers(spatial_shapes, "spatial_shapes"))[0]
+        shapes = to_host(spatial_shapes=spatial_shapes)[0]
         if shapes.ndim != 2 or shapes.shape[1] != 2:
             raise ValueError(f"spatial_shapes must be [N, 2] rows of (h, w), got {list(shapes.shape)}")
         grid_thw = np.insert(shapes, 0, 1, axis=1)
-    layout = make_layout(grid_thw, temporal=temporal)
-    lengths = layout.image_lengths
+    grids = host_grids(grid_thw)
+    lengths = [math.prod(grid) for grid in grids]
 
+    if not isinstance(pixel_values, (Tensor, list, tuple)):
+        raise ValueError(f"pixel_values must be a list of tensors or a tensor, got {type(pixel_values).__name__}")
     if len(pixel_values) != len(lengths):
         raise ValueError(f"pixel_values holds {len(pixel_values)} images, the grid {len(lengths)}")
     padded = isinstance(pixel_values, Tensor)
@@ -253,29 +184,27 @@ def pack(
         if image.shape[1:] != pixel_values[0].shape[1:]:
             raise ValueError(f"image {i}: patch_dim {image.shape[-1]}, image 0 has {pixel_values[0].shape[-1]}")
         if image.ndim != 2 or image.shape[0] < length or (image.shape[0] > length and not padded):
-            raise ValueError(f"image {i}: its grid {layout.grids[i]} covers {length} patches, got {list(image.shape)}")
+            raise ValueError(f"image {i}: its grid {grids[i]} covers {length} patches, got {list(image.shape)}")
     if pixel_attention_mask is not None:
         check_mask(pixel_attention_mask, pixel_values, lengths)
     if not lengths:
         if not isinstance(pixel_values, Tensor):
             raise ValueError("an empty list has no patch_dim: an empty pack is PackedPatches(torch.zeros(0, P), [])")
-        return PackedPatches(torch.zeros(0, pixel_values.shape[2]), grid_thw, temporal)
+        return PackedPatches(pixel_values.flatten(0, 1), grids, temporal)
     rows = [image[:length] for image, length in zip(pixel_values, lengths)]
-    return PackedPatches(torch.cat(rows), layout.grids, temporal)
+    return PackedPatches(torch.cat(rows), grids, temporal)
 
 
 def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any:
     """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`."""
-    if not isinstance(hidden_states, Tensor):
+    if not isinstance(hidden_states, Tensor) or not hidden_states.ndim:
         raise ValueError(f"hidden_states must be a tensor [T, D], got {type(hidden_states).__name__}")
-    lengths = make_layout(grid_thw).image_lengths
-    if sum(lengths) != hidden_states.shape[0]:
-        raise ValueError(f"grid_thw covers {sum(lengths)} patches, hidden_states has {hidden_states.shape[0]} rows")
+    lengths = make_layout(grid_thw, total_patches=len(hidden_states), of="hidden_states").image_lengths
     images = list(hidden_states.split(lengths)) if lengths else []
     if not padded:
         return images
     longest = max(lengths, default=0)
-    mask = torch.arange(longest)[None, :] < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    mask = _marks(lengths, longest)
     if not images:
         return hidden_states.new_zeros(0, 0, *hidden_states.shape[1:]), mask.to(hidden_states.device)
     return torch.nn.utils.rnn.pad_sequence(images, batch_first=True), mask.to(hidden_states.device)
@@ -297,8 +226,11 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
         pixel_values, grid_thw = pixel_values["pixel_values"], pixel_values["grid_thw"]
     if grid_thw is None:
         raise ValueError("grid_thw is missing: [N, 3] rows of (t, h, w)")
-    layout = make_layout(grid_thw, total_patches=pixel_values.shape[0])
-    if max_num_patches is not None and max_num_patches < layout.max_seqlen:
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 2:
+        got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise ValueError(f"pixel_values must be a pack, or a tensor of patches [T, P], got {got}")
+    layout = make_layout(grid_thw, total_patches=len(pixel_values))
+    if max_num_patches is not None and integer(max_num_patches, "max_num_patches") < layout.max_seqlen:
         raise ValueError(f"max_num_patches is {max_num_patches}, the longest image has {layout.max_seqlen} patches")
     width = layout.max_seqlen if max_num_patches is None else max_num_patches
     frames = [(1, h, w) for t, h, w in layout.grids for _ in range(t)]
@@ -308,67 +240,28 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
         {
             "pixel_values": torch.nn.functional.pad(rows, (0, 0, *extra)),
             "pixel_attention_mask": torch.nn.functional.pad(mask, extra).to(torch.int32),
-            "spatial_shapes": torch.tensor(frames, dtype=torch.int64, device=rows.device).reshape(-1, 3)[:, 1:],
+            "spatial_shapes": _rows_of_integers(frames, 3)[:, 1:].to(rows.device),
         }
     )
 
 
-def integers(values: Any, name: str) -> Tensor:
-    """A tensor of `values`, on its own device; ValueError unless they are integers."""
-    try:
-        tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must hold integers, got {str(values)[:80]}") from error
-    if tensor.numel() == 0:
-        return tensor.long()
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must hold integers, got {tensor.dtype}")
-    return tensor
+def _rows_of_integers(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """`[len(rows), width]` int64 on the host, whatever the default device is."""
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, width))
 
 
-def _to_host(grid: Tensor, cu_seqlens: Tensor | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """One copy for both when either lies on a device."""
-    if cu_seqlens is None:
-        return grid.cpu().numpy(), None
-    cu_seqlens = integers(cu_seqlens, "cu_seqlens")
-    if grid.device == cu_seqlens.device and grid.device.type != "cpu":
-        both = torch.cat([grid.reshape(-1).long(), cu_seqlens.reshape(-1).long()]).cpu().numpy()
-        return both[: grid.numel()].reshape(grid.shape), both[grid.numel() :].reshape(cu_seqlens.shape)
-    return grid.cpu().numpy(), cu_seqlens.cpu().numpy()
-
-
-def _segment_lengths(offsets: np.ndarray, covered: int) -> list[int]:
-    if offsets.ndim != 1 or offsets.size == 0 or offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must be [S+1] offsets that begin with 0, got shape {list(offsets.shape)}")
-    if offsets[-1] != covered:
-        raise ValueError(f"cu_seqlens ends at {offsets[-1]}, grid_thw covers {covered} patches")
-    lengths = np.diff(offsets)
-    if (lengths < 1).any():
-        i = int(np.flatnonzero(lengths < 1)[0])
-        raise ValueError(f"cu_seqlens segment {i} has {lengths[i]} rows: every segment needs at least 1")
-    return lengths.tolist()
-
-
-def _check_position_ids(position_ids: Tensor, rows: int | None, covered: int, offsets: np.ndarray | None) -> None:
-    if integers(position_ids, "position_ids").shape != (rows,):
-        raise ValueError(f"position_ids has shape {list(position_ids.shape)}, pixel_values has {rows} rows")
-    if offsets is None:
-        raise ValueError("position_ids need cu_seqlens: the grid does not tell which rows attend to each other")
-    if offsets.size and offsets[-1] != rows:
-        raise ValueError(f"cu_seqlens ends at {offsets[-1]}, pixel_values has {rows} rows")
-    if position_ids.device.type == "cpu" and len(position_ids):  # elsewhere, a look would be a sync
-        low, high = position_ids.min().item(), position_ids.max().item()
-        if low < 0 or high >= covered:
-            raise ValueError(f"position_ids lie in {low}..{high}, grid_thw covers {covered} patches")
+def _marks(lengths: list[int], width: int) -> Tensor:
+    """`[N, width]` bool on the host: the first lengths[i] of row i."""
+    return torch.from_numpy(np.arange(width)[None, :] < np.array(lengths, dtype=np.int64)[:, None])
 
 
 def check_mask(mask: Any, pixel_values: Tensor | Sequence[Tensor], lengths: list[int]) -> None:
     """Raises ValueError unless the mask `[N, max]` of a padded batch marks the first `lengths[i]` rows of image i."""
-    mask = torch.as_tensor(mask)
+    mask = mask if isinstance(mask, Tensor) else torch.from_numpy(np.asarray(mask).astype(bool))
+    check_numbers(mask, "pixel_attention_mask")
     if not isinstance(pixel_values, Tensor) or mask.shape != pixel_values.shape[:2]:
         raise ValueError(f"pixel_attention_mask {list(mask.shape)} needs a padded batch of the same [N, max]")
-    expected = torch.arange(mask.shape[1])[None, :] < torch.tensor(lengths)[:, None]
-    wrong = (mask.cpu().bool() != expected).any(dim=1).nonzero().flatten().tolist()
+    wrong = (mask.cpu().bool() != _marks(lengths, mask.shape[1])).any(dim=1).nonzero().flatten().tolist()
     if wrong:
         i = wrong[0]
         raise ValueError(

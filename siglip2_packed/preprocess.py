@@ -367,7 +367,7 @@ def _patch_of(colour: tuple[float, ...], patch_size: int) -> np.ndarray:
 @lru_cache
 def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Once a device: such a copy waits for all that the device has been given to do."""
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _positive_int(name: str, value: Any) -> int:

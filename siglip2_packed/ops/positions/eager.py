@@ -41,13 +41,10 @@ def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.d
     Returns:
         `[T, D]` in the wider of both dtypes: under autocast the residual stream stays in float32.
     """
-    positions = resize_positions(table, places.grids)
-    if places.ids is not None:
-        positions = positions[to_device(places.ids, positions.device)]
-    return patches + positions.to(dtype)
+    return patches + resize_positions(table, places.grids, places.ids).to(dtype)
 
 
-def resize_positions(table: Tensor, grids: Grids) -> Tensor:
+def resize_positions(table: Tensor, grids: Grids, ids: Tensor | None = None) -> Tensor:
     """Position embeddings of every patch of a pack.
 
     The same as `F.interpolate(mode="bilinear", align_corners=False, antialias=True)` of the table to each (h, w),
@@ -56,29 +53,36 @@ def resize_positions(table: Tensor, grids: Grids) -> Tensor:
     Args:
         table: `[G·G, D]`, any floating dtype; differentiable.
         grids: (t, h, w) of each image.
+        ids: `[T]`, of those of all patches, in which order; None: all of them.
 
     Returns:
-        `[T, D]` float32, T = sum of t·h·w.
+        `[T, D]` float32, T = sum of t·h·w where there are no ids.
     """
     side = int(table.shape[0] ** 0.5)
     assert side * side == table.shape[0], "the position table is not square"
-    rows_plan, cols_plan, patch = _plan(side, tuple(grids))
+    rows_plan, cols_plan, patches = _plan(side, tuple(grids))
     rows = _weighted_sums(table.float().reshape(side, -1), rows_plan)
     distinct = _weighted_sums(rows.view(-1, table.shape[1]), cols_plan)
-    return distinct if patch is None else distinct[to_device(patch, table.device)]
+    order = None if patches is None else to_device(torch.from_numpy(patches), table.device)
+    if ids is not None:
+        ids = to_device(ids, table.device)
+        order = ids if order is None else order[ids]
+    return distinct if order is None else distinct[order]
 
 
 def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
-    taps, offsets, weights = (to_device(x, table.device) for x in plan)
+    taps, offsets, weights = (to_device(torch.from_numpy(x), table.device) for x in plan)
     if len(taps) == 0:
         return table[:0]
     return F.embedding_bag(taps, table, offsets, mode="sum", per_sample_weights=weights)
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _plan(side: int, grids: Grids) -> tuple[Plan, Plan, Tensor | None]:
-    """The row sums, the column sums of those rows, and the distinct patch of every patch of the pack."""
+def _plan(side: int, grids: Grids) -> tuple[Plan, Plan, np.ndarray | None]:
+    """The row sums, the column sums of those rows, and the distinct patch of every patch of the pack.
+
+    Arrays, not tensors, which the mode that they are made in (inference, fake) would stick to.
+    """
     shapes = np.array(list(dict.fromkeys((h, w) for _, h, w in grids)), dtype=np.int64).reshape(-1, 2)
     heights, row_of_height = np.unique(shapes[:, 0], return_inverse=True)
     widths, col_of_width = np.unique(shapes[:, 1], return_inverse=True)
@@ -96,9 +100,7 @@ def _plan(side: int, grids: Grids) -> tuple[Plan, Plan, Tensor | None]:
     tap = np.repeat(starts(col_counts)[col], counts) + ranges(counts)
     rows_plan = Plan(row_taps, starts(row_counts), row_weights)
     cols_plan = Plan(np.repeat(row, counts) * side + col_taps[tap], starts(counts), col_weights[tap])
-    patch = _patches_of(grids, shapes, area)
-    rows_plan, cols_plan = (Plan(*map(torch.from_numpy, plan)) for plan in (rows_plan, cols_plan))
-    return rows_plan, cols_plan, None if patch is None else torch.from_numpy(patch)
+    return rows_plan, cols_plan, _patches_of(grids, shapes, area)
 
 
 def _taps(side: int, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -48,18 +48,17 @@ class Places:
         """First row, h and w of each image `[N, 3]`, and the image of each row `[T]`, int32, copied at once."""
         if self._known is not None:
             return self._known
-        n, both = len(self.grids), to_device(_places(tuple(self.grids)), device)
+        n, both = len(self.grids), to_device(torch.from_numpy(_places(tuple(self.grids))), device)
         return both[: 3 * n], both[3 * n :]
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _places(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+def _places(grids: tuple[tuple[int, int, int], ...]) -> np.ndarray:
     t, h, w = np.array(grids, dtype=np.int64).reshape(-1, 3).T
     rows = t * h * w
     images = np.stack([starts(rows), h, w], axis=1)
     image_of_row = np.repeat(np.arange(len(grids)), rows)
-    return torch.from_numpy(np.concatenate([images.ravel(), image_of_row]).astype(np.int32))
+    return np.concatenate([images.ravel(), image_of_row]).astype(np.int32)
 
 
 def starts(counts: np.ndarray) -> np.ndarray:
