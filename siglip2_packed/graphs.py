@@ -20,11 +20,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from siglip2_packed.attention import head_dim
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.encoder import join_projections
+from siglip2_packed.layout import Layout
 from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
 from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.packing import Layout
+from siglip2_packed.overflow import watch
 
 logger = logging.getLogger("siglip2_packed")
 
@@ -90,6 +91,7 @@ class CUDAGraphs:
         graph = self._graphs.get(bucket)
         if graph is not None:
             output = graph.replay(pixel_values, layout)
+            watch(self.model, output)
             if self._weights_are_where_they_were():  # asked while the device works
                 return output
             self._graphs.clear()

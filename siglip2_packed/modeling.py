@@ -30,6 +30,7 @@ from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention, for_pack, why_missing
 from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.overflow import watch
 from siglip2_packed.packing import check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
@@ -121,7 +122,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         Returns:
             `last_hidden_state [T, D]` (after post_layernorm), `pooler_output [N, D]` and `hidden_states`, in the
             weights' dtype (under autocast, as transformers'). Without a pooling head, `pooler_output` raises
-            `NoPoolingHead`.
+            `NoPoolingHead`. Of half precisions take bfloat16: float16 ends at 65,504, and features beyond it are not
+            finite, which is logged once.
 
         Raises:
             ValueError: patches and grid that do not fit each other or the model, integer pixels, an attention backend
@@ -143,6 +145,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             Segments(layout.image_lengths, device) if hasattr(self, "head") else None,
             output_hidden_states,
         )
+        watch(self, output)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -333,7 +336,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     def _attention(self, segments: Segments) -> VarlenAttention:
         """What runs for these segments: the backend of `attn_implementation`, checked, in the dtype of the weights."""
         device, dtype = segments.device.type, self.embeddings.compute_dtype
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         heads, requested = self.config.num_attention_heads, self.config._attn_implementation
         return for_pack(segments, requested, dtype, heads, head_dim(self.config), torch.is_grad_enabled())

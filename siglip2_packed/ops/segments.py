@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,6 +20,9 @@ class Segments:
         max_seqlen: the longest, host integer.
         cu_seqlens: `[S+1]` int32 offsets on `device`.
     """
+
+    _groups: list[tuple[int, int]] | None = None
+    _by_length: tuple[Tensor, Tensor] | None = None
 
     @torch.compiler.disable
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
@@ -42,23 +44,27 @@ class Segments:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Segments:
         return self if torch.device(device) == self.device else Segments(self.lengths, device)
 
-    @cached_property
+    @property
     def groups(self) -> list[tuple[int, int]]:
         """`(count, length)` of the segments of each length, shortest first."""
-        return [(count, length) for length, count in sorted(Counter(self.lengths).items())]
+        if self._groups is None:
+            self._groups = [(count, length) for length, count in sorted(Counter(self.lengths).items())]
+        return self._groups
 
-    @cached_property
+    @property
     def by_length(self) -> tuple[Tensor, Tensor] | None:
         """Row indices `[T]` that sort the segments by length, and those that undo it; None if they are sorted."""
-        if self.lengths == sorted(self.lengths):
-            return None
-        lengths = torch.tensor(self.lengths, device="cpu")
-        order = torch.argsort(lengths, stable=True)
-        starts, sorted_lengths = lengths.cumsum(0) - lengths, lengths[order]
-        sorted_starts = sorted_lengths.cumsum(0) - sorted_lengths
-        shifts = (starts[order] - sorted_starts).repeat_interleave(sorted_lengths)
-        rows = torch.arange(sum(self.lengths), device="cpu") + shifts
-        return to_device(rows, self.device), to_device(torch.argsort(rows), self.device)
+        if self._by_length is None and self.lengths != sorted(self.lengths):
+            lengths = np.array(self.lengths)
+            order = np.argsort(lengths, kind="stable")
+            starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
+            sorted_starts = np.cumsum(sorted_lengths) - sorted_lengths
+            rows = np.arange(lengths.sum()) + np.repeat(starts[order] - sorted_starts, sorted_lengths)
+            undo = np.empty_like(rows)
+            undo[rows] = np.arange(len(rows))
+            rows, undo = (to_device(torch.from_numpy(x), self.device) for x in (rows, undo))
+            self._by_length = rows, undo
+        return self._by_length
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:

@@ -56,7 +56,7 @@ def refusal(
     """Why this backend may not be used for a pack: it cannot run, or was found wrong. None if it may."""
     device = segments.cu_seqlens.device
     reason = why_not(backend, device, dtype, K)
-    if reason is not None or backend == "eager" or not T:
+    if reason is not None or backend == "eager" or not T or device.type == "meta":  # where nothing is computed
         return reason
     if BACKENDS[backend].run is None:
         try:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from siglip2_packed.ops.runtime.tracing import transformed
 from siglip2_packed.ops.segments import Segments
 
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -23,7 +24,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """torch's scaled_dot_product_attention, one call for all segments of a length; no mask, no padding.
 
     On CUDA without cuDNN where gradients are wanted: torch 2.11's are wrong, without a word, where the gradient of the
-    output has another layout than the output.
+    output has another layout than the output. Under torch.func by its own formula, the one that has all derivatives.
     """
     if segments.by_length is not None:
         rows = segments.by_length[0]
@@ -33,7 +34,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     outputs = []
     for (count, length), *qkv in zip(segments.groups, *(x.split(sizes) for x in (q, k, v))):
         q_g, k_g, v_g = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        with sdpa_kernel(NOT_CUDNN) if differentiated else contextlib.nullcontext():
+        allowed = SDPBackend.MATH if transformed() else NOT_CUDNN if differentiated else None
+        with sdpa_kernel(allowed) if allowed else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q_g, k_g, v_g, is_causal=False)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

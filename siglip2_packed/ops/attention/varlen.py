@@ -13,7 +13,7 @@ from siglip2_packed.ops.attention.backends import ATTN_IMPLEMENTATIONS, BACKENDS
 from siglip2_packed.ops.attention.kernels import Kernels
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Refused
-from siglip2_packed.ops.runtime.tracing import traced
+from siglip2_packed.ops.runtime.tracing import traced, transformed
 from siglip2_packed.ops.segments import Segments
 
 
@@ -43,6 +43,8 @@ class VarlenAttention:
         """`[T, H, K]`, last dimensions contiguous. An empty pack's result is still attached to q, k and v."""
         if q.shape[0] == 0:
             return q + k + v
+        if self.otherwise and transformed():  # kernels have one derivative, and rules for one transform
+            return BACKENDS[self.otherwise].run(q, k, v, self.segments)  # type: ignore[misc]
         if not self.written_out:
             return BACKENDS[self.backend].run(q, k, v, self.segments)  # type: ignore[misc]
         try:

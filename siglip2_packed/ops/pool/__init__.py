@@ -10,6 +10,7 @@ from torch import Tensor
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Results, random
 from siglip2_packed.ops.runtime.choice import Function
+from siglip2_packed.ops.runtime.tracing import transformed
 from siglip2_packed.ops.segments import Segments
 
 MODULES = {"eager": "siglip2_packed.ops.pool.eager", "triton": "siglip2_packed.ops.pool.triton"}
@@ -39,5 +40,7 @@ ATTENTION_POOL = Function("pool.attention_pool", MODULES, _pooled, _cases)
 def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
     """q `[H, K]`, k and v `[T, H, K]` -> `[N, H, K]`; see `pool.eager`."""
     H, K = q.shape
+    if transformed():
+        return ATTENTION_POOL.of("eager")(q, k, v, images)  # type: ignore[no-any-return]
     order, gradients = choice.pool(choice.card(k.device), k.dtype, K), torch.is_grad_enabled()
     return choice.take(ATTENTION_POOL, order, k.device, k.dtype, H, K, gradients)(q, k, v, images)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from siglip2_packed.ops.runtime.tracing import transformed
 from siglip2_packed.ops.segments import Segments
 
 
@@ -23,6 +24,11 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
         `[N, H, K]` in v's dtype.
     """
     precision = torch.promote_types(v.dtype, torch.float32)
+    if transformed():  # torch.func has no rules for segment_reduce
+        each = zip(k.to(precision).split(images.lengths), v.to(precision).split(images.lengths))
+        query = q.to(precision) * q.shape[-1] ** -0.5
+        pooled = [torch.einsum("th,thk->hk", torch.einsum("hk,thk->th", query, x).softmax(0), y) for x, y in each]
+        return torch.stack(pooled).to(v.dtype)
     lengths = images.cu_seqlens.diff()
     scores = torch.einsum("hk,thk->th", q.to(precision) * q.shape[-1] ** -0.5, k.to(precision))
     with torch.no_grad():

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip2_packed.ops.positions.places import Grids, Places, ranges, starts
+from siglip2_packed.ops.runtime.tracing import transformed
 from siglip2_packed.ops.runtime.transfer import to_device
 
 
@@ -74,7 +75,11 @@ def _weighted_sums(table: Tensor, plan: Plan) -> Tensor:
     taps, offsets, weights = (to_device(torch.from_numpy(x), table.device) for x in plan)
     if len(taps) == 0:
         return table[:0]
-    return F.embedding_bag(taps, table, offsets, mode="sum", per_sample_weights=weights)
+    if not transformed():
+        return F.embedding_bag(taps, table, offsets, mode="sum", per_sample_weights=weights)
+    counts = np.diff(plan.offsets, append=len(plan.taps))  # the same, by operators that torch.func has rules for
+    output = to_device(torch.from_numpy(np.repeat(np.arange(len(counts)), counts)), table.device)
+    return table.new_zeros(len(counts), table.shape[1]).index_add(0, output, table[taps] * weights[:, None])
 
 
 @lru_cache(maxsize=8)

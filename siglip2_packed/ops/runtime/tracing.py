@@ -12,11 +12,12 @@ BATCHED = [
 
 def traced() -> bool:
     """Whether somebody follows calls to operators: torch.compile, a dispatch mode, a function transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms calls (grad, jvp, vmap): not every operator has rules for all of them."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def batched(x: Tensor) -> bool:
