@@ -19,6 +19,10 @@ Grid = tuple[int, int, int]
 TEMPORAL = ("frames", "joint")
 MOST_PLACES = 2**24
 """So many patches position_ids may choose among: a place is looked up for each."""
+JOINED = (
+    "packs were joined key by key, by a pipeline's batch_size or a collate function that is not ours. Pack them: give "
+    "the processor all images at once, or join packs with siglip2_packed.data.collate; a pipeline works with batch_size=1"
+)
 
 
 class Layout(NamedTuple):
@@ -99,6 +103,8 @@ def make_layout(
     else:
         lengths = [h * w for t, h, w in grids for _ in range(t)]
 
+    if isinstance(max_seqlen, (list, tuple)):
+        raise ValueError(f"max_seqlen is {max_seqlen}: {JOINED}")
     longest = max(lengths, default=0)
     if max_seqlen is not None and integer(max_seqlen, "max_seqlen") < longest:
         raise ValueError(f"max_seqlen is {max_seqlen}, the longest segment has {longest} rows")
@@ -110,11 +116,7 @@ def _segment_lengths(offsets: np.ndarray, covered: int) -> list[int]:
         raise ValueError(f"cu_seqlens must be [S+1] offsets that begin with 0, got shape {list(offsets.shape)}")
     begins = int((offsets == 0).sum())
     if begins > 1 and (np.diff(offsets) < 0).any():
-        raise ValueError(
-            f"cu_seqlens begins {begins} times at 0: {begins} packs were joined key by key, by a pipeline's batch_size "
-            "or a collate function that is not ours. Pack them: give the processor all images at once, or join packs "
-            "with siglip2_packed.data.collate; a pipeline works with batch_size=1"
-        )
+        raise ValueError(f"cu_seqlens begins {begins} times at 0: {JOINED}")
     if offsets[-1] != covered:
         raise ValueError(f"cu_seqlens ends at {offsets[-1]}, grid_thw covers {covered} patches")
     lengths = np.diff(offsets)
@@ -151,7 +153,10 @@ def integers(values: Any, name: str) -> Tensor:
 def _integers(values: Any, name: str) -> Tensor | np.ndarray:
     """int64 of `values`, as a tensor if they are tensors; strides and byte order are no matter."""
     if isinstance(values, (list, tuple)) and values and all(isinstance(row, Tensor) for row in values):
-        values = torch.stack(list(values)) if len({row.shape for row in values}) == 1 else [row.shape for row in values]
+        shapes = [list(row.shape) for row in values]
+        if shapes != shapes[:1] * len(shapes):
+            raise ValueError(f"{name} must hold integers, got rows of shapes {shapes}"[:120])
+        values = torch.stack(list(values))
     if isinstance(values, Tensor):
         integral = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
         if values.numel() and not integral:

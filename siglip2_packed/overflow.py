@@ -47,7 +47,7 @@ def watch(model: nn.Module, output: Mapping[str, Any]) -> None:
         return
     if sent is not None:
         _look(model, sent.total)
-    total = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True) if sent is None else sent.total
+    total = torch.empty((), dtype=torch.float32, device="cpu", pin_memory=True)
     with torch.cuda.device(device):
         total.copy_(_total(features), non_blocking=True)
         done = torch.cuda.Event()
