@@ -21,7 +21,7 @@ MOST_PLACES = 2**24
 """So many patches position_ids may choose among: a place is looked up for each."""
 JOINED = (
     "packs were joined key by key, by a pipeline's batch_size or a collate function that is not ours. Pack them: give "
-    "the processor all images at once, or join packs with siglip2_packed.data.collate; a pipeline works with batch_size=1"
+    "the processor all images at once, or join packs with siglip2_packed.data.collate; pipelines take batch_size=1"
 )
 
 

@@ -216,6 +216,97 @@ def test_flash_attention_4_gets_the_true_scale_when_head_dim_is_padded(monkeypat
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-5)
 
 
+FLASH = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
+
+
+@pytest.fixture
+def flash(fresh, monkeypatch):
+    """`flash(backend, named=True)` -> the arguments of every call of that FlashAttention, whose stand-in runs anywhere.
+
+    named: whether its signature has `deterministic`; None: it takes any keyword.
+    """
+
+    def plant(backend, named=True):
+        calls = []
+
+        def attend(q, k, v, cu_seqlens_q, softmax_scale, **kwargs):
+            calls.append(kwargs)
+            return kernels_ref.attention(q, k, v, cu_seqlens_q, softmax_scale=softmax_scale)
+
+        def with_it(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                    deterministic=False):  # fmt: skip
+            return attend(q, k, v, cu_seqlens_q, softmax_scale, deterministic=deterministic)
+
+        def without(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+            return attend(q, k, v, cu_seqlens_q, softmax_scale)
+
+        for name in {"flash_attn", FLASH[backend]}:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        function = attend if named is None else with_it if named else without
+        sys.modules[FLASH[backend]].flash_attn_varlen_func = function
+        monkeypatch.delitem(choice.NEEDS, backend)
+        fresh(attention=[backend, "sdpa"])
+        return calls
+
+    yield plant
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", FLASH)
+@pytest.mark.parametrize("named", [True, None])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_flash_attention_is_asked_for_a_deterministic_backward(flash, backend, named, warn_only):
+    calls, qkv = flash(backend, named), random_qkv(41, 2, 72, device=CPU).requires_grad_()
+
+    def deterministic():
+        calls.clear()
+        pack(backend, gradients=True).qkvpacked(qkv)
+        return {call.get("deterministic", False) for call in calls}
+
+    assert deterministic() == {False}
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    assert deterministic() == {True}
+    assert pack("auto", gradients=True).backend == backend
+    torch.use_deterministic_algorithms(False)
+    assert deterministic() == {False}
+
+
+@pytest.mark.parametrize("backend", FLASH)
+def test_another_runs_where_a_version_of_it_has_none(flash, backend, caplog):
+    """By name it is refused; where torch is to warn only, it runs, and it is said."""
+    flash(backend, named=False)
+    assert pack("auto", gradients=True).backend == pack(backend, gradients=True).backend == backend
+    torch.use_deterministic_algorithms(True)
+    assert pack("auto", gradients=True).backend == "sdpa"
+    assert pack("auto").backend == backend  # its forward is
+    with pytest.raises(ValueError, match=f"{backend}' cannot be used: .*no deterministic backward"):
+        pack(backend, gradients=True)
+    assert not warnings(caplog)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert pack("auto", gradients=True).backend == pack(backend, gradients=True).backend == backend
+    assert warnings(caplog) == [f"attention ({backend}): this version of it has no deterministic backward"]
+
+
+def test_what_fails_in_deterministic_mode_is_refused_there_only(fresh, stand_in):
+    def run(q, k, v, segments):
+        if torch.are_deterministic_algorithms_enabled() and q.requires_grad:
+            raise RuntimeError("does not have a deterministic implementation")
+        return outside.sdpa(q, k, v, segments)
+
+    stand_in(run)
+    fresh(attention=[STAND_IN, "sdpa"])
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert pack("auto", gradients=True).backend == "sdpa"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert pack("auto", gradients=True).backend == STAND_IN
+
+
 # Backends are checked
 
 

@@ -1,4 +1,4 @@
-"""What comes out, and where metadata lies, does not depend on what the caller has set around a call, the first least."""
+"""What comes out, and where metadata lies, does not depend on what the caller has set around a call."""
 
 import contextlib
 from types import SimpleNamespace
@@ -103,7 +103,7 @@ def test_host_metadata_is_the_hosts(checkpoint, name, fresh):
             },
         ]  # fmt: skip
         assert tower([], np.zeros((0, 3), dtype=np.int64)) == []
-        return [{key: x for key, x in some.items()} for some in made]
+        return [dict(some.items()) for some in made]
 
     with SURROUNDINGS[name]():
         found = everything()

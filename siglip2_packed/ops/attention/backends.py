@@ -5,6 +5,8 @@ Shapes: T rows, S segments, H heads, K head_dim.
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -55,7 +57,7 @@ def refusal(
 ) -> str | None:
     """Why this backend may not be used for a pack: it cannot run, or was found wrong. None if it may."""
     device = segments.cu_seqlens.device
-    reason = why_not(backend, device, dtype, K)
+    reason = why_not(backend, device, dtype, K) or (_undetermined(backend) if gradients else None)
     if reason is not None or backend == "eager" or not T or device.type == "meta":  # where nothing is computed
         return reason
     if BACKENDS[backend].run is None:
@@ -70,6 +72,19 @@ def refusal(
     return None if verdict.right else f"failed its self-check: {verdict}"
 
 
+def _undetermined(backend: str) -> str | None:
+    """Why this backend's gradients are not what `torch.use_deterministic_algorithms` asks for; None if they are."""
+    _, module, name = BACKENDS[backend]
+    asked = torch.are_deterministic_algorithms_enabled() and name == "flash_attn_varlen_func"
+    if not asked or outside.deterministic(getattr(importlib.import_module(module), name)):
+        return None
+    reason = "this version of it has no deterministic backward"
+    if torch.is_deterministic_algorithms_warn_only_enabled():
+        choice.say_once(f"attention ({backend}): {reason}", logging.WARNING)
+        return None
+    return f"{reason}, as torch.use_deterministic_algorithms(True) wants it"
+
+
 def verdict_on(backend: str, device: torch.device, dtype: torch.dtype, K: int, gradients: bool) -> Verdict | None:
     """What the check of a backend that is not our own says, of its forward or of forward and backward."""
     run = BACKENDS[backend].run
@@ -77,7 +92,7 @@ def verdict_on(backend: str, device: torch.device, dtype: torch.dtype, K: int, g
     results = _with_gradients if gradients else _without_gradients
     return check(
         f"attention ({backend}) at head_dim {K}",
-        (device, dtype, gradients),
+        (device, dtype, gradients, torch.get_deterministic_debug_mode()),
         partial(results, run),
         partial(results, eager.attention),
         lambda: _cases(device, dtype, K),

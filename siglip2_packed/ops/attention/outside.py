@@ -80,6 +80,12 @@ def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
     return _flash(flash_attn_varlen_func, q, k, v, segments, scale=head_dim**-0.5)[..., :head_dim]
 
 
+def deterministic(function: Callable) -> bool:
+    """Whether a function of FlashAttention can be asked for a backward that gives the same bits each time."""
+    parameters = inspect.signature(function).parameters
+    return "deterministic" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+
+
 def _flash(
     function: Callable, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None = None
 ) -> Tensor:
@@ -93,5 +99,6 @@ def _flash(
         max_seqlen_k=segments.max_seqlen,
         softmax_scale=q.shape[-1] ** -0.5 if scale is None else scale,
         causal=False,
+        **({"deterministic": True} if torch.are_deterministic_algorithms_enabled() and deterministic(function) else {}),
     )
     return out[0] if isinstance(out, tuple) else out
