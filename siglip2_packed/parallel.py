@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from siglip2_packed.batch_sampler import whole
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 
 TENSOR_PARALLEL = {
@@ -84,8 +85,19 @@ def mean_over_ranks(total: Tensor, count: int, group: dist.ProcessGroup | None =
         group: the ranks that gradients are averaged over; all, when left out.
 
     Returns:
-        `[]` total · ranks / (count of all ranks). Averaged over ranks, it is the loss to log.
+        `[]` total · ranks / (count of all ranks). Averaged over ranks, it is the loss to log. Without a process group
+        it is total / count.
+
+    Raises:
+        ValueError: `total` is no scalar, `count` no number of terms.
     """
+    if total.ndim or not total.is_floating_point():
+        raise ValueError(
+            f"total must be the sum of the terms, a floating scalar, got {total.dtype} {list(total.shape)}"
+        )
+    count = whole("count", count, 0)
+    if not dist.is_initialized():
+        return total / max(count, 1)
     counts = torch.full((), count, dtype=torch.int64, device=total.device)  # no copy to the device, which would wait
     dist.all_reduce(counts, group=group)
     return total * (dist.get_world_size(group) / counts.clamp(min=1))

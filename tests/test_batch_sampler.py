@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from siglip2_packed import batch_sampler
 from siglip2_packed.data import SO400M_COST, PatchBudgetBatchSampler, collate, fill_packs
 from siglip2_packed.workloads import grids
 
@@ -97,6 +98,42 @@ def test_an_epoch_follows_from_seed_and_epoch():
     assert list(first) == list(again)
     first.set_epoch(0)
     assert list(first) == epoch0
+
+
+@pytest.mark.parametrize(
+    ("world", "drop_last", "high"), [(1, False, 100), (2, False, 100), (3, True, 121), (8, True, 60)]
+)
+def test_every_epoch_has_as_many_batches_and_every_image(world, drop_last, high):
+    """Orders of these images come to different numbers of packs: an engine that counts steps would lose some."""
+    lengths = np.random.default_rng(1).integers(min(high // 2, 30), high, 200)
+    ranks = samplers(lengths, 120, world, drop_last=drop_last)
+    packs, orders = set(), set()
+    for epoch in range(20):
+        for sampler in ranks:
+            sampler.set_epoch(epoch)
+        batches = [list(sampler) for sampler in ranks]
+        packs |= {len(of_rank) for of_rank in batches}
+        orders.add(str(batches))
+        seen = Counter(i for of_rank in batches for pack in of_rank for i in pack)
+        assert max(seen.values()) == 1 and len(seen) > len(lengths) - (world if drop_last else 1)
+        assert all(pack and lengths[pack].sum() <= 120 for of_rank in batches for pack in of_rank)
+    assert len(packs) == 1
+    assert len(orders) == 20
+
+
+def test_an_epoch_that_fits_in_no_order_takes_the_packs_of_the_first(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 100, 300)
+    sampler = PatchBudgetBatchSampler(lengths, 120)
+    first = list(sampler)
+    monkeypatch.setattr(batch_sampler, "ORDERS", 1)
+    epochs = []
+    for epoch in range(1, 8):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert {len(epoch) for epoch in epochs} == {len(first)}
+    again = [sorted(map(sorted, epoch)) == sorted(map(sorted, first)) for epoch in epochs]
+    assert any(again) and not all(again)
+    assert first not in epochs  # in another order of steps
 
 
 def test_ranks_need_not_talk_and_do_not_always_get_the_same_share():

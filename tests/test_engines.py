@@ -123,7 +123,7 @@ class SetEpoch(TrainerCallback):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.sampler.set_epoch(round(state.epoch))
+        self.sampler.set_epoch(int(state.epoch))
 
 
 class Images(torch.utils.data.Dataset):
