@@ -1,10 +1,19 @@
-"""SigLIP2 NaFlex on packed patches: no padding, exact positions, varlen attention."""
+"""SigLIP2 NaFlex on packed patches: no padding, exact positions, varlen attention.
 
-from siglip2_packed.llava import SigLip2NaflexImageProcessor, SigLip2NaflexVisionTower, encode_images
-from siglip2_packed.modeling import NoPoolingHead, Siglip2NaflexPacking, Siglip2PackedVisionModel
-from siglip2_packed.packing import PackedPatches, convert_to_packing_format, pack, pad, unpack
-from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+A name is loaded when it is asked for: torch and transformers take seconds, which `--version` and `--help` do not need.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
 from siglip2_packed.version import __version__
+
+if TYPE_CHECKING:
+    from siglip2_packed.llava import SigLip2NaflexImageProcessor, SigLip2NaflexVisionTower, encode_images
+    from siglip2_packed.modeling import NoPoolingHead, Siglip2NaflexPacking, Siglip2PackedVisionModel
+    from siglip2_packed.packing import PackedPatches, convert_to_packing_format, pack, pad, unpack
+    from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 __all__ = [
     "NoPoolingHead",
@@ -21,3 +30,25 @@ __all__ = [
     "pad",
     "unpack",
 ]
+
+_HOME = {
+    "llava": ("SigLip2NaflexImageProcessor", "SigLip2NaflexVisionTower", "encode_images"),
+    "modeling": ("NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel"),
+    "packing": ("PackedPatches", "convert_to_packing_format", "pack", "pad", "unpack"),
+    "preprocess": ("Siglip2PackedImageProcessor",),
+}
+
+if not TYPE_CHECKING:  # a type checker that saw these would let every misspelt name pass
+
+    def __getattr__(name: str):
+        """A public name, or a module of the package (`siglip2_packed.data` after `import siglip2_packed`)."""
+        for module, names in _HOME.items():
+            if name in names:
+                value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+                return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

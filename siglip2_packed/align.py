@@ -18,7 +18,7 @@ import torch
 
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
-from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
+from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
 from siglip2_packed.inspection.references import (
     MISPLACED,
@@ -50,18 +50,6 @@ def photographs() -> list[Path]:
     except ImportError as error:
         raise ImportError("--use-real-images needs scikit-image: pip install 'siglip2-packed[demo]'") from error
     return [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add_model_flags(parser, dtype="dtype of our model")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="random images of one size (2)")
-    parser.add_argument("--image-size", type=image_size, default="224", metavar="SIZE", help="224 or 208x304 (224)")
-    parser.add_argument("--threshold", type=float, default=0.99, help="smallest cosine of any token (0.99)")
-    parser.add_argument("--use-real-images", action="store_true", help="photographs that come with scikit-image")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random images (0)")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to this file")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,11 +151,3 @@ def print_stages(case: Case, compared: Sequence[Comparison], backend: str) -> No
 def _by_reference(compared: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:
     for against, stages in itertools.groupby(compared, key=lambda one: one.reference):
         yield against, list(stages)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """`224` or `208x304` (height x width) -> (height, width)."""
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise ValueError(text)
-    return sides[0], sides[-1]

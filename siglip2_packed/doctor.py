@@ -11,25 +11,11 @@ import torch
 
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.measure import cpu_name
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
 from siglip2_packed.ops.survey import Finding, Plan, Shape, findings, plan
 from siglip2_packed.version import __version__
 
 SHAPES = {"base": Shape(768, 3072, 12, 16), "so400m": Shape(1152, 4304, 16, 16)}
-PATCHES = (256, 1024, 4096)
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "safetensors", "numpy")
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--device", help="device to check (cuda if there is one, else cpu)")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes to check (all)")
-    add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="sizes of the model (base so400m)")
-    add("--patches", nargs="+", type=int, default=PATCHES, metavar="T", help="packs to plan (256 1024 4096)")
-    add("--image-patches", type=int, default=256, metavar="N", help="of which an image has at most so many (256)")
-    add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
-    add("--json", metavar="FILE", help="also write everything to this file")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,18 +1,62 @@
-"""What commands have in common: the flags that choose and place a model, and JSON reports."""
+"""The flags of the commands, and what commands have in common: dtypes, devices, JSON reports.
+
+A command's module is imported when the command runs, not to print its help: nothing here imports torch before it is
+asked for something of torch's.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from siglip2_packed.workloads import DEFAULT_PROVIDERS, PROVIDERS, SHAPES, WORKLOADS
 
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS
+if TYPE_CHECKING:
+    import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTN_IMPLEMENTATIONS = (
+    "auto",
+    "eager",
+    "sdpa",
+    "triton",
+    "torch_varlen",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
+"""Those of `ops.attention`, which imports torch."""
+DOCTOR_SHAPES = ("base", "so400m")
+
+
+class _Dtypes(Mapping[str, "torch.dtype"]):
+    names = ("float32", "bfloat16", "float16")
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        import torch
+
+        if name not in self.names:
+            raise KeyError(name)
+        return getattr(torch, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+DTYPES = _Dtypes()
+"""torch's, by name."""
+
+
+def later(module: str) -> Callable[[argparse.Namespace], int]:
+    """`run` of a module that is not imported yet."""
+    return lambda args: importlib.import_module(f"siglip2_packed.{module}").run(args)
 
 
 def add_model_flags(
@@ -34,8 +78,99 @@ def add_model_flags(
     parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
 
 
+def align(parser: argparse.ArgumentParser) -> None:
+    add_model_flags(parser, dtype="dtype of our model")
+    add = parser.add_argument
+    add("--batch-size", type=int, default=2, metavar="N", help="random images of one size (2)")
+    add("--image-size", type=image_size, default="224", metavar="SIZE", help="224 or 208x304 (224)")
+    add("--threshold", type=float, default=0.99, help="smallest cosine of any token (0.99)")
+    add("--use-real-images", action="store_true", help="photographs that come with scikit-image")
+    add("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
+    add("--seed", type=int, default=0, help="seed of the random images (0)")
+    add("--json", metavar="FILE", help="also write everything to this file")
+    parser.set_defaults(run=later("align"))
+
+
+def bench(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint to read; without it random weights of --shape")
+    add("--shape", choices=list(SHAPES), help="size of random weights (so400m; base on a CPU)")
+    add("--workloads", nargs="+", choices=list(WORKLOADS), default=["uniform256", "mixed"],
+        help=f"of {', '.join(WORKLOADS)} (uniform256 mixed)")  # fmt: skip
+    add("--images", type=int, help="images of each workload (as the workload says; on a CPU what fits 512 patches)")
+    add("--providers", nargs="+", choices=list(PROVIDERS), default=list(DEFAULT_PROVIDERS), metavar="NAME",
+        help=f"of {', '.join(PROVIDERS)} ({' '.join(DEFAULT_PROVIDERS)})")  # fmt: skip
+    add("--modes", nargs="+", choices=["forward", "train"],
+        help="inference, and forward with backward (both; forward on a CPU)")  # fmt: skip
+    add("--device", help="where to run (cuda if there is one, else cpu)")
+    add("--dtype", choices=list(DTYPES), help="bfloat16 on CUDA, else float32")
+    add("--rounds", type=int, help="rounds of at least three samples of each provider (5; 1 on a CPU)")
+    add("--out", type=Path, metavar="FILE", help="CSV to write the rows to")
+    parser.set_defaults(run=later("bench"))
+
+
+def doctor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", help="device to check (cuda if there is one, else cpu)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes to check (all)")
+    add("--shapes", nargs="+", choices=DOCTOR_SHAPES, default=DOCTOR_SHAPES, help="sizes of the model (base so400m)")
+    add("--patches", nargs="+", type=int, default=(256, 1024, 4096), metavar="T",
+        help="packs to plan (256 1024 4096)")  # fmt: skip
+    add("--image-patches", type=int, default=256, metavar="N", help="of which an image has at most so many (256)")
+    add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
+    add("--json", metavar="FILE", help="also write everything to this file")
+    parser.set_defaults(run=later("doctor"))
+
+
+def random_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="where to write it; made if it does not exist")
+    parser.add_argument("--shape", choices=list(SHAPES), default="base", help="size of the vision tower (base)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (0)")
+    parser.add_argument("--full", action="store_true", help="with text tower and tokenizer, as those on the hub")
+    parser.set_defaults(run=later("random_checkpoint"))
+
+
+def show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
+    add_model_flags(parser, dtype="dtype of the model")
+    add = parser.add_argument
+    add("--out", metavar="FILE", help="draw the panels here: .png, .pdf or .svg")
+    add("--html", metavar="FILE", help="write a page in which patches can be clicked")
+    add("--patch", type=patch, metavar="ROW,COL", help="cosines to this patch (the most attended)")
+    add("--pca", choices=["together", "image"], default="together",
+        help="principal components of all images, so that colours compare, or of each (together)")  # fmt: skip
+    add("--against", metavar="MODEL", help="where it differs: padded, transformers or a checkpoint")
+    parser.set_defaults(run=later("show"))
+
+
+def zero_shot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
+    parser.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what might be in the images")
+    add_model_flags(parser, ckpt="full checkpoint, with text tower and tokenizer: folder or hub id")
+    parser.add_argument("--template", default="This is a photo of {}.",
+                        help="text of a label ('This is a photo of {}.'; '{}' for itself)")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    parser.set_defaults(run=later("zero_shot"))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`224` or `208x304` (height x width) -> (height, width)."""
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError(text)
+    return sides[0], sides[-1]
+
+
+def patch(text: str) -> tuple[int, int]:
+    """`3,5` -> (3, 5), row and column."""
+    row, column = text.split(",")
+    return int(row), int(column)
+
+
 def pick_device(name: str | None) -> torch.device:
     """The device asked for, or CUDA where there is one. ValueError if it is not there."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,49 +6,105 @@ GELU visible in the features, which transformers' own initialisation (zero biase
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Siglip2Config, Siglip2Model, Siglip2VisionConfig, Siglip2VisionModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+)
 
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.workloads import SHAPES
 
-FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_patches".split()
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(zip(FIELDS, (64, 128, 3, 4, 4, 16))),
-    "tiny72": dict(zip(FIELDS, (144, 208, 2, 2, 4, 16))),
-    "base": dict(zip(FIELDS, (768, 3072, 12, 12, 16, 256))),
-    "so400m": dict(zip(FIELDS, (1152, 4304, 27, 16, 16, 256))),
-}
+TEXT_LENGTH = 64
+"""Positions of the text tower, as SigLIP2's."""
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+SENTENCES = (
+    "this is a photo of a cat.",
+    "this is a photo of a dog.",
+    "this is a photo of a cup of coffee.",
+    "this is a photo of an astronaut.",
+    "this is a photo of a receipt.",
+    "a picture of two people on the moon, in a city, by the sea",
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = save_random_checkpoint(args.folder, args.shape, seed=args.seed, full=args.full)
+    print(f"wrote {folder}: {args.shape}, seed {args.seed}, random weights")
+    return 0
 
 
 def save_random_checkpoint(
     folder: str | os.PathLike, shape: str = "base", *, seed: int = 0, full: bool = False
 ) -> Path:
-    """Writes config.json, preprocessor_config.json and model.safetensors.
+    """Writes config.json, preprocessor_config.json and model.safetensors, readable by whom the umask lets read.
 
     Args:
         folder: made if it does not exist.
         shape: a key of `SHAPES`.
-        full: a `Siglip2Model` with a small text tower, as the hub checkpoints are; else the vision model alone.
+        full: a `Siglip2Model` with a small text tower and a toy tokenizer, as the hub checkpoints are; else the vision
+            model alone.
     """
+    folder = Path(folder)
     config = Siglip2VisionConfig(**SHAPES[shape])
     generator = torch.Generator().manual_seed(seed)
+    tokenizer = toy_tokenizer() if full else None
     with torch.device("meta"):  # transformers' own initialisation would take longer than all the rest
-        if full:
-            text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-            text |= dict(projection_size=config.hidden_size, max_position_embeddings=8)
+        if tokenizer is not None:
+            text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+            text |= dict(projection_size=config.hidden_size, max_position_embeddings=TEXT_LENGTH)
+            text |= dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2)
             model: PreTrainedModel = Siglip2Model(Siglip2Config(text_config=text, vision_config=config.to_dict()))
         else:
             model = Siglip2VisionModel(config)
     model.to_empty(device="cpu")
     randomize(model, generator)
     model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors writes files for their owner alone
+        shutil.copymode(folder / "config.json", file)
     shape_kwargs = {"patch_size": SHAPES[shape]["patch_size"], "max_num_patches": SHAPES[shape]["num_patches"]}
     Siglip2PackedImageProcessor(**shape_kwargs).save_pretrained(folder)
-    return Path(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """SigLIP2's (Gemma's) in small: words of a few sentences, bytes for all else, <eos> behind, padded to the right."""
+    learned = _tokenizer(models.BPE())
+    learned.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=128, show_progress=False))
+    words = json.loads(learned.to_str())["model"]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(words["vocab"], key=words["vocab"].get)]
+    vocab, merges = {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in words["merges"]]
+    tokenizer = _tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name.strip('<>')}_token": name for name in SPECIAL},
+        padding_side="right",
+        model_max_length=TEXT_LENGTH,
+        model_input_names=["input_ids"],
+    )
+
+
+def _tokenizer(model: models.Model) -> Tokenizer:
+    """Spaces as ▁, before the word they lead to."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
 
 
 @torch.no_grad()
@@ -67,4 +123,4 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(noise)
 
 
-__all__ = ["SHAPES", "randomize", "save_random_checkpoint"]
+__all__ = ["SHAPES", "randomize", "run", "save_random_checkpoint", "toy_tokenizer"]

@@ -8,28 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from siglip2_packed.collection.sources import image_files
-from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
+from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.inspection.references import full_precision
 from siglip2_packed.inspection.report import PANEL_SUFFIXES, draw_panel, require_matplotlib, write_html
 from siglip2_packed.inspection.views import View, encode, encode_padded, make_views
 
 MAX_IMAGES = 32
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
-    add_model_flags(parser, dtype="dtype of the model")
-    parser.add_argument("--out", metavar="FILE", help="draw the panels here: .png, .pdf or .svg")
-    parser.add_argument("--html", metavar="FILE", help="write a page in which patches can be clicked")
-    parser.add_argument("--patch", type=patch, metavar="ROW,COL", help="cosines to this patch (the most attended)")
-    parser.add_argument("--against", metavar="MODEL", help="where it differs: padded, transformers or a checkpoint")
-    parser.set_defaults(run=run)
-
-
-def patch(text: str) -> tuple[int, int]:
-    """`3,5` -> (3, 5), row and column."""
-    row, column = text.split(",")
-    return int(row), int(column)
 
 
 def run(args: argparse.Namespace) -> int:

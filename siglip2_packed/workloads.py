@@ -1,15 +1,19 @@
-"""The workloads every benchmark uses, so that numbers compare.
+"""What benchmarks have in common, so that numbers compare: workloads, sizes of the model, and the encoders beside it.
+
+Imports nothing heavy: a command's help lists the names.
 
 Shapes: T patches, P patch_dim, D hidden size, F MLP width, L layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from siglip2_packed.packing import Grid, make_layout
+Grid = tuple[int, int, int]
 
 WORKLOADS: dict[str, dict] = {
     "uniform256": {"images": 64, "budgets": [256], "aspect_ratio_max": 1.0},
@@ -19,6 +23,35 @@ WORKLOADS: dict[str, dict] = {
     "single256": {"images": 1, "budgets": [256], "aspect_ratio_max": 1.0},
     "video": {"images": 8, "budgets": [196], "aspect_ratio_max": 1.0, "frames": 8},
 }
+
+FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size num_patches".split()
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(zip(FIELDS, (64, 128, 3, 4, 4, 16))),
+    "tiny72": dict(zip(FIELDS, (144, 208, 2, 2, 4, 16))),
+    "base": dict(zip(FIELDS, (768, 3072, 12, 12, 16, 256))),
+    "so400m": dict(zip(FIELDS, (1152, 4304, 27, 16, 16, 256))),
+}
+"""Of the vision tower, as `Siglip2VisionConfig` takes them."""
+
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    "siglip2_packed": tuple(WORKLOADS),
+    "siglip2_packed:compile": ("mixed",),
+    "siglip2_packed:cudagraph": ("single256",),
+    "siglip2_packed:fp8": ("uniform256", "mixed"),
+    "transformers_sdpa_padded": tuple(WORKLOADS),
+    "timm_naflexvit": tuple(WORKLOADS),
+    "transformers_cosmos3_edge": tuple(WORKLOADS),
+    "seed_padded": ("uniform256", "naflex256", "mixed"),
+    "gemm_chain": tuple(WORKLOADS),
+}
+"""Encoders, and the workloads for which each says something."""
+DEFAULT_PROVIDERS = (
+    "siglip2_packed",
+    "transformers_sdpa_padded",
+    "timm_naflexvit",
+    "transformers_cosmos3_edge",
+    "gemm_chain",
+)
 
 
 def grids(name: str, *, images: int | None = None, seed: int = 0) -> list[Grid]:
@@ -35,14 +68,33 @@ def grids(name: str, *, images: int | None = None, seed: int = 0) -> list[Grid]:
     return drawn
 
 
+def fitting_grids(name: str, patches: int) -> list[Grid]:
+    """Images of the workload that fit `patches` together: one of each budget, small ones first, and again; or one."""
+    drawn, taken = grids(name), []
+    budgets = WORKLOADS[name]["budgets"]
+    kinds = [[grid for grid in drawn if _budget(grid, budgets) == budget] for budget in sorted(budgets)]
+    for grid in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*kinds))):
+        if math.prod(grid) <= patches:
+            patches -= math.prod(grid)
+            taken.append(grid)
+    return taken or [min(drawn, key=math.prod)]
+
+
+def _budget(grid: Grid, budgets: Sequence[int]) -> int:
+    return min(budget for budget in budgets if grid[1] * grid[2] <= budget)
+
+
 def forward_flops(config, grid_thw: Sequence[Grid]) -> int:
     """L·(2T(4D² + 2DF) + 4D·Σ len²) + 2TPD over real patches; padding never counts as work. Training: 3x."""
-    d, f, total = config.hidden_size, config.intermediate_size, sum(make_layout(grid_thw).lengths)
+    d, f, total = config.hidden_size, config.intermediate_size, sum(_lengths(grid_thw))
     linear = config.num_hidden_layers * 2 * total * (4 * d * d + 2 * d * f)
     return linear + attention_flops(config, grid_thw) + 2 * total * config.patch_size**2 * config.num_channels * d
 
 
 def attention_flops(config, grid_thw: Sequence[Grid]) -> int:
     """L·4D·Σ len², every frame a segment."""
-    lengths = make_layout(grid_thw).lengths
-    return config.num_hidden_layers * 4 * config.hidden_size * sum(length * length for length in lengths)
+    return config.num_hidden_layers * 4 * config.hidden_size * sum(length * length for length in _lengths(grid_thw))
+
+
+def _lengths(grid_thw: Sequence[Grid]) -> Iterator[int]:
+    return (h * w for t, h, w in grid_thw for _ in range(t))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.files import find_file
-from siglip2_packed.flags import DTYPES, add_model_flags, pick_device, write_json
+from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.weights import read_tensors
@@ -84,17 +84,6 @@ def load_text_tower(ckpt: str, device: torch.device, dtype: torch.dtype = torch.
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
     """`[N, D]` and `[M, D]` -> `[N, M]`, in float32."""
     return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
-    parser.add_argument("--labels", nargs="+", required=True, metavar="LABEL", help="what might be in the images")
-    add_model_flags(parser, ckpt="full checkpoint, with text tower and tokenizer: folder or hub id")
-    parser.add_argument(
-        "--template", default="a photo of {}", help="text of a label ('a photo of {}'; '{}' for itself)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,14 +5,17 @@ import importlib
 import importlib.metadata
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
-from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor
+from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor, flags, peers, workloads
+from siglip2_packed.ops import attention as ops_attention
 from siglip2_packed.ops.attention import backends, outside
 from siglip2_packed.ops.runtime.choice import Card
 from siglip2_packed.ops.survey import Shape
@@ -33,17 +36,31 @@ def test_module_and_function_are_the_same(capsys):
     assert capsys.readouterr().out.split() == result.stdout.split()
 
 
-def test_help_imports_nothing_heavy():
-    """The file alone, outside its package: what it costs beyond the package's own imports."""
+def test_version_and_help_import_nothing_heavy():
+    """In one process: the package, the version, the help of all commands, and of each but encode's."""
+    calls = [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS if name != "encode")]
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {cli.__file__!r})\n"
-        "cli = importlib.util.module_from_spec(spec); spec.loader.exec_module(cli)\n"
-        "try: cli.main(['--help'])\n"
-        "except SystemExit: print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
+        "import sys, siglip2_packed\n"
+        "from siglip2_packed import cli\n"
+        f"for call in {calls}:\n"
+        "    try: cli.main(call)\n"
+        "    except SystemExit: pass\n"
+        "    found = [name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules]\n"
+        "    assert not found, (call, found)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage:") == len(COMMANDS)
+
+
+def test_names_in_flags_are_those_of_the_modules():
+    assert flags.ATTN_IMPLEMENTATIONS == ops_attention.ATTN_IMPLEMENTATIONS
+    assert list(flags.DOCTOR_SHAPES) == list(doctor.SHAPES)
+    assert list(workloads.PROVIDERS) == list(peers.PROVIDERS)
+    assert set(workloads.DEFAULT_PROVIDERS) <= set(workloads.PROVIDERS)
+    assert {name: flags.DTYPES[name] for name in flags.DTYPES} == {
+        name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -247,6 +264,18 @@ def test_random_checkpoint(tmp_path, capsys, flags):
     assert model.config.hidden_size == (144 if "tiny72" in flags else 64)
     has_text = "text_config" in json.loads((folder / "config.json").read_text())
     assert has_text is ("--full" in flags)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_random_checkpoint_is_read_by_whom_the_umask_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        assert cli.main(["random-checkpoint", str(tmp_path / "c"), "--shape", "tiny", "--full"]) == 0
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "c").iterdir()} == {
+        file.name: 0o666 & ~umask for file in (tmp_path / "c").iterdir()
+    }
 
 
 def test_huge_pages_are_asked_for():

@@ -92,7 +92,7 @@ def test_scores_are_those_of_transformers(full, files, tmp_path, names):
     code, written = run(ckpt, files, tmp_path / "scores.json", "--labels", *LABELS)
     assert code == 0
     scores = torch.tensor([[row["score"] for row in image["scores"]] for image in written["images"]])
-    theirs = expected(ckpt, files, [f"a photo of {label}" for label in LABELS])
+    theirs = expected(ckpt, files, [f"this is a photo of {label}." for label in LABELS])
     assert scores.shape == theirs.shape == (len(SIZES), len(LABELS))
     assert theirs.std() > 0.02 and theirs.std(dim=1).min() > 1e-3  # images and labels tell apart
     assert (scores - theirs).abs().max() < 1e-4
@@ -108,9 +108,13 @@ def test_labels_are_read_in_lower_case(full, files, tmp_path):
 
 
 def test_template(full, files, tmp_path):
-    _, plain = run(full, files[:1], tmp_path / "a.json", "--labels", "a photo of cat", "--template", "{}")
+    _, plain = run(full, files[:1], tmp_path / "a.json", "--labels", "This is a photo of cat.", "--template", "{}")
     _, default = run(full, files[:1], tmp_path / "b.json", "--labels", "cat")
-    assert plain["images"][0]["scores"][0]["text"] == default["images"][0]["scores"][0]["text"] == "a photo of cat"
+    assert (
+        plain["images"][0]["scores"][0]["text"]
+        == default["images"][0]["scores"][0]["text"]
+        == "This is a photo of cat."
+    )
     assert plain["images"][0]["scores"][0]["score"] == default["images"][0]["scores"][0]["score"]
 
 
@@ -159,8 +163,29 @@ def test_vision_only_checkpoint(checkpoint, files, tmp_path, capsys):
 
 
 def test_no_tokenizer(checkpoint, files, tmp_path, capsys):
-    assert run(checkpoint("tiny", full=True), files[:1], tmp_path / "x.json", "--labels", "cat")[0] == 2
+    ckpt = shutil.copytree(checkpoint("tiny", full=True), tmp_path / "ckpt")
+    (ckpt / "tokenizer.json").unlink()
+    assert run(ckpt, files[:1], tmp_path / "x.json", "--labels", "cat")[0] == 2
     assert "no tokenizer" in capsys.readouterr().err
+
+
+def test_a_random_checkpoint_can_be_tried(checkpoint, files, tmp_path):
+    """Its toy tokenizer is transformers' to load, knows every letter, and its ids are those of the text tower."""
+    ckpt = checkpoint("tiny", full=True)
+    labels = ["cat", "dog", "Übergröße 猫 \U0001f431"]
+    code, written = run(ckpt, files[:2], tmp_path / "scores.json", "--labels", *labels)
+    assert code == 0
+    scores = torch.tensor([[row["score"] for row in image["scores"]] for image in written["images"]])
+    assert (scores - expected(ckpt, files[:2], [f"this is a photo of {x}.".lower() for x in labels])).abs().max() < 1e-4
+    assert scores.diff(dim=1).abs().min() > 1e-6
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ckpt)
+    config = transformers.Siglip2Config.from_pretrained(ckpt).text_config
+    assert config.vocab_size == len(tokenizer) and config.max_position_embeddings == tokenizer.model_max_length == 64
+    assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.decode(tokenizer("a 猫, ß")["input_ids"], skip_special_tokens=True) == "a 猫, ß"
+    ids = tokenizer("a cat", padding="max_length", max_length=64)["input_ids"]
+    assert len(ids) == 64 and ids[-1] == 0 and 3 not in ids and 1 in ids
+    assert isinstance(transformers.AutoProcessor.from_pretrained(ckpt), transformers.Siglip2Processor)
 
 
 def test_template_without_a_place(full, files, tmp_path, capsys):

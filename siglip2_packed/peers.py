@@ -1,0 +1,224 @@
+"""The encoders that `bench` holds beside each other, ours and others', each behind the same few methods.
+
+Every one gives token features of the same patches; what it computes on padding counts as time, never as work.
+
+Shapes: T patches, D hidden size, F MLP width, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Siglip2VisionModel
+
+from siglip2_packed.graphs import BUDGETS, CUDAGraphs
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.packing import PackedPatches, pad
+from siglip2_packed.workloads import FIELDS
+
+
+class Packed:
+    """Ours. `tokens` is what is timed; `rows` brings its result to `[T, D]` for the comparison."""
+
+    trains = True
+    model: Any
+
+    def __init__(self, config, state, device, dtype):
+        self.model = Siglip2PackedVisionModel(copy.deepcopy(config))
+        self.model.load_state_dict(state)
+        self.model.to(device, dtype).train()
+
+    def inputs(self, packed: PackedPatches) -> Any:
+        return dict(packed)
+
+    def tokens(self, inputs: Any) -> Tensor:
+        return self.model(**inputs).last_hidden_state
+
+    def rows(self, tokens: Tensor, packed: PackedPatches) -> Tensor:
+        return tokens
+
+
+class Compiled(Packed):
+    def __init__(self, *args):
+        super().__init__(*args)
+        for layer in self.model.encoder.layers:
+            layer.compile()
+
+
+class Graphs(Packed):
+    trains = False
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.graphs = CUDAGraphs(self.model)
+
+    def inputs(self, packed):
+        if len(packed["pixel_values"]) > BUDGETS[-1]:
+            raise ValueError(f"{len(packed['pixel_values'])} patches are beyond the largest bucket, {BUDGETS[-1]}")
+        return dict(packed)
+
+    def tokens(self, inputs):
+        return self.graphs(**inputs)["last_hidden_state"]
+
+
+class Float8(Graphs):
+    """Its kernels are done before a slow host has launched them: graphs here too, of the pack's own size."""
+
+    def __init__(self, *args):
+        from siglip2_packed.fp8 import quantize_fp8
+
+        Packed.__init__(self, *args)
+        quantize_fp8(self.model)
+
+    def inputs(self, packed):
+        self.graphs = CUDAGraphs(self.model, [len(packed["pixel_values"])])
+        return dict(packed)
+
+
+class Padded(Packed):
+    """`transformers.Siglip2VisionModel`, padded batches and a mask."""
+
+    def __init__(self, config, state, device, dtype):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "sdpa"
+        self.model = Siglip2VisionModel(config)
+        prefix = "vision_model." if hasattr(self.model, "vision_model") else ""
+        self.model.load_state_dict({prefix + key: value for key, value in state.items()})
+        self.model.to(device, dtype).train()
+
+    def inputs(self, packed):
+        device = packed["pixel_values"].device
+        frames = [(1, h, w) for t, h, w in packed["grid_thw"].tolist() for _ in range(t)]
+        padded = pad(PackedPatches(packed["pixel_values"].cpu(), frames))
+        return {key: value.to(device) for key, value in padded.items()}
+
+    def rows(self, tokens, packed):
+        lengths = [h * w for t, h, w in packed["grid_thw"].tolist() for _ in range(t)]
+        return torch.cat([image[:length] for image, length in zip(tokens, lengths)])
+
+
+class Timm(Padded):
+    """timm's NaFlexVit, padded batches and a mask."""
+
+    def __init__(self, config, state, device, dtype):
+        try:
+            timm = importlib.import_module("timm")
+        except ImportError as error:
+            raise ImportError(f"timm cannot be imported ({error}): pip install 'siglip2-packed[timm]'") from error
+        name = {1152: "so400m", 768: "base"}.get(config.hidden_size)
+        if name is None:
+            raise ValueError(f"timm has no NaFlexVit of hidden size {config.hidden_size}")
+        self.model = timm.create_model(f"naflexvit_{name}_patch16_siglip", num_classes=0, global_pool="")
+        self.model.load_state_dict(_timm_state(state, config))
+        self.model.to(device, dtype).train()
+
+    def inputs(self, packed):
+        padded = super().inputs(packed)
+        shapes, longest = padded["spatial_shapes"].cpu(), padded["pixel_values"].shape[1]
+        coordinates = torch.zeros(len(shapes), longest, 2, dtype=torch.long)
+        for i, (h, w) in enumerate(shapes.tolist()):
+            coordinates[i, : h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2)
+        device = padded["pixel_values"].device
+        return {
+            "patches": padded["pixel_values"],
+            "patch_coord": coordinates.to(device),
+            "patch_valid": padded["pixel_attention_mask"].bool(),
+        }
+
+    def tokens(self, inputs):
+        return self.model.forward_features(**inputs)["patches"]
+
+
+class Cosmos3Edge(Packed):
+    """transformers' own packed SigLIP2, the vision tower of Cosmos3 Edge."""
+
+    def __init__(self, config, state, device, dtype):
+        module = importlib.import_module("transformers.models.cosmos3_edge.modeling_cosmos3_edge")
+        fields = {name: getattr(config, name) for name in (*FIELDS, "layer_norm_eps", "hidden_act")}
+        settings = module.Cosmos3EdgeVisionConfig(**fields, spatial_merge_size=1)
+        settings._attn_implementation = "sdpa"
+        self.model = module.Cosmos3EdgeVisionModel(settings)
+        self.model.load_state_dict(state)
+        self.model.to(device, dtype).train()
+
+    def inputs(self, packed):
+        pixel_values = packed["pixel_values"]
+        return {"pixel_values": pixel_values, "grid_thw": packed["grid_thw"].to(pixel_values.device)}
+
+
+class SeedPadded(Padded):
+    """The seed's way, padded inside a packed API: `kernels_ref`, whose attention and norms run in float32."""
+
+    trains = False
+
+    def __init__(self, config, state, device, dtype):
+        self.model = torch.nn.ParameterList(state.values()).to(device, dtype)
+        self.state = dict(zip(state, self.model))
+        self.config = config
+
+    def tokens(self, inputs):
+        from kernels_ref.encoder import padded_encoder
+
+        return padded_encoder(self.state, self.config, **inputs).last_hidden_state
+
+
+class GemmChain(Packed):
+    """The four linear layers of every layer, nothing else: what any encoder built on these products takes."""
+
+    trains = False
+
+    def __init__(self, config, state, device, dtype):
+        self.layers, d, f = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        shapes = [(3 * d, d), (d, d), (f, d), (d, f)]
+        self.model = torch.nn.ModuleList(torch.nn.Linear(k, n) for n, k in shapes).to(device, dtype)
+
+    def inputs(self, packed):
+        weight = self.model[0].weight
+        return [torch.randn(len(packed["pixel_values"]), x.in_features).to(weight) for x in self.model]
+
+    def tokens(self, inputs):
+        for _ in range(self.layers):
+            for linear, x in zip(self.model, inputs):
+                out = F.linear(x, linear.weight, linear.bias)
+        return out
+
+
+PROVIDERS: dict[str, type[Packed]] = {
+    "siglip2_packed": Packed,
+    "siglip2_packed:compile": Compiled,
+    "siglip2_packed:cudagraph": Graphs,
+    "siglip2_packed:fp8": Float8,
+    "transformers_sdpa_padded": Padded,
+    "timm_naflexvit": Timm,
+    "transformers_cosmos3_edge": Cosmos3Edge,
+    "seed_padded": SeedPadded,
+    "gemm_chain": GemmChain,
+}
+"""By the names of `workloads.PROVIDERS`."""
+
+
+def _timm_state(state: dict[str, Tensor], config) -> dict[str, Tensor]:
+    side = int(config.num_patches**0.5)
+    out = {
+        "embeds.proj.weight": state["embeddings.patch_embedding.weight"],
+        "embeds.proj.bias": state["embeddings.patch_embedding.bias"],
+        "embeds.pos_embed": state["embeddings.position_embedding.weight"].view(1, side, side, -1),
+        "norm.weight": state["post_layernorm.weight"],
+        "norm.bias": state["post_layernorm.bias"],
+    }
+    names = {"layer_norm1": "norm1", "self_attn.out_proj": "attn.proj", "layer_norm2": "norm2"}
+    names |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for i in range(config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            layer = f"encoder.layers.{i}."
+            for ours, theirs in names.items():
+                out[f"blocks.{i}.{theirs}.{kind}"] = state[f"{layer}{ours}.{kind}"]
+            out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
+                [state[f"{layer}self_attn.{x}_proj.{kind}"] for x in ("q", "k", "v")]
+            )
+    return out
