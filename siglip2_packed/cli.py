@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -142,18 +143,20 @@ def flushed():
     try:
         yield
     finally:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # started with it closed
+            sys.stdout.flush()
 
 
 def closed() -> bool:
     """Whether it is standard output or error that nobody reads any more; what is left in them is then let go."""
     found = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            found = True
-            silence(stream)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            asked = select.poll()
+            asked.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in asked.poll(0)):
+                found = True
+                silence(stream)
     return found
 
 
@@ -168,7 +171,8 @@ def say(line: str) -> None:
     except OSError:
         silence(sys.stderr)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:  # a full disk: said above
         silence(sys.stdout)
 
