@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,4 +105,25 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables = pytest.importorskip("readme_tables")
     assert tables.render(README) == README
+    sys.modules.pop("readme_tables")
+
+
+def test_the_legend_of_the_encoders_plot_covers_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables, figures = pytest.importorskip("readme_tables"), pytest.importorskip("matplotlib.figure")
+    path = tables.RESULTS / "encoder_h200.csv"
+    monkeypatch.setattr(tables, "RESULTS", SimpleNamespace(glob=lambda *_: [path]))
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    tables.plot_encoder()
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(tables.ENCODERS.values())[:5]
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    assert not any(legend.get_window_extent().overlaps(box) for box in boxes) and not boxes[0].overlaps(boxes[1])
+    for axis in figure.axes:
+        labels = [label.get_text().splitlines() for label in axis.get_xticklabels()]
+        assert ["mixed", "48 images", "64 to 1,024 patches", "up to 2:1"] in labels
+        assert ["video", "8 videos, 8 frames", "196 patches a frame", "square"] in labels
     sys.modules.pop("readme_tables")
