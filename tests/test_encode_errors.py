@@ -1,12 +1,19 @@
 """`siglip2-packed encode` over what cannot be encoded: named, at no cost to the rest; or the run says why it ends."""
 
 import os
+import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
+import pytest
+import torch
 from encode_runs import BAD, GOOD, check, run, table
 from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed import encode as command
+from siglip2_packed.collection.features import Meter
 
 
 def test_features_too_large_for_the_dtype_to_save_are_an_error(checkpoint, photos, tmp_path, monkeypatch, capsys):
@@ -73,3 +80,90 @@ def test_a_decoding_process_that_dies(checkpoint, photos, tmp_path, monkeypatch,
     monkeypatch.setattr(Siglip2PackedImageProcessor, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     assert run(checkpoint, photos, tmp_path / "out", "--decode-in", "processes", "--workers", "1") == 2
     assert "a decoding process was killed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ([], 0),
+        (["--max-errors", "4"], 0),
+        (["--max-errors", "3"], 1),
+        (["--max-errors", "0"], 1),
+        (["--max-errors", "27%"], 0),
+        (["--max-errors", "26%"], 1),
+        (["--max-errors", "0.27"], 0),
+    ],
+)
+def test_how_many_errors_are_too_many(checkpoint, photos, expected, tmp_path, capsys, flags, code):
+    """4 of 15. The run comes to its end all the same, and going on with it says the same."""
+    for resume in ([], ["--resume"]):
+        assert run(checkpoint, photos, tmp_path, *flags, *resume) == code
+        assert capsys.readouterr().err.splitlines()[-1].startswith("4 of 15 images could not be read")
+    check(tmp_path, expected, GOOD, kept=["patches"])
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "many", "101%", "nan", ""])
+def test_what_is_no_number_of_errors(checkpoint, photos, tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        run(checkpoint, photos, tmp_path, f"--max-errors={text}")
+    assert "neither a count (10) nor a share (1%)" in capsys.readouterr().err
+
+
+def test_names_that_are_not_there_come_before_all_else(photos, tmp_path, capsys):
+    """All of them, and neither a model nor the folder is touched."""
+    named = [photos / "00.png", tmp_path / "a.jpg", tmp_path / "b.tar", tmp_path / "c", tmp_path / "d.txt"]
+    assert run(lambda: tmp_path / "nowhere", named, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert f"no such file or folder: {', '.join(map(str, named[1:]))}\n" in said
+    assert "00.png" not in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fmt", ["parquet", "arrow"])
+def test_what_a_format_needs_is_looked_for_first(photos, tmp_path, monkeypatch, capsys, fmt):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run(lambda: tmp_path / "nowhere", photos, tmp_path / "out", "--format", fmt) == 2
+    assert "pip install siglip2-packed[parquet]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_much_it_will_write(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    """15 images of at most 16 patches and a pooled vector, 64 numbers each, of 2 and of 4 bytes; then nothing more."""
+    flags = ["--pooled", "--dtype", "bfloat16"]
+    assert run(checkpoint, photos, tmp_path / "a", *flags) == 0
+    said = capsys.readouterr().err
+    assert "to write: up to 32.6 kB of bfloat16; free there: " in said and "may not fit" not in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=65e3))
+    assert run(checkpoint, photos, tmp_path / "b", *flags, "--format", "npy") == 0
+    assert (
+        "up to 65.3 kB of float32 (npy has no bfloat16); free there: 65.0 kB: this may not fit"
+        in capsys.readouterr().err
+    )
+    assert run(checkpoint, photos, tmp_path / "a", *flags, "--resume") == 0
+    assert "up to 0 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "budget"), [([], 2048), (["--max-num-patches", "3000"], 3000)])
+def test_packs_are_smaller_on_a_cpu(checkpoint, photos, tmp_path, monkeypatch, flags, budget):
+    budgets = []
+    monkeypatch.setattr(command, "Meter", lambda budget: budgets.append(budget) or Meter(budget))
+    assert run(checkpoint, photos / "00.png", tmp_path, *flags) == 0
+    assert budgets == [budget]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_dtype_a_device_gets(monkeypatch, bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    assert command.default_dtype(torch.device("cuda")) == ("bfloat16" if bf16 else "float32")
+    assert command.default_dtype(torch.device("cpu")) == "float32"
+
+
+def test_one_file_clears_what_a_killed_run_left(checkpoint, photos, tmp_path):
+    ours = [tmp_path / ".x.safetensors.17.tmp", tmp_path / ".x.safetensors.18.tmp"]
+    theirs = [tmp_path / ".y.safetensors.17.tmp", tmp_path / ".x.safetensors.tmp", tmp_path / ".x.safetensors.bak"]
+    ours[0].touch()
+    ours[1].mkdir()
+    for path in theirs:
+        path.touch()
+    assert run(checkpoint, photos, tmp_path / "x.safetensors") == 0
+    assert sorted(tmp_path.iterdir()) == sorted([*theirs, tmp_path / "x.safetensors"])

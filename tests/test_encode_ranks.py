@@ -11,6 +11,7 @@ import torch
 from encode_runs import GOOD, SETTINGS, check, run, start
 
 from siglip2_packed.cli import main
+from siglip2_packed.collection.lock import Lock, lock_of
 
 
 def command(argv, environment, output):
@@ -49,6 +50,19 @@ def test_torchrun(checkpoint, photos, expected, tmp_path, finished):
     (tmp_path / ".parts" / "00002.csv").unlink()
     assert run(checkpoint, photos, tmp_path, *SETTINGS, "--resume") == 0
     check(tmp_path, expected, GOOD)
+
+
+def test_ranks_over_a_folder_that_is_written_to(checkpoint, photos, tmp_path):
+    lock = Lock(lock_of(tmp_path / "out", False))
+    lock.take()
+    argv = ["encode", str(photos), "--ckpt", str(checkpoint()), "--device", "cpu", "--out", str(tmp_path / "out")]
+    processes = ranks(argv, 2, tmp_path)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert all(f"process {os.getpid()} on" in (tmp_path / f"rank{rank}.log").read_text() for rank in range(2))
+    lock.release()
+    assert not (tmp_path / "out").exists()
 
 
 def test_ranks_that_disagree(checkpoint, photos, tmp_path):

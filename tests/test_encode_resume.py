@@ -3,15 +3,20 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
+import PIL
 import pytest
 import torch
-from encode_runs import GOOD, SETTINGS, check, run, start
+from encode_runs import BAD, GOOD, SETTINGS, check, load, run, start
 
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.cli import main
 from siglip2_packed.collection import features, shards
+from siglip2_packed.collection.lock import Lock, lock_of
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,7 @@ from siglip2_packed.collection import features, shards
         (["--max-num-patches", "9"], "has max_num_patches 16, this one 9"),
         (["--save-dtype", "float16"], "has save_dtype float32, this one float16"),
         (["--column", "other"], "has column None, this one other"),
+        (["--save-dtype", "float16", "--format", "npy"], "has format safetensors, this one npy; save_dtype float32"),
         ("fewer", "has inputs 15, this one 14"),
         ("others", "has names 15 inputs, this one the same number under other names or in another order"),
         ("checkpoint", "has weights those of"),
@@ -108,3 +114,86 @@ def test_run_json_says_what_was_asked_for(finished, checkpoint):
     settings = json.loads((finished / "run.json").read_text())
     assert settings["checkpoint"] == str(checkpoint())
     assert (settings["inputs"], settings["shard_size"], settings["kept"]) == (15, 4, ["patches", "pooled"])
+    assert set(settings["versions"]) == {"siglip2_packed", "pillow", "torch", "transformers"}
+    assert settings["tower"]["num_attention_heads"] == 4
+
+
+def test_a_run_goes_on_in_the_dtype_it_was_begun_in(checkpoint, photos, expected, tmp_path, capsys):
+    """Whatever the device would have chosen, and whatever else is asked for is refused."""
+    flags = [*SETTINGS, "--resume"]
+    assert run(checkpoint, photos, tmp_path, *flags, "--dtype", "bfloat16", "--save-dtype", "float16") == 0
+    (tmp_path / "shard-00002.safetensors").unlink()
+    assert run(checkpoint, photos, tmp_path, *flags) == 0
+    check(tmp_path, expected, GOOD, tolerance=0.2)
+    assert {str(x.dtype) for x in load(tmp_path, "safetensors", "shard-00002.safetensors").values()} == {
+        "torch.int64",
+        "torch.float16",
+    }
+    assert run(checkpoint, photos, tmp_path, *flags, "--dtype", "float32") == 2
+    assert "has dtype bfloat16, this one float32" in capsys.readouterr().err
+
+
+def test_any_weight_counts(checkpoint, photos, tmp_path, capsys):
+    """Not only the first of a tensor: one in the middle of the largest, and what is not a weight, a norm's epsilon."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint())
+    assert run(checkpoint, photos, tmp_path / "out", *SETTINGS) == 0
+    with torch.no_grad():
+        model.encoder.layers[1].mlp.fc2.weight[-1, -1] += 1
+    for change, message in (("weight", "has weights those of"), ("eps", "tower.layer_norm_eps 1e-06, this one 1e-05")):
+        model.save_pretrained(tmp_path / change)
+        Siglip2PackedImageProcessor.from_pretrained(checkpoint()).save_pretrained(tmp_path / change)
+        assert run(lambda: tmp_path / change, photos, tmp_path / "out", *SETTINGS, "--resume") == 2
+        assert message in capsys.readouterr().err
+        model.config.layer_norm_eps = 1e-5
+
+
+def test_versions_count(checkpoint, photos, finished, monkeypatch, capsys):
+    monkeypatch.setattr(PIL, "__version__", "999")
+    monkeypatch.setattr(Siglip2PackedVisionModel, "from_pretrained", None)  # said before it is loaded
+    assert run(checkpoint, photos, finished, *SETTINGS, "--resume") == 2
+    assert "versions.pillow" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_version_that_recorded_less(checkpoint, photos, expected, tmp_path, capsys):
+    """It stays as it is, and says what it lacks."""
+    assert run(checkpoint, photos, tmp_path, *SETTINGS) == 0
+    settings = json.loads((tmp_path / "run.json").read_text())
+    for name in ("record", "versions", "tower"):
+        del settings[name]
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(checkpoint, photos, tmp_path, *SETTINGS, "--resume") == 2
+    assert "does not record the size and modification time of its inputs" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    check(tmp_path, expected, GOOD)
+
+
+def test_a_second_run_says_who_is_at_work(checkpoint, photos, finished, tmp_path, capsys):
+    for out, flags in ((finished, ["--resume"]), (finished, []), (tmp_path / "x.safetensors", [])):
+        lock = Lock(lock_of(out, out.suffix == ".safetensors"))
+        lock.take()
+        assert run(checkpoint, photos, out, *flags) == 2
+        assert f"process {os.getpid()} on " in capsys.readouterr().err
+        lock.held()
+        lock.release()
+
+
+def test_photos_that_are_added(checkpoint, photos, expected, tmp_path, monkeypatch):
+    """In the middle of the order, one of them broken, by a run over more of them; only they are encoded."""
+    some, out = tmp_path / "in", tmp_path / "out"
+    some.mkdir()
+    late = ["01.png", "04-zero.jpg", "06.png", "10.png"]
+    for name in [*GOOD, *BAD]:
+        if name not in late:
+            shutil.copy2(photos / name, some / name)
+    assert run(checkpoint, some, out, *SETTINGS) == 0
+    check(out, expected, [name for name in GOOD if name not in late], bad=[name for name in BAD if name not in late])
+    for name in late:
+        shutil.copy2(photos / name, some / name)
+    read, original = [], Siglip2PackedImageProcessor.read
+    monkeypatch.setattr(
+        Siglip2PackedImageProcessor, "read", lambda self, file: (read.append(Path(file).name), original(self, file))[1]
+    )
+    assert run(checkpoint, some, out, *SETTINGS, "--resume") == 0
+    assert sorted(read) == late
+    check(out, expected, GOOD)

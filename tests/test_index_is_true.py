@@ -283,6 +283,15 @@ def test_what_is_added_leaves_the_rest_alone(folder, tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in kept}
 
 
+def test_parts_of_another_run_are_not_trusted(folder, tmp_path):
+    """Its run.json was put in the place of theirs, as copying folders over each other does."""
+    for weights in ("1", "2"):
+        encode(folder, tmp_path / weights, weights=weights)
+    shutil.copy(tmp_path / "2" / "run.json", tmp_path / "1" / "run.json")
+    encode(folder, tmp_path / "1", weights="2")
+    check(folder, tmp_path / "1", weights=2.0)
+
+
 def test_the_same_input_more_than_once(folder, tmp_path):
     out = tmp_path / "out"
     twice = [folder / "00.png", folder / "10.png", folder / "00.png", folder / "20.png"]

@@ -53,11 +53,7 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         while not self._open():
             pass
-        self.token = uuid.uuid4().hex
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        described = {**this_host(), "pid": os.getpid(), "since": since, "token": self.token}
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, json.dumps(described).encode(), 0)
+        self._write_name()
         self.held()
         threading.Thread(target=self._beat, daemon=True).start()
         return self.token
@@ -71,18 +67,16 @@ class Lock:
         found = read(self.path)
         if found.get("token") != self.token:
             what = f"{who(found)} has taken it over" if found else "it was removed"
-            raise OSError(
-                f"this run has lost its lock {str(self.path)!r} ({what}) and writes no more; --resume goes on"
-            )
+            raise OSError(f"this run has lost its lock {str(self.path)!r} ({what}) and ends; --resume goes on")
 
     def release(self) -> None:
         """Also takes away the folders that were made for it, where nothing was written to them."""
         if self.descriptor < 0:
             return
         self.over.set()
-        if self._is_ours():
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+        with contextlib.suppress(OSError):
+            self.held()
+            self.path.unlink()
         os.close(self.descriptor)
         self.descriptor = -1
         with contextlib.suppress(OSError):
@@ -95,7 +89,7 @@ class Lock:
         _open.add(self)
         try:
             reached = self._flock()
-            if reached and not self._is_ours():
+            if reached and not self._is_there():
                 self._close()
                 return False
             holder = read(self.path)
@@ -109,6 +103,13 @@ class Lock:
             raise
         return True
 
+    def _write_name(self) -> None:
+        self.token = uuid.uuid4().hex
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        described = {**this_host(), "pid": os.getpid(), "since": since, "token": self.token}
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, json.dumps(described).encode(), 0)
+
     def _flock(self) -> bool:
         """Whether the kernel gave it; False where it cannot. Raises BlockingIOError if a living process has it."""
         if fcntl is None:
@@ -121,7 +122,8 @@ class Lock:
             return False
         return True
 
-    def _is_ours(self) -> bool:
+    def _is_there(self) -> bool:
+        """Whether the open file is still the one of that name."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except FileNotFoundError:
@@ -135,7 +137,8 @@ class Lock:
     def _beat(self) -> None:
         while not self.over.wait(HEARTBEAT):
             with contextlib.suppress(OSError):
-                os.utime(self.path if os.utime not in os.supports_fd else self.descriptor)
+                self.held()  # a heart that beats for somebody else would keep a lock alive
+                os.utime(self.path)
 
     def _close(self) -> None:
         if self.descriptor >= 0:
