@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import contextmanager
 from itertools import chain
@@ -34,9 +34,11 @@ from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
-from siglip2_packed.collection.shards import FORMATS, Counts, write_file
+from siglip2_packed.collection.shards import FORMATS, Counts, replacing, write_file
 from siglip2_packed.collection.sources import Inputs, find_inputs
+from siglip2_packed.collection.walk import Skipped
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
+from siglip2_packed.formats import DECODED
 from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
@@ -47,10 +49,20 @@ REPORTED = 20
 BUDGETS = {"cuda": 16384, "cpu": 2048}
 """Patches a pack. A GPU is busy with so many; on a CPU fewer are as fast, and something is seen to happen."""
 
+EPILOG = f"""
+In folders and tar files images are {" ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())} (HEIC and
+HEIF: pip install siglip2-packed[heif]); what a file holds decides how it is read, and one that is named, or listed, is
+read whatever its suffix. PostScript, metafiles and what else would take another program to draw are errors. Links to
+folders are followed. Hidden files and folders, companions of macOS and thumbnail folders are passed over. All that is
+passed over is counted, by suffix and reason, in skipped.csv. Tables hold images, paths or lists of them in a column;
+a folder that save_to_disk of Hugging Face datasets wrote is read as it is.
+"""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet")
+    parser.epilog = EPILOG
+    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow")
     add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
     add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
@@ -168,9 +180,11 @@ def encode_inputs(
         print(f"wrote {args.out}: {counts.read} images, {counts.patches} patches ({args.dtype} on {device})")
         print(f"{'rank 0: ' * (ranks.world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
     code = verdict(counts, args)
-    if ranks.rank == 0 and counts.failed:
-        where = "" if is_one_file(out) else f": see {out / 'errors.csv'}"
-        print(f"{counts.failed} of {len(inputs)} images could not be read{where}", file=sys.stderr)
+    if ranks.rank == 0:
+        if counts.failed:
+            where = "" if is_one_file(out) else f": see {out / 'errors.csv'}"
+            print(f"{counts.failed} of {len(inputs)} images could not be read{where}", file=sys.stderr)
+        say_skipped(inputs.skipped, None if is_one_file(out) else out / "skipped.csv", lock.held)
     ranks.leave()  # not before the lines above are out
     return code
 
@@ -193,6 +207,15 @@ def most_errors(text: str) -> int | float:
     if not (isinstance(value, int) or 0 <= value <= 1):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a count (10) nor a share (1%)")
     return value
+
+
+def say_skipped(skipped: Skipped, file: Path | None, held: Callable[[], None]) -> None:
+    """What was passed over, on a line, and where there is a folder in a table, also if that is empty."""
+    if file is not None:
+        with replacing(file, held) as path:
+            path.write_text(skipped.table(), encoding="utf-8", errors="surrogateescape", newline="")
+    if skipped:
+        print(f"passed over: {skipped}", flush=True)
 
 
 def load_model(args: argparse.Namespace) -> Siglip2PackedVisionModel:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from siglip2_packed.collection.identity import stamp
+from siglip2_packed.formats import local_path
 
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
@@ -116,10 +117,14 @@ class Table:
 
     def _entry(self, value: Any) -> Entry:
         entry = entry_of(value)
-        if isinstance(entry, str):
-            beside = os.path.join(os.path.dirname(self.path), entry)
-            return beside if os.path.exists(beside) else entry
-        return entry
+        if not isinstance(entry, str):
+            return entry
+        try:
+            path = local_path(entry)
+        except ValueError as error:
+            return error
+        beside = os.path.join(os.path.dirname(self.path), path)
+        return beside if os.path.exists(beside) else path
 
 
 class Parquet(Table):

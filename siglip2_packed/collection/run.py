@@ -12,7 +12,8 @@ says, in the order in which they come into being:
     .parts/*.csv    The shard's files are whole (size, checksum of both ends) and hold, in this order, these inputs in
                     this state (size and modification time), computed by the run of this digest. After its shard.
     errors.csv      The inputs without a row, and why. When every input is in a part.
-    index.csv       The row of every other input. Last of all.
+    index.csv       The row of every other input. Last of all that is believed.
+    skipped.csv     What was passed over to find the inputs. Nothing depends on it.
 
 Every file is written under another name, brought to the disk and renamed. A kill between any two steps leaves shards
 without a part, or files of other names, which are nothing yet: they are written again or swept away; parts, which vouch
@@ -273,7 +274,7 @@ def difference(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 def check_names(folder: Path) -> None:
     """Raises ValueError for files that this run would write over and that no run.json accounts for."""
-    ours = re.compile(rf"index\.csv|errors\.csv|shard-\d{{5,}}\.(?:.+\.)?(?:{'|'.join(FORMATS)})")
+    ours = re.compile(rf"(?:index|errors|skipped)\.csv|shard-\d{{5,}}\.(?:.+\.)?(?:{'|'.join(FORMATS)})")
     found = sorted(path.name for path in folder.iterdir() if ours.fullmatch(path.name)) if folder.is_dir() else []
     if found:
         raise ValueError(

@@ -25,7 +25,7 @@ from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.parquet import import_pyarrow
 
 FORMATS = ("safetensors", "parquet", "arrow", "npy")
-OURS = r"run\.json|index\.csv|errors\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
+OURS = r"run\.json|index\.csv|errors\.csv|skipped\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
 """What the files of a collection are called."""
 
 

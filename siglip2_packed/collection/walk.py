@@ -77,7 +77,7 @@ class Skipped:
     def table(self) -> str:
         """CSV: suffix, reason, count, example."""
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(("suffix", "reason", "count", "example"))
         writer.writerows((*kind, count, self.examples[kind]) for kind, count in sorted(self.counts.items()))
         return file.getvalue()
