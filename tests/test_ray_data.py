@@ -90,6 +90,14 @@ def test_pixels_of_one_size_come_stacked(checkpoint, size, count):
     torch.testing.assert_close(torch.tensor(stacked["pooled"][-1]), output.pooler_output[0], rtol=1e-5, atol=1e-5)
 
 
+def test_lists_of_images_are_named(checkpoint):
+    encoder = Siglip2PackedEncoder(checkpoint(), column="images", device="cpu", patch_budget=64, workers=1)
+    column = np.empty(2, object)
+    column[:] = [[b"x", b"y"], np.array([{"bytes": b"x", "path": None}, None], object)]
+    errors = encoder({"images": column})["error"].tolist()
+    assert errors == ["a list of 2 where one image is expected: give each a row of its own"] * 2
+
+
 def test_bytes_that_end_in_zeros(checkpoint):
     encoder = Siglip2PackedEncoder(checkpoint(), device="cpu", patch_budget=64, workers=1)
     files = []

@@ -197,6 +197,15 @@ def test_outputs_are_not_walked(tmp_path):
             find_inputs([path], but=tmp_path)
 
 
+def test_a_tar_that_is_gone_when_it_is_read(shard):
+    inputs = find_inputs([shard])
+    shard.unlink()
+    reasons = [str(item.entry) for item in inputs.read(0, 5)]
+    assert all(f"{shard} cannot be read" in reason for reason in reasons[:4]) and "a link" in reasons[4]
+    os.mkfifo(shard)
+    assert "a pipe, not a regular file" in str(next(inputs.read(0, 1)).entry)
+
+
 def resized(path, name, size):
     """Gives a member a header with another size, and the checksum that makes it good."""
     data = bytearray(path.read_bytes())

@@ -84,6 +84,15 @@ def test_columns_of_paths(file, kind, tmp_path):
     assert "file of another machine, 'host'" in entries[4] and "is a URL: download it" in entries[5]
 
 
+def test_run_ends_and_lists_of_lists(tmp_path):
+    ends = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(IMAGES[:2], pa.binary()))
+    path = save(pa.table({"image": ends}), tmp_path / "a.arrow")
+    assert [entry for _, entry in read([path])] == [IMAGES[0], IMAGES[0], IMAGES[1]]
+    nested = save(pa.table({"images": [[[IMAGES[0]]]]}), tmp_path / "b.arrow")
+    with pytest.raises(ValueError, match=r"no image column: .*images .list<item: list"):
+        find_inputs([nested])
+
+
 LISTS = [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2)]
 
 

@@ -167,12 +167,17 @@ def test_order_is_that_of_the_paths_whatever_the_file_system_says(tmp_path, monk
 
 
 def test_counts_stay_bounded(tmp_path):
-    skipped = Skipped()
+    skipped, odd = Skipped(), Skipped()
     for i in range(5000):
         skipped.add(f"a.{i}", "no image type")
     assert len(skipped.counts) <= Skipped.MOST + 1
     assert sum(skipped.counts.values()) == 5000
+    assert skipped.counts["*", "no image type"] == 4000
     assert len(str(skipped)) < 300
+    for name in ("a/St. Petersburg 2019", "b.\udcff", "c.\n", "d.verylongsuffixindeed"):
+        odd.add(name, "no image type")
+    assert odd.counts == {("", "no image type"): 4}
+    assert str(odd) == "4 without suffix (no image type)"
     again = Skipped()
     again.update(skipped)
     assert again.counts == skipped.counts

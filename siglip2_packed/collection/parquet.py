@@ -171,6 +171,8 @@ def entry_of(value: Any) -> Entry:
     """What a cell holds: bytes, a path, or {bytes, path}, of which the bytes count if there are any."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return ValueError(f"a list of {len(value)} where one image is expected: give each a row of its own")
     return ValueError("null: the row has no image") if value is None else value
 
 
@@ -187,10 +189,19 @@ def element_type(kind):
     return kind.value_type if any(check(kind) for check in lists) else None
 
 
+def is_wrapped(kind) -> bool:
+    """A list, but not of lists, or values that are stored in another way."""
+    types = import_pyarrow().types
+    inner = element_type(kind)
+    if inner is None:
+        return types.is_dictionary(kind) or types.is_run_end_encoded(kind)
+    return element_type(inner) is None
+
+
 def is_image_type(kind, short: bool = False) -> bool:
     """Bytes, a struct of `bytes`, or a list of these; with `short` also bytes of one length that an id may have."""
     types = import_pyarrow().types
-    if types.is_dictionary(kind) or element_type(kind):
+    if is_wrapped(kind):
         return is_image_type(kind.value_type, short)
     if types.is_struct(kind):
         return any(field.name == "bytes" and is_image_type(field.type, short=True) for field in kind)
@@ -202,7 +213,7 @@ def is_image_type(kind, short: bool = False) -> bool:
 def is_path_type(kind) -> bool:
     """Text, a struct of a `path` without bytes, or a list of these."""
     types = import_pyarrow().types
-    if types.is_dictionary(kind) or element_type(kind):
+    if is_wrapped(kind):
         return is_path_type(kind.value_type)
     if types.is_struct(kind):
         return any(field.name == "path" and is_path_type(field.type) for field in kind)

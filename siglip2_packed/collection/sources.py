@@ -21,7 +21,17 @@ from siglip2_packed.collection.arrow import ARROW, Arrow
 from siglip2_packed.collection.identity import stamp
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 from siglip2_packed.collection.tar import Tar
-from siglip2_packed.collection.walk import COMPRESSED, CONTAINERS, ELSEWHERE, EMPTY, Fault, Skipped, walk
+from siglip2_packed.collection.walk import (
+    COMPRESSED,
+    CONTAINERS,
+    ELSEWHERE,
+    EMPTY,
+    FOLDER,
+    UNREAD,
+    Fault,
+    Skipped,
+    walk,
+)
 from siglip2_packed.formats import is_image_name, local_path, open_regular
 
 LISTS = (".txt",)
@@ -171,7 +181,7 @@ def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
 def _only_images(paths: Iterable[str | Fault], skipped: Skipped) -> Iterator[str]:
     for path in paths:
         if isinstance(path, Fault):
-            skipped.add(path.path, one_line(path.reason), suffix="/")
+            skipped.add(path.path, UNREAD, suffix=FOLDER)
         elif is_image_name(path):
             yield path
         else:

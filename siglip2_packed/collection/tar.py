@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import IO, Any, NamedTuple
 
 from siglip2_packed.collection.identity import stamp
@@ -41,9 +42,17 @@ class Tar:
         return (f"{self.path}#{member.name}" for member in self.members[start:stop])
 
     def read(self, start: int, stop: int) -> Iterator[Entry]:
-        with open_regular(self.path) as file:
+        with ExitStack() as stack:
+            file: IO[bytes] | None = None
             for member in self.members[start:stop]:
-                yield ValueError(member.fault) if member.fault else content(file, member)
+                fault = member.fault
+                try:
+                    if not fault:
+                        file = file or stack.enter_context(open_regular(self.path))
+                        data = content(file, member)
+                except (OSError, ValueError) as error:  # it was there when it was listed
+                    fault = f"{self.path} cannot be read: {error}"
+                yield ValueError(fault) if fault else data
 
 
 def content(file: IO[bytes], member: Member) -> bytes:

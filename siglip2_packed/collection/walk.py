@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-import stat
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from siglip2_packed.formats import SUFFIXES, suffix_of
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 CONTAINERS = (".tar", ".parquet", ARROW, *COMPRESSED)
 CACHES = frozenset(
-    "@eadir|@recycle|@recently-snapshot|#recycle|#snapshot|$recycle.bin|__macosx|lost+found|"
+    "@eadir|@recycle|@recently-snapshot|@tmp|#recycle|#snapshot|~snapshot|$recycle.bin|__macosx|lost+found|"
     "system volume information|network trash folder".split("|")
 )
 """Folders of systems and NAS boxes, in lower case. Those that begin with a dot are hidden anyhow."""
@@ -28,10 +28,13 @@ PARTS = ".parts"
 """In a folder that encode has written to."""
 FOLDER = "/"
 """Stands for the suffix of a folder."""
+SUFFIX = re.compile(r"/|\*|\.\w{1,15}").fullmatch
+"""What is no suffix but the end of a name ("St. Petersburg 2019") is not counted for itself."""
 
 NO_IMAGE, HIDDEN, CACHE = "no image type", "hidden", "thumbnails, bins and snapshots"
 LOOP, BROKEN, SPECIAL = "links to a folder they lie in", "links to what is not there", "pipes, sockets and devices"
 EMPTY, ELSEWHERE = "rows without images", "collections, which encode reads"
+UNREAD = "folders that cannot be read"
 OUTPUT, STALE = "features of an earlier run", "not of the data set that lies there"
 
 
@@ -47,7 +50,8 @@ class Skipped:
         self.examples: dict[tuple[str, str], str] = {}
 
     def add(self, path: str, reason: str, *, suffix: str | None = None, count: int = 1) -> None:
-        kind = suffix_of(path) if suffix is None else suffix, reason
+        suffix = suffix_of(path) if suffix is None else suffix
+        kind = suffix if SUFFIX(suffix) else "", reason
         if kind not in self.counts:
             kind = kind if len(self.counts) < self.MOST else ("*", reason)
             self.examples.setdefault(kind, path)
@@ -155,7 +159,10 @@ def why_not(entry: os.DirEntry[str]) -> str:
     if entry.name.startswith("."):
         return HIDDEN
     try:
-        return NO_IMAGE if stat.S_ISREG(entry.stat().st_mode) else SPECIAL
+        if entry.is_file():
+            return NO_IMAGE
+        entry.stat()
+        return SPECIAL
     except OSError:
         return BROKEN
 
