@@ -50,10 +50,11 @@ class Skipped:
         self.examples: dict[tuple[str, str], str] = {}
 
     def add(self, path: str, reason: str, *, suffix: str | None = None, count: int = 1) -> None:
-        suffix = suffix_of(path) if suffix is None else suffix
-        kind = suffix if SUFFIX(suffix) else "", reason
+        kind = suffix_of(path) if suffix is None else suffix, reason
         if kind not in self.counts:
-            kind = kind if len(self.counts) < self.MOST else ("*", reason)
+            kind = kind[0] if SUFFIX(kind[0]) else "", reason
+            if kind not in self.counts and len(self.counts) >= self.MOST:
+                kind = "*", reason
             self.examples.setdefault(kind, path)
         self.counts[kind] += count
 
