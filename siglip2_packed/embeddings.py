@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,10 @@ class Siglip2PackedEmbeddings(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """The projection's; where that is quantised, the position table's, which quantisers leave as it is."""
-        weight = self.patch_embedding.weight
+        weight, table = self.patch_embedding.weight, self.position_embedding.weight
         if type(weight) in plain.WHOLE and weight.dtype in FLOATING:
             return weight.dtype
-        return self.position_embedding.weight.dtype
+        return table.dtype if isinstance(table, Tensor) and table.dtype in FLOATING else torch.float32
 
     @torch.compiler.disable
     def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
@@ -32,7 +34,20 @@ class Siglip2PackedEmbeddings(nn.Module):
         patches = self.patch_embedding(pixel_values.to(dtype))
         if patches.requires_grad and patches.is_leaf and _made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
-        return add_positions(patches, self.position_embedding.weight, places, dtype)
+        return add_positions(patches, self._table(pixel_values.device), places, dtype)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """`[num_patches, D]`, resized as a whole: nothing is looked up, and what is around lookups would be idle."""
+        module: Any = self.position_embedding
+        if hasattr(module, "base_layer") and bool(module.merged) == bool(module.disable_adapters):
+            raise ValueError(
+                f"position_embedding is {type(module).__name__} of an adapter, which acts on lookups, but the table is "
+                "resized as a whole: leave it out of target_modules; modules_to_save=['position_embedding'] trains it"
+            )
+        weight = module.weight
+        if isinstance(weight, Tensor) and weight.dtype in FLOATING:
+            return weight
+        return module(torch.arange(module.num_embeddings, device=device))  # type: ignore[no-any-return]
 
 
 def _made_to_require_grad(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed.attention import head_dim
+from siglip2_packed.attention import head_dim, requested_attention
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
@@ -138,7 +138,7 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
     for the interpreter, and one does not.
     """
     half = model.embeddings.compute_dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cuda" or not half or not serves_buckets(model.config._attn_implementation):
+    if model.device.type != "cuda" or not half or not serves_buckets(requested_attention(model.config)):
         return model
     try:
         return CUDAGraphs(model, [patch_budget], least=patch_budget // 2)

@@ -22,12 +22,12 @@ from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
 from siglip2_packed import files, fused, plain, quantized, weights
-from siglip2_packed.attention import head_dim
+from siglip2_packed.attention import attention_name, head_dim, requested_attention
 from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
-from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention, for_pack, why_missing
+from siglip2_packed.ops.attention import VarlenAttention, for_pack
 from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.overflow import watch
@@ -187,7 +187,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             config, source = adopt_config(config, kwargs), "config"
         else:
             config, source = read_config(ckpt if config is None else config, kwargs, **hub)
-        kwargs.setdefault("attn_implementation", config._attn_implementation or "auto")
+        kwargs.setdefault("attn_implementation", requested_attention(config))
         tower = weights.read_tower(ckpt, **hub)
         weights.check_sizes(tower.state, config, source)
         if not any(name.startswith("head.") for name in tower.state):
@@ -338,18 +338,20 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         device, dtype = segments.device.type, self.embeddings.compute_dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        heads, requested = self.config.num_attention_heads, self.config._attn_implementation
+        heads, requested = self.config.num_attention_heads, requested_attention(self.config)
         return for_pack(segments, requested, dtype, heads, head_dim(self.config), torch.is_grad_enabled())
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any):
-        """transformers asks here, at construction and in `set_attn_implementation`, whether it may use a backend."""
-        name = attn_implementation or "auto"
-        if name not in ATTN_IMPLEMENTATIONS:
-            raise ValueError(f"unknown attn_implementation {name!r}: choose one of {', '.join(ATTN_IMPLEMENTATIONS)}")
-        reason = None if name == "auto" else why_missing(name)
-        if reason is not None:
-            raise ImportError(f"attn_implementation={name!r} cannot be used: {reason}")
-        return name
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """transformers asks here, at construction and from a model around this one, whether it may use a backend."""
+        return attention_name(requested_attention)
+
+    _check_and_adjust_attn_implementation = get_correct_attn_implementation  # type: ignore[assignment]
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """One of `"auto"`, `"triton"`, `"sdpa"`, ...: see `siglip2-packed doctor`."""
+        given = attn_implementation
+        name = given.get("", requested_attention(self.config)) if isinstance(given, dict) else given
+        self.config._attn_implementation = attention_name(name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -63,7 +63,7 @@ def resize_positions(table: Tensor, grids: Grids, ids: Tensor | None = None) -> 
     assert side * side == table.shape[0], "the position table is not square"
     rows_plan, cols_plan, patches = _plan(side, tuple(grids))
     rows = _weighted_sums(table.float().reshape(side, -1), rows_plan)
-    distinct = _weighted_sums(rows.view(-1, table.shape[1]), cols_plan)
+    distinct = _weighted_sums(rows.reshape(-1, table.shape[1]), cols_plan)
     order = None if patches is None else to_device(torch.from_numpy(patches), table.device)
     if ids is not None:
         ids = to_device(ids, table.device)
