@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, Siglip2VisionConfig
 
-from siglip2_packed.files import find_file, open_weights, read_json, weight_files
+from siglip2_packed import timm_files
+from siglip2_packed.files import find_file, read_json, read_shapes
 
 MODEL_TYPE = "siglip2_vision_model"
 COUNTS = {  # and what no tower comes near
@@ -108,6 +109,8 @@ def _read_fields(ckpt: str | os.PathLike, hub: dict) -> tuple[dict[str, Any], st
     if path is None:
         raise FileNotFoundError(f"no config.json in {str(ckpt)!r}")
     config = read_json(path)
+    if timm_files.is_timm(config):
+        return timm_files.fields(config, read_shapes(ckpt, **hub), str(path)), str(path)
     model_type = config.get("model_type")
     vision = config
     while "vision_config" in vision:
@@ -241,12 +244,12 @@ def _as_integer(select_layer: Any, source: str) -> int:
 
 
 def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping, hub: dict) -> str:
-    shapes = {}
-    for path, keys in weight_files(ckpt, **hub).items():
-        with open_weights(path) as file:
-            for key in keys:
-                if key.endswith(("patch_embedding.weight", "position_embedding.weight")) and "text_model" not in key:
-                    shapes[key.split(".")[-2]] = file.get_slice(key).get_shape()
+    ends = ("patch_embedding.weight", "position_embedding.weight")
+    shapes = {
+        key.split(".")[-2]: shape
+        for key, shape in read_shapes(ckpt, **hub).items()
+        if key.endswith(ends) and "text_model" not in key
+    }
     width, patch, channels = vision.get("hidden_size", 768), vision.get("patch_size", 16), vision.get("num_channels", 3)
     return (
         f"{str(ckpt)!r} has model_type {config.get('model_type')!r}: a fixed-resolution SigLIP checkpoint, with "

@@ -134,6 +134,15 @@ def weight_files(ckpt: str | os.PathLike, **hub: Any) -> dict[Path, list[str]]:
     return _check_shards(index, places, {name: path for name, path in shards.items() if path is not None})
 
 
+def read_shapes(ckpt: str | os.PathLike, **hub: Any) -> dict[str, list[int]]:
+    """The shapes of a checkpoint's tensors, from the files' headers."""
+    shapes = {}
+    for path, keys in weight_files(ckpt, **hub).items():
+        with open_weights(path) as file:
+            shapes.update({key: file.get_slice(key).get_shape() for key in keys})
+    return shapes
+
+
 def _read_index(index: Path) -> dict[str, str]:
     """key -> name of the shard it is in."""
     places = read_json(index).get("weight_map")

@@ -1,7 +1,7 @@
 """From a checkpoint's weights, whoever wrote them, to this model's state dict.
 
 Read are safetensors files only, single or sharded, in every layout SigLIP2 towers come in: bare keys, `vision_model.`,
-the full model with its text tower, and towers cut out of, or still inside, a vision-language model. What decides is
+the full model with its text tower, towers cut out of, or still inside, a vision-language model, and timm's names. What decides is
 `config.json` and the keys themselves, never the folder's name.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Siglip2VisionConfig
 
+from siglip2_packed import timm_files
 from siglip2_packed.configuration import layer_index, patch_dim
 from siglip2_packed.files import open_weights, weight_files
 from siglip2_packed.quantized import FLOATING
@@ -58,6 +59,8 @@ def read_tower(ckpt: str | os.PathLike, **hub) -> Tower:
     """
     files = weight_files(ckpt, **hub)
     names = [name for keys in files.values() for name in keys]
+    if any(name in timm_files.PATCH_EMBEDDINGS for name in names):
+        return Tower(timm_files.convert(read_tensors(ckpt, names, **hub), str(ckpt)), "")
     towers = [name.removesuffix(end) for end in (PATCH_EMBEDDING, TORCHAO) for name in names if name.endswith(end)]
     if len(towers) != 1:
         raise ValueError(
