@@ -1,8 +1,8 @@
 """From a checkpoint's weights, whoever wrote them, to this model's state dict.
 
 Read are safetensors files only, single or sharded, in every layout SigLIP2 towers come in: bare keys, `vision_model.`,
-the full model with its text tower, towers cut out of, or still inside, a vision-language model, and timm's names. What decides is
-`config.json` and the keys themselves, never the folder's name.
+the full model with its text tower, towers cut out of, or still inside, a vision-language model, and timm's names. What
+decides is `config.json` and the keys themselves, never the folder's name.
 """
 
 from __future__ import annotations
