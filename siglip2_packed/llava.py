@@ -115,6 +115,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         self._requires_grad = requires_grad  # holds for weights yet to come as well
         return super().requires_grad_(requires_grad)
 
+    @torch.compiler.disable(recursive=False)  # the model's parts are compiled, not the host work on metadata
     def forward(
         self, images: Any, grid_thw: Any = None, patch_positions: Any = None, return_spatial_dims: bool = False
     ) -> Any:
@@ -156,6 +157,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         h, w = sizes[0] if len(set(sizes)) == 1 else ([h for h, _ in sizes], [w for _, w in sizes])
         return features, h, w
 
+    @torch.compiler.disable
     def pack(self, images: Any, grid_thw: Any = None, patch_positions: Any = None) -> ImagePack:
         """What `forward` takes, as the one pack that it makes of it; `tower(pack)` gives `[T, D]`."""
         if isinstance(images, Tensor) and images.ndim == 4:
@@ -165,6 +167,7 @@ class SigLip2NaflexVisionTower(nn.Module):
             images = {"pixel_values": rows, "grid_thw": packed["grid_thw"]}
         return pack_images(images, grid_thw, patch_positions, patch_dim(self.config))
 
+    @torch.compiler.disable(recursive=False)  # as the forward
     def _encode(self, pack: ImagePack) -> Tensor:
         """`[T, D]`, images end to end."""
         pixel_values, device = pack.pixel_values, self.device

@@ -35,6 +35,7 @@ class ImagePack(NamedTuple):
     order: Tensor | None = None
     """`[T]`: such patches are sorted by frame; which one each row is."""
 
+    @torch.compiler.disable
     def restore(self, features: Tensor) -> Any:
         """`[T, D]`, images end to end -> the form of `images`, with D for P and zeros in their padding."""
         rows = _rows(self.images)

@@ -1,5 +1,7 @@
 """torch.compile, selective checkpointing and FSDP2 see through the model and its attention."""
 
+import contextlib
+import itertools
 import random
 from functools import partial
 
@@ -13,10 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
 from siglip2_packed.measure import relative_error
-from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.attention import VarlenAttention, eager
+from siglip2_packed.ops.attention.compiled import RUN, attention_by_segments
 from siglip2_packed.ops.attention.operators import varlen_attention
+from siglip2_packed.ops.segments import Segments
 
 PACKS = [[(1, 5, 7), (1, 3, 4), (1, 16, 2)], [(1, 4, 4), (2, 3, 5)]]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -48,9 +52,7 @@ def test_twenty_packs_take_two_graphs(checkpoint, patches, device, monkeypatch):
     counters.clear()
     counter = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     compiled = torch.compile(model, backend=counter)
-    rng = random.Random(0)
-    for _ in range(20):
-        grids = [(1, rng.randint(1, 6), rng.randint(1, 6)) for _ in range(rng.randint(2, 5))]
+    for grids in packs_of(20 if device == "cuda" else 6):  # interpreted
         packed = PackedPatches(patches(grids), grids).to(device)
         with torch.no_grad():
             expected = model(**packed).last_hidden_state
@@ -58,6 +60,78 @@ def test_twenty_packs_take_two_graphs(checkpoint, patches, device, monkeypatch):
         assert relative_error(out, expected) <= (1e-5 if device == "cpu" else 1e-2)
     assert counter.frame_count <= 2
     assert not counters["graph_break"]
+
+
+def packs_of(count, seed=0):
+    """Grids of so many packs, no two alike."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield [(1, rng.randint(1, 6), rng.randint(1, 6)) for _ in range(rng.randint(2, 5))]
+
+
+@contextlib.contextmanager
+def two_graphs():
+    """A backend under which no more than two graphs are made, without a break."""
+    torch._dynamo.reset()
+    counters.clear()
+    counter = CompileCounterWithBackend("eager")
+    yield counter
+    assert 1 <= counter.frame_count <= 2
+    assert not counters["graph_break"] and not counters["recompile_limit"]
+
+
+@pytest.mark.parametrize(("backend", "gradients"), [("auto", False), ("sdpa", True), ("eager", False)])
+def test_twenty_packs_take_two_graphs_on_the_cpu_too(checkpoint, patches, backend, gradients):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), attn_implementation=backend)
+    parameters = list(model.encoder.parameters())
+    with two_graphs() as counter, torch.set_grad_enabled(gradients):
+        compiled = torch.compile(model, backend=counter)
+        for grids in packs_of(20):
+            expected, out = (run(patches(grids), grids).last_hidden_state for run in (model, compiled))
+            torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+            if gradients:
+                found = torch.autograd.grad(out.square().mean(), parameters)
+                for a, b in zip(found, torch.autograd.grad(expected.square().mean(), parameters), strict=True):
+                    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+FORMS = {
+    "list": lambda x, grids: list(x.split([h * w for _, h, w in grids])),
+    "packed": lambda x, grids: x,
+    "padded": lambda x, grids: pad(x, grids)["pixel_values"],
+    "mapping": lambda x, grids: dict(pad(x, grids)),
+}
+
+
+def test_so_does_a_llava_tower_in_any_form(tower, patches):
+    with two_graphs() as counter:
+        compiled = torch.compile(tower, backend=counter)
+        for (form, make), grids in zip(itertools.cycle(FORMS.items()), packs_of(20)):
+            images, grid = make(patches(grids), grids), torch.tensor(grids)
+            expected, out = tower(images, grid), compiled(images, grid)
+            for a, b in zip(out, expected, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attention_as_one_operator(dtype, backend):
+    """Its result is that of the loop it stands for, its backward that of torch's."""
+    torch.manual_seed(0)
+    qkv = torch.randn(41, 3, 2, 72, dtype=dtype).requires_grad_()
+    segments = Segments([5, 35, 1])
+    exact = qkv.detach().double().requires_grad_()
+    expected = eager.attention(*exact.unbind(1), segments)
+    out = attention_by_segments(*qkv.unbind(1), segments.offsets, backend)
+    assert torch.equal(out, RUN[backend](*qkv.unbind(1), segments))
+    grad = torch.randn(41, 2, 72, dtype=dtype)
+    bound = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    (gradient,) = torch.autograd.grad(out, qkv, grad)
+    assert relative_error(gradient, torch.autograd.grad(expected, exact, grad.double())[0]) <= bound
+    if dtype == torch.float64:
+        torch.library.opcheck(
+            torch.ops.siglip2_packed.attention_by_segments, (*qkv.unbind(1), segments.offsets, backend)
+        )
 
 
 class Count(TorchDispatchMode):

@@ -18,7 +18,8 @@ class Segments:
     Attributes:
         lengths: rows of each segment, host integers.
         max_seqlen: the longest, host integer.
-        cu_seqlens: `[S+1]` int32 offsets on `device`.
+        offsets: `[S+1]` int32, on the host.
+        cu_seqlens: the same on `device`.
     """
 
     _groups: list[tuple[int, int]] | None = None
@@ -29,7 +30,8 @@ class Segments:
         self.lengths = list(lengths)
         self.max_seqlen = max(self.lengths) if self.lengths else 0
         self.device = torch.device(device)
-        self.cu_seqlens = to_device(cumulative(self.lengths), self.device)
+        self.offsets = cumulative(self.lengths)
+        self.cu_seqlens = to_device(self.offsets, self.device)
 
     @classmethod
     def on_device(cls, cu_seqlens: Tensor, max_seqlen: int) -> Segments:

@@ -26,6 +26,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     return torch.cat(outputs)
 
 
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, segments: Segments, into: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Fills `into`, dq, dk and dv `[T, H, K]`, with the gradients of `attention`, without autograd."""
+    scale = q.shape[-1] ** -0.5
+    for g_s, q_s, k_s, v_s, *into_s in zip(*(x.split(segments.lengths) for x in (grad, q, k, v, *into))):
+        g, q_h, k_h, v_h = map(_heads_first, (g_s, q_s, k_s, v_s))
+        p = (q_h @ k_h.mT * scale).softmax(-1)
+        dp = g @ v_h.mT
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        for x, gradient in zip(into_s, (ds @ k_h, ds.mT @ q_h, p.mT @ g)):
+            x.copy_(gradient.transpose(0, 1))
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> None:

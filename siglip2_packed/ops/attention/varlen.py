@@ -10,6 +10,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import operators
 from siglip2_packed.ops.attention.backends import ATTN_IMPLEMENTATIONS, BACKENDS, refusal, why_not
+from siglip2_packed.ops.attention.compiled import RUN, attention_by_segments
 from siglip2_packed.ops.attention.kernels import Kernels
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Refused
@@ -43,6 +44,8 @@ class VarlenAttention:
         """`[T, H, K]`, last dimensions contiguous. An empty pack's result is still attached to q, k and v."""
         if q.shape[0] == 0:
             return q + k + v
+        if self.backend in RUN and torch.compiler.is_compiling():
+            return attention_by_segments(q, k, v, self.segments.offsets, self.backend)
         if self.otherwise and transformed():  # kernels have one derivative, and rules for one transform
             return BACKENDS[self.otherwise].run(q, k, v, self.segments)  # type: ignore[misc]
         if not self.written_out:
