@@ -53,7 +53,8 @@ def attention_name(requested: str | None) -> str:
     """
     name = getattr(requested, "requested", requested) or "auto"
     if name not in ATTN_IMPLEMENTATIONS:
-        raise ValueError(f"unknown attn_implementation {name!r}: choose one of {', '.join(ATTN_IMPLEMENTATIONS)}")
+        choices = f"unknown attn_implementation {name!r}: choose one of {', '.join(ATTN_IMPLEMENTATIONS)}"
+        raise ValueError(f'Specified `attn_implementation="{name}"` is not supported ({choices})')
     reason = None if name == "auto" else why_missing(name)
     if reason is not None:
         raise ImportError(f"attn_implementation={name!r} cannot be used: {reason}")

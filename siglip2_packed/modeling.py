@@ -152,7 +152,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *,
         config: Siglip2VisionConfig | str | os.PathLike | None = None,
         select_layer: int | None = None,
@@ -173,6 +173,10 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             FileNotFoundError: the folder, config.json or weights are missing.
             ValueError: another kind of model, pickle weights, missing or misshapen tensors.
         """
+        if pretrained_model_name_or_path is None:  # weights that the caller holds, as in transformers
+            if select_layer is not None:
+                raise ValueError("select_layer of weights that come as a state_dict: set config.select_layer")
+            return super().from_pretrained(None, config=config, **kwargs)
         ckpt = pretrained_model_name_or_path
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if kwargs.pop("use_safetensors", True) is False:
