@@ -122,7 +122,7 @@ def cost_terms(cost: Any) -> tuple[float, float]:
         a, b = (float("nan") if isinstance(x, str | bool | np.bool_) else float(x) for x in cost)
     except (TypeError, ValueError):
         a = b = math.nan
-    if not (min(a, b) >= 0 and 0 < max(a, b) < math.inf):
+    if not (a >= 0 and b >= 0 and 0 < a + b < math.inf):
         raise ValueError(f"cost must be two numbers (a, b) of a·n + b·n², not negative nor both 0, got {cost!r}")
     return a, b
 

@@ -27,6 +27,14 @@ TENSOR_PARALLEL = {
 }
 
 
+def encoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    layers = getattr(getattr(model, "encoder", None), "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        name = type(model).__name__
+        raise ValueError(f"{name} has no encoder.layers: give the packed model (vlm.vision_tower.vision_tower)")
+    return layers
+
+
 def apply_fsdp(
     model: Siglip2PackedVisionModel,
     mesh: DeviceMesh | None = None,
@@ -48,9 +56,16 @@ def apply_fsdp(
 
     Returns:
         `model`, its parameters now DTensors of their own dtype (float32 to train in mixed precision).
+
+    Raises:
+        ValueError: a model without encoder layers of its own, a dtype that is none for gradients.
     """
+    layers = encoder_layers(model)
+    for name, dtype in {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}.items():
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{name} must be a floating torch.dtype or None, got {dtype!r}")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for unit in (*model.encoder.layers, model):
+    for unit in (*layers, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     return model
 
@@ -62,13 +77,16 @@ def apply_tensor_parallel(model: Siglip2PackedVisionModel, mesh: DeviceMesh) -> 
     whole on each. Before `apply_fsdp` over another dimension of the mesh, where both are used.
 
     Raises:
-        ValueError: heads or MLP width that the mesh does not divide.
+        ValueError: heads or MLP width that the mesh does not divide; a mesh of more dimensions.
     """
+    layers = encoder_layers(model)
+    if mesh.ndim != 1:
+        raise ValueError(f"tensor parallelism takes a mesh of one dimension, got {mesh.ndim}: give one of them")
     config, size = model.config, mesh.size()
     for name, value in {"heads": config.num_attention_heads, "intermediate_size": config.intermediate_size}.items():
         if value % size:
             raise ValueError(f"{value} {name} cannot be split over {size} ranks")
-    for layer in model.encoder.layers:
+    for layer in layers:
         parallelize_module(layer, mesh, TENSOR_PARALLEL)
     return model
 

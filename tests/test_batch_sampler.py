@@ -247,11 +247,102 @@ def test_small_integers_do_not_overflow(dtype):
         (dict(lengths=[1], budget=1, max_images=0), "max_images must be at least 1, got 0"),
         (dict(lengths=[1], budget=1, num_replicas=2, rank=2), r"within 0..1, got 2"),
         (dict(lengths=[1], budget=1, cost=(0, 0)), "cost"),
+        (dict(lengths=[(1, -2, -2)], budget=10), r"image 0 has the grid \(1, -2, -2\)"),
+        (dict(lengths=[(1, 2**40, 2**40)], budget=10), f"image 0 has {2**80} patches"),
+        (dict(lengths=np.array([3, 2**63], np.uint64), budget=10), f"image 1 has {2**63} patches"),
+        (dict(lengths=[True, True], budget=10), "must be integers"),
+        (dict(lengths=["3"], budget=10), "must be integers"),
+        (dict(lengths=[float("nan")], budget=10), "must be integers"),
+        (dict(lengths=None, budget=10), "must be integers"),
+        (dict(lengths=[[(1, 2, 2)]], budget=10), "must be integers"),
+        (dict(lengths=[1], budget=1, rank=3), r"within 0..0, got 3"),
     ],
 )
 def test_errors_name_the_image_and_both_numbers(arguments, message):
     with pytest.raises(ValueError, match=message):
         PatchBudgetBatchSampler(**arguments)
+
+
+@pytest.mark.parametrize("value", [1.5, 2.0, "2", True, np.True_, float("nan"), [1], -1, np.int64(-3)])
+@pytest.mark.parametrize("name", ["budget", "max_images", "window", "seed", "num_replicas", "rank"])
+def test_numbers_are_whole_and_not_negative(name, value):
+    arguments = {"lengths": [1], "budget": 4, **({"num_replicas": 2} if name == "rank" else {}), name: value}
+    with pytest.raises(ValueError, match=f"{name} must be") as error:
+        PatchBudgetBatchSampler(**arguments)
+    assert str(value).strip("[]") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        (float("nan"), 1),
+        (1, float("nan")),
+        (float("inf"), 1),
+        (-1, 2),
+        (1,),
+        (1, 2, 3),
+        "12",
+        ("1", "2"),
+        3,
+        None,
+        (True, 1),
+    ],
+)
+def test_a_cost_is_two_finite_numbers(cost):
+    with pytest.raises(ValueError, match="cost must be two numbers") as error:
+        PatchBudgetBatchSampler([1], 4, cost=cost)
+    assert repr(cost) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shuffle", "drop_last"])
+def test_switches_are_true_or_false(name):
+    for value in ("False", None, 0.5):
+        with pytest.raises(ValueError, match=f"{name} must be True or False, got {value!r}"):
+            PatchBudgetBatchSampler([1], 4, **{name: value})
+
+
+def test_whole_numbers_of_every_kind():
+    sampler = PatchBudgetBatchSampler([1] * 9, np.int32(4), max_images=torch.tensor(2), cost=(np.float32(1), 0))
+    sampler.set_epoch(np.int64(2))
+    assert list(sampler) and all(len(pack) <= 2 for pack in sampler)
+
+
+def test_epochs_and_batches_that_are_none():
+    sampler = PatchBudgetBatchSampler([1] * 9, 2)
+    for epoch in (1.67, "1", -1, True, None):
+        with pytest.raises(ValueError, match=f"epoch must be .*{epoch}"):
+            sampler.set_epoch(epoch)
+    for batch in (-1, 1.0, True, 99):
+        with pytest.raises(ValueError, match=f"batch .*{batch}"):
+            sampler.state_dict(batch=batch)
+    state = sampler.state_dict(batch=3)
+    for wrong in (dict(batch=-1), dict(batch=99), dict(epoch=-2), dict(epoch=0.5), dict(batches="5")):
+        with pytest.raises(ValueError, match=str(*wrong.values())):
+            sampler.load_state_dict({**state, **wrong})
+    with pytest.raises(ValueError, match="without batches, cost"):
+        sampler.load_state_dict({name: value for name, value in state.items() if name not in ("batches", "cost")})
+    with pytest.raises(ValueError, match="num_replicas is 8 and torch.distributed does not run: give a rank"):
+        list(PatchBudgetBatchSampler([1] * 9, 2, num_replicas=8))
+
+
+def test_an_epoch_before_that_of_a_loaded_state_is_refused():
+    """A loop that begins with epoch 0 would lose the state without a word."""
+    sampler = PatchBudgetBatchSampler([1] * 9, 2)
+    sampler.load_state_dict({**sampler.state_dict(batch=3), "epoch": 2})
+    with pytest.raises(ValueError, match=r"set_epoch\(0\) would lose the state that was loaded, batch 3 of epoch 2"):
+        sampler.set_epoch(0)
+    assert len(list(sampler)) == len(sampler) - 3
+    sampler.set_epoch(0)
+    assert len(list(sampler)) == len(sampler)
+
+
+@pytest.mark.parametrize("length", [0, -1, 9])
+def test_a_length_that_fits_no_pack_is_an_error_not_an_end(length):
+    with pytest.raises(ValueError, match=f"image 1 has {length} patches, a pack holds 1 to 8"):
+        list(fill_packs([3, length, 4], 8))
+    for name in ("budget", "max_images", "window"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            list(fill_packs([3], **{"budget": 8, name: 0}))
 
 
 # --- resuming

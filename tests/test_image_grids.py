@@ -5,6 +5,7 @@ import itertools
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,3 +132,15 @@ def test_header_grids_keep_to_pillows_limit_and_to_do_resize(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
     with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS = 3071"):
         image_grid(encoded((64, 48), "PNG"), fixed)
+
+
+@pytest.mark.parametrize("one", ["cat.jpg", Path("cat.jpg"), b"bytes"])
+def test_one_image_is_no_list(one):
+    with pytest.raises(ValueError, match="sources must be a list of images, got one"):
+        image_grids(one, Siglip2PackedImageProcessor())
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True])
+def test_threads_are_a_whole_number(threads):
+    with pytest.raises(ValueError, match=f"num_threads must be .*{threads}"):
+        image_grids([], Siglip2PackedImageProcessor(), num_threads=threads)

@@ -135,9 +135,37 @@ def test_tensor_parallel_layers_compute_and_train_as_whole_ones(ranks, checkpoin
 
 
 def test_heads_that_ranks_do_not_divide(checkpoint):
-    three = SimpleNamespace(size=lambda: 3)
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
     with pytest.raises(ValueError, match="4 heads cannot be split over 3 ranks"):
-        apply_tensor_parallel(Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")), three)
+        apply_tensor_parallel(model, SimpleNamespace(size=lambda: 3, ndim=1))
+    with pytest.raises(ValueError, match="a mesh of one dimension, got 2"):
+        apply_tensor_parallel(model, SimpleNamespace(size=lambda: 2, ndim=2))
+
+
+def test_recipes_say_what_they_take(checkpoint):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    for recipe in (apply_fsdp, lambda module: apply_tensor_parallel(module, SimpleNamespace(size=lambda: 2, ndim=1))):
+        with pytest.raises(ValueError, match=r"Linear has no encoder\.layers"):
+            recipe(torch.nn.Linear(2, 2))
+    for dtype in ("bfloat16", torch.int64):
+        for name in ("param_dtype", "reduce_dtype"):
+            with pytest.raises(ValueError, match=f"{name} must be a floating torch.dtype or None, got {dtype!r}"):
+                apply_fsdp(model, **{name: dtype})
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, True, float("nan"), "3", None])
+def test_a_count_of_terms_is_a_whole_number(count):
+    with pytest.raises(ValueError, match=f"count must be .*{count}"):
+        mean_over_ranks(torch.tensor(1.0), count)
+
+
+def test_a_loss_without_a_process_group():
+    counts = {2: 3, 3: np.int64(2), 1: torch.tensor(6), 6: 0}
+    for mean, count in counts.items():
+        assert mean_over_ranks(torch.tensor(6.0), count) == mean
+    for total in (torch.ones(2), torch.tensor(3)):
+        with pytest.raises(ValueError, match="total must be the sum of the terms"):
+            mean_over_ranks(total, 2)
 
 
 def lora(folder, images):
