@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from siglip2_packed import files, fused, plain, quantized, weights
 from siglip2_packed.attention import attention_name, head_dim, requested_attention
 from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
+from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
@@ -61,6 +62,10 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             hidden_states (0 after the embeddings, k after layer k, negative from the end). Such a model ends there:
             layers above, post_layernorm and the head are neither built nor loaded, and `last_hidden_state` is that
             hidden state.
+
+    Training on token features alone leaves the pooling head without gradients, for which DistributedDataParallel
+    waits: it averages none in the first step, which is said once, and raises in the second. Load with
+    `vision_use_head=False` then.
     """
 
     config: Siglip2VisionConfig
@@ -146,6 +151,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             output_hidden_states,
         )
         watch(self, output)
+        watch_first_step(self, output)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

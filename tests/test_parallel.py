@@ -1,5 +1,7 @@
 """Training on two ranks is training on one: DDP, FSDP, tensor parallelism, checkpoints, with awkward packs."""
 
+import contextlib
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -52,6 +54,52 @@ TRAINING = {
 def test_two_ranks_train_as_one(ranks, checkpoint, engine, training, images):
     folder, kwargs = checkpoint("tiny"), TRAINING[training]
     check(ranks(train, engine, folder, images, **kwargs), train_alone(folder, **kwargs))
+
+
+def warned(folder, images, steps=1, **kwargs):
+    """What a rank says in its first steps under DDP, and whether ranks have the same parameters after one."""
+    find = kwargs.pop("find_unused_parameters", False)
+    task = Task(folder, **kwargs)
+    model = DistributedDataParallel(task, find_unused_parameters=find)
+    packed = pack(images[dist.get_rank()])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            with contextlib.nullcontext() if step == steps - 1 else model.no_sync():
+                mean_over_ranks(*model(packed)).backward()
+    said = [str(warning.message) for warning in said if "DistributedDataParallel waits" in str(warning.message)]
+    return said, torch.cat([p.grad.flatten() for p in task.parameters() if p.grad is not None]).numpy()
+
+
+@pytest.mark.parametrize("images", [UNEVEN, NO_IMAGES], ids=["uneven", "no images on a rank"])
+def test_an_idle_head_under_ddp_is_said_in_the_step_that_goes_wrong(ranks, checkpoint, images):
+    results = ranks(warned, checkpoint("tiny"), images)
+    assert np.abs(results[0][1] - results[1][1]).max() > 0  # what goes wrong
+    for said, _ in results:
+        assert len(said) == 1
+        assert "head.probe, head.attention.in_proj_weight and" in said[0] and "vision_use_head=False" in said[0]
+
+
+@pytest.mark.parametrize("images", [UNEVEN, NO_IMAGES], ids=["uneven", "no images on a rank"])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        TOKENS,
+        dict(pooled=True),
+        dict(pooled=True, checkpointing=True),
+        dict(pooled=True, calls=2),
+        dict(pooled=True, steps=2),
+        dict(trains="nothing"),
+        dict(trains="last layer"),
+        dict(select_layer=-2),
+        dict(find_unused_parameters=True),
+    ],
+    ids=str,
+)
+def test_nothing_is_said_where_ddp_averages(ranks, checkpoint, images, kwargs):
+    results = ranks(warned, checkpoint("tiny"), images, **kwargs)
+    assert [said for said, _ in results] == [[], []]
+    assert np.array_equal(results[0][1], results[1][1])
 
 
 def fsdp1(task):

@@ -1,0 +1,54 @@
+"""DistributedDataParallel averages a step's gradients once all of them are there. Says so if some never come."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
+
+MESSAGE = (
+    "DistributedDataParallel waits for the gradients of {names}, which this loss does not reach: it did not average the "
+    "others of this step over ranks, and will raise in the next. Where token features alone are trained, load with "
+    "vision_use_head=False (or select_layer), or freeze what is idle; or give find_unused_parameters=True"
+)
+
+
+@torch.compiler.disable
+def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
+    """Called in a model's forward: warns after the first backward under DDP that left a trainable parameter out.
+
+    The first step goes wrong without a word, and only the second one raises, which names no parameter.
+    """
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is None or not torch.is_grad_enabled() or getattr(model, "_first_step_seen", False):
+        return
+    if wrapper.find_unused_parameters or wrapper.static_graph or not wrapper.require_backward_grad_sync:
+        return
+    asked = False
+
+    def when_done(gradient: Tensor) -> None:
+        nonlocal asked
+        if not asked:
+            Variable._execution_engine.queue_callback(lambda: _say_what_is_idle(model, wrapper))
+        asked = True
+
+    for value in output.values():
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(when_done)
+
+
+def _say_what_is_idle(model: nn.Module, wrapper: DistributedDataParallel) -> None:
+    if getattr(model, "_first_step_seen", False):
+        return
+    model._first_step_seen = True  # type: ignore[assignment]
+    ignored = {id(p) for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore}
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None and id(p) not in ignored]
+    if idle:
+        names = ", ".join(idle[:2]) + (f" and {len(idle) - 2} more" if len(idle) > 2 else "")
+        warnings.warn(MESSAGE.format(names=names))
