@@ -1,4 +1,6 @@
-"""Images with captions for train_tower.py: crops of scikit-image's photographs, what each shows and its grid.
+"""Images with captions for train_tower.py: crops of scikit-image's photographs, and what each shows.
+
+Nothing of a caption follows from the grid, which a model knows without looking.
 
 Shapes: C caption tokens of a pack.
 """
@@ -38,7 +40,7 @@ class CaptionedCrops(Dataset):
             h, w = processor.grid(height, width)
             self.boxes.append((left, top, left + width, top + height))
             self.grids.append((1, h, w))
-            self.captions.append(f"{name}, {h} by {w} patches")
+            self.captions.append(name)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -52,6 +54,10 @@ class CaptionedCrops(Dataset):
         other = copy.copy(self)
         other.captions = self.captions[1:] + self.captions[:1]
         return other
+
+    def chance(self) -> float:
+        """The share of captions that are right when the commonest is given for every image."""
+        return max(collections.Counter(self.captions).values()) / len(self)
 
     def entropy(self) -> float:
         """Of the captions, for each of their tokens: a model without images has no lower loss on them."""

@@ -206,7 +206,7 @@ def explained(name: str) -> str:
 
 def train_tower() -> str:
     lines = [
-        "| card, ranks | a step | ms | patches/s | MFU | peak GiB | efficiency | loss |",
+        "| card, ranks | a step | ms | patches/s | MFU | peak GiB | efficiency | names of new crops |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("train_tower_*.csv")):
@@ -221,9 +221,17 @@ def train_tower() -> str:
             lines.append(
                 f"| {values.card.iloc[0]}, {ranks.removeprefix('ranks')} | {step} | {value['time']:.0f} "
                 f"| {value['patches_per_s']:.0f} | {share['mfu']} | {memory} | {share['scaling_efficiency']} "
-                f"| {value['loss_first']:.2f} -> {value['loss_last']:.2f} |"
+                f"| {names_right(value)} |"
             )
     return "\n".join(lines)
+
+
+def names_right(value: dict[str, float]) -> str:
+    """Rows of before 2026-11-30 say no chance. It was one in twelve names; their captions also told the grid."""
+    chance, old = value.get("chance", 1 / 12), "" if "chance" in value else " *"
+    if value["name_accuracy"] <= 2 * chance:
+        return f"no better than chance ({chance:.2f}){old}"
+    return f"{value['name_accuracy']:.2f}, chance {chance:.2f}{old}"
 
 
 def bulk() -> str:

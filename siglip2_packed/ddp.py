@@ -12,8 +12,8 @@ from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
 MESSAGE = (
-    "DistributedDataParallel waits for the gradients of {names}, which this loss does not reach: it did not average the "
-    "others of this step over ranks, and will raise in the next. Where token features alone are trained, load with "
+    "DistributedDataParallel waits for the gradients of {names}, which this loss does not reach: it did not average "
+    "the others of this step over ranks, and will raise in the next. Where token features alone are trained, load with "
     "vision_use_head=False (or select_layer), or freeze what is idle; or give find_unused_parameters=True"
 )
 
