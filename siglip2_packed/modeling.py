@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from siglip2_packed.ops.attention import VarlenAttention, for_pack
 from siglip2_packed.ops.positions import Places
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.overflow import watch
-from siglip2_packed.packing import check_patches
+from siglip2_packed.packing import GridLike, check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -52,6 +52,17 @@ class TokenOutput(BaseModelOutput):
             "checkpoint has no pooling head (or the model was built without: vision_use_head=False or select_layer), "
             "so there are no pooled features; use last_hidden_state"
         )
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    class PackedOutput(BaseModelOutputWithPooling):
+        """What a model returns, as type checkers see it: all that is there is a tensor."""
+
+        last_hidden_state: Tensor  # type: ignore[assignment]
+        pooler_output: Tensor  # type: ignore[assignment]
+        hidden_states: tuple[Tensor, ...]  # type: ignore[assignment]
 
 
 class Siglip2PackedVisionModel(PreTrainedModel):
@@ -94,6 +105,14 @@ class Siglip2PackedVisionModel(PreTrainedModel):
                 self.head = Siglip2PackedPoolingHead(config)
         self.register_load_state_dict_pre_hook(_strip_prefix)
         self.post_init()
+
+    if TYPE_CHECKING:  # nn.Module's are of any type
+
+        def __call__(self, pixel_values: Tensor, grid_thw: GridLike, *args: Any, **kwargs: Any) -> PackedOutput: ...
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+        def cuda(self, *args: Any, **kwargs: Any) -> Self: ...  # type: ignore[override]
+        def eval(self) -> Self: ...
+        def train(self, mode: bool = True) -> Self: ...
 
     @torch.compiler.disable(recursive=False)  # its parts are compiled, not the host work on metadata
     def forward(
@@ -408,6 +427,10 @@ class Siglip2NaflexPacking(nn.Module):
     @property
     def config(self) -> Siglip2VisionConfig:
         return self.vision_model.config
+
+    if TYPE_CHECKING:
+
+        def __call__(self, hidden_states: Tensor, grid_thw: GridLike, **kwargs: Any) -> Tensor: ...
 
     def forward(self, hidden_states: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
         """`[T, P]` patches and `[N, 3]` grids -> `[T, D]`, the last hidden state after post_layernorm."""

@@ -178,6 +178,7 @@ class Siglip2PackedImageProcessor:
         on_error: str = "raise",
         temporal: str = "frames",
         return_tensors: str | None = None,
+        max_num_patches: int | None = None,
         **settings: Any,
     ) -> PackedPatches:
         """Packs images, then videos, in the order given.
@@ -191,7 +192,8 @@ class Siglip2PackedImageProcessor:
             on_error: `"raise"`, or `"skip"`: images that cannot be used are left out, with one warning.
             temporal: `"frames"` or `"joint"`, see `PackedPatches`.
             return_tensors: None or `"pt"`; the result is the same.
-            settings: any constructor argument, for this call only; None keeps the processor's own.
+            max_num_patches: patches an image may have, for this call only; None keeps the processor's own.
+            settings: any other constructor argument, for this call only; None keeps the processor's own.
 
         Returns:
             `PackedPatches`, float32. Its attribute `kept` lists, for each row of `grid_thw`, the index of its image in
@@ -200,6 +202,8 @@ class Siglip2PackedImageProcessor:
         Raises:
             ValueError: naming the image's index, and its file where there is one, and the reason.
         """
+        if max_num_patches is not None:
+            settings["max_num_patches"] = max_num_patches
         if settings:
             own = {name: getattr(self, name) for name in (*SETTINGS, "num_threads")}
             unknown = sorted(settings.keys() - own.keys())
