@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -74,6 +74,37 @@ class PackedPatches(BatchFeature):
             }
         )
 
+    if TYPE_CHECKING:
+        pixel_values: Tensor
+        grid_thw: Tensor
+        cu_seqlens: Tensor
+        max_seqlen: int
+
+        @overload  # type: ignore[override]
+        def __getitem__(self, item: Literal["pixel_values", "grid_thw", "cu_seqlens"]) -> Tensor: ...
+        @overload
+        def __getitem__(self, item: Literal["max_seqlen"]) -> int: ...
+        @overload
+        def __getitem__(self, item: str) -> Any: ...
+        def __getitem__(self, item: str) -> Any: ...
+
+    def __repr__(self) -> str:
+        """`PackedPatches: 2 images, 2004 patches, longest 1014`: what attends together is at most 1014 patches long."""
+        try:
+            frames = torch.as_tensor(self["grid_thw"])[:, 0].tolist()
+            patches, longest = len(self["pixel_values"]), self["max_seqlen"]
+        except Exception:  # keys that the caller has taken out or changed, tensors without values
+            return f"{type(self).__name__}: {', '.join(map(str, self)) or 'nothing'}"
+        videos = [t for t in frames if t > 1]
+        parts = [_count(len(frames) - len(videos), "image")] if len(videos) < len(frames) or not frames else []
+        if videos:
+            parts.append(f"{_count(len(videos), 'video')} of {sum(videos)} frames")
+        parts.append(_count(patches, "patch", "patches"))
+        if frames:
+            parts.append(f"longest {longest}")
+        parts += [str(name) for name in self if name not in KEYS]
+        return f"{type(self).__name__}: {', '.join(parts)}"
+
     def __getstate__(self) -> dict:
         return self.__dict__
 
@@ -102,6 +133,10 @@ class PackedPatches(BatchFeature):
 
     def _own_tensors(self) -> list[str]:
         return [name for name, value in self.items() if name not in KEYS and isinstance(value, Tensor)]
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def check_patches(pixel_values: Tensor, patch_dim: int | None = None) -> None:
@@ -138,9 +173,13 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
     return patches, torch.tensor(grid, dtype=torch.long, device=images.device).repeat(n, 1)
 
 
+GridLike: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[int]]
+"""`[N, 3]` integers (t, h, w)."""
+
+
 def pack(
     pixel_values: Any,
-    grid_thw: Any = None,
+    grid_thw: GridLike | None = None,
     *,
     pixel_attention_mask: Any = None,
     spatial_shapes: Any = None,
@@ -195,6 +234,12 @@ def pack(
     return PackedPatches(torch.cat(rows), grids, temporal)
 
 
+@overload
+def unpack(hidden_states: Tensor, grid_thw: GridLike, *, padded: Literal[False] = False) -> list[Tensor]: ...
+@overload
+def unpack(hidden_states: Tensor, grid_thw: GridLike, *, padded: Literal[True]) -> tuple[Tensor, Tensor]: ...
+@overload
+def unpack(hidden_states: Tensor, grid_thw: GridLike, *, padded: bool) -> list[Tensor] | tuple[Tensor, Tensor]: ...
 def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any:
     """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`."""
     if not isinstance(hidden_states, Tensor) or not hidden_states.ndim:
@@ -210,6 +255,10 @@ def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any
     return torch.nn.utils.rnn.pad_sequence(images, batch_first=True), mask.to(hidden_states.device)
 
 
+@overload
+def pad(pixel_values: Mapping[str, Any], *, max_num_patches: int | None = None) -> BatchFeature: ...
+@overload
+def pad(pixel_values: Tensor, grid_thw: GridLike, *, max_num_patches: int | None = None) -> BatchFeature: ...
 def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None = None) -> BatchFeature:
     """A pack -> the padded batch of `transformers.Siglip2VisionModel`: `hf_model(**pad(packed))`.
 

@@ -202,3 +202,29 @@ def test_empty_packs():
     assert features.shape == (0, 0, 8)
     assert mask.shape == (0, 0)
     assert pad(empty)["pixel_values"].shape == (0, 0, 48)
+
+
+@pytest.mark.parametrize(
+    ("grids", "temporal", "expected"),
+    [
+        ([(1, 26, 39), (1, 33, 30)], "frames", "2 images, 2004 patches, longest 1014"),
+        ([(1, 1, 1)], "frames", "1 image, 1 patch, longest 1"),
+        ([(1, 13, 19), (3, 4, 6), (2, 1, 256)], "frames", "1 image, 2 videos of 5 frames, 831 patches, longest 256"),
+        ([(3, 4, 6)], "joint", "1 video of 3 frames, 72 patches, longest 72"),
+        ([], "frames", "0 images, 0 patches"),
+    ],
+)
+def test_a_pack_says_what_it_holds_in_a_line(patches, grids, temporal, expected):
+    packed = PackedPatches(patches(grids), grids, temporal)
+    assert repr(packed) == str(packed) == f"PackedPatches: {expected}"
+    packed["labels"] = torch.zeros(len(grids))
+    assert repr(packed) == f"PackedPatches: {expected}, labels"
+    assert repr(PackedPatches(dict(packed))) == repr(packed)
+
+
+def test_a_pack_that_was_taken_apart_has_a_repr(patches):
+    packed = PackedPatches(patches([(1, 2, 3)]), [(1, 2, 3)])
+    packed["grid_thw"] = packed["grid_thw"].to("meta")
+    assert repr(packed) == "PackedPatches: pixel_values, grid_thw, cu_seqlens, max_seqlen"
+    del packed["grid_thw"]
+    assert repr(packed) == "PackedPatches: pixel_values, cu_seqlens, max_seqlen"
