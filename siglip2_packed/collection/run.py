@@ -136,7 +136,7 @@ def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool
 def forget(output: Output, plan: Plan) -> None:
     """Takes away parts that are not true, and before them an index that names a shard which will be another."""
     index, errors = output.folder / "index.csv", output.folder / "errors.csv"
-    if plan.stale or shards_in(index) & {output.shard(number) for number in plan.to_make}:
+    if plan.stale or shards_in(index) & {*plan.to_make}:
         index.unlink(missing_ok=True)
         errors.unlink(missing_ok=True)
     for number in plan.stale:
@@ -145,11 +145,9 @@ def forget(output: Output, plan: Plan) -> None:
             path.unlink(missing_ok=True)
 
 
-def shards_in(index: Path) -> set[str]:
-    if not index.exists():
-        return set()
-    with open_csv(index, "r") as file:
-        return {row["shard"] or "" for row in csv.DictReader(file)}
+def shards_in(index: Path) -> set[int]:
+    """Numbers of all shards that are named anywhere in it, whatever state it is in."""
+    return set(map(int, re.findall(rb"shard-(\d+)", index.read_bytes()))) if index.exists() else set()
 
 
 def write_missing(output: Output, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]) -> None:
