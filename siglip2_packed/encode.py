@@ -17,7 +17,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor
+from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -133,9 +133,11 @@ def encode_inputs(
     if not is_one_file(out):
         check_run(out, complete(settings, inputs), args.resume)  # before the model, which takes longer
     model: Any = load_model(args)
-    settings |= {"tower": tower(model.config), "checkpoint": args.ckpt, "weights": weights_digest(model, workers)}
-    on_device(model, device)
-    forward = replayed(model, args.patch_budget)
+    with ThreadPoolExecutor(1) as beside:  # of the weights on the host, which the model leaves now
+        weights = beside.submit(weights_digest, model.state_dict(), workers)
+        on_device(model, device)
+        forward = replayed(model, args.patch_budget)
+    settings |= {"tower": tower(model.config), "checkpoint": args.ckpt, "weights": weights.result()}
     empty = nothing_yet(args, model.config.hidden_size)
     meter = Meter(args.patch_budget)
 
