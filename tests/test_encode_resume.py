@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 from pathlib import Path
 
 import PIL
@@ -176,6 +177,29 @@ def test_a_second_run_says_who_is_at_work(checkpoint, photos, finished, tmp_path
         assert f"process {os.getpid()} on " in capsys.readouterr().err
         lock.held()
         lock.release()
+
+
+def test_collections_that_grow(checkpoint, photos, expected, tmp_path, capsys):
+    """A tar file that is written again is encoded again; the files beside it are left alone, where they are."""
+    out, tar = tmp_path / "out", tmp_path / "b.tar"
+    files, flags = [photos / name for name in GOOD[:4]], [*SETTINGS, "--resume"]
+
+    def write(names):
+        with tarfile.open(tar, "w") as opened:
+            for name in names:
+                opened.add(photos / name, name)
+
+    write(GOOD[4:6])
+    assert run(checkpoint, [*files, tar], out, *flags) == 0
+    kept = (out / "shard-00000.safetensors").stat().st_mtime_ns
+    write(GOOD[4:9])
+    assert run(checkpoint, [photos / GOOD[9], *files, tar], out, *flags) == 0
+    assert (
+        f"changed since they were encoded, encoded again: {tar}#{GOOD[4]}, {tar}#{GOOD[5]}\n" in capsys.readouterr().err
+    )
+    features = expected | {f"b.tar#{name}": expected[name] for name in GOOD[4:9]}
+    check(out, features, [GOOD[9], *GOOD[:4], *(f"b.tar#{name}" for name in GOOD[4:9])], bad=[])
+    assert kept == (out / "shard-00000.safetensors").stat().st_mtime_ns
 
 
 def test_photos_that_are_added(checkpoint, photos, expected, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
             continue
         places, others = known.find(rows)
         gone += others
-        unlike = [row.input for row, place in zip(rows, places) if not same(row.stamp, known.stamps[place])]
+        unlike = [row.input for row, place in zip(rows, places) if not same(row.stamp, inputs.stamp(place))]
         if unlike or others:
             changed += unlike
             stale.append(number)
@@ -76,7 +76,6 @@ class Known:
 
     def __init__(self, inputs: Inputs):
         names = list(inputs.names())
-        self.stamps = list(inputs.stamps())
         self.next: dict[str, int] = {}
         self.after = np.full(len(names), -1, np.int32)  # the next of the same name
         for place in range(len(names) - 1, -1, -1):

@@ -109,10 +109,11 @@ class Inputs:
                     entry = ValueError(f"{part.path} has changed since it was listed")
                 yield Input(ordinal, name, entry, part.stamp)
 
-    def stamps(self) -> Iterator[str]:
-        """Of every input: its file's, or its container's when that was listed."""
-        for part in self.parts:
-            yield from map(stamp, part.paths) if isinstance(part, Files) else itertools.repeat(part.stamp, len(part))
+    def stamp(self, ordinal: int) -> str:
+        """Of an input: its file's now, or its container's when that was listed."""
+        number = bisect_right(self.ends, ordinal)
+        part = self.parts[number]
+        return stamp(part.paths[ordinal - self.ends[number]]) if isinstance(part, Files) else part.stamp
 
     def fingerprint(self) -> str:
         """Of the names in their order."""
