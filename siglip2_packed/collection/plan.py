@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +64,8 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
         raise ValueError(f"it has features of {listed(gone)}, which the inputs do not name (any more)")
 
     todo, taken = np.flatnonzero(owner < 0), {*numbers} - {*stale}
-    to_make = first_free(taken, -(-len(todo) // shard_size))
+    free = (number for number in count() if number not in taken)
+    to_make = list(islice(free, -(-len(todo) // shard_size)))
     order = np.arange(len(todo))
     owner[todo] = np.array(to_make, np.int32)[order // shard_size]
     line[todo] = order % shard_size
@@ -93,17 +94,6 @@ class Known:
                 places.append(place)
                 self.next[row.input] = int(self.after[place])
         return places, missing
-
-
-def first_free(taken: set[int], count: int) -> list[int]:
-    def free() -> Iterator[int]:
-        number = 0
-        while True:
-            if number not in taken:
-                yield number
-            number += 1
-
-    return [number for number, _ in zip(free(), range(count))]
 
 
 def listed(names: list[str], most: int = 5) -> str:
