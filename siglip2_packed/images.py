@@ -2,6 +2,7 @@
 
 Policies, the same whichever form an image comes in:
 
+- A file is what its bytes say, decoded in this process or not at all (formats.py). A PIL image is its caller's affair.
 - EXIF orientation is applied. A file with several frames (GIF, TIFF) gives its first; a PIL image the one it shows.
 - Alpha is dropped, as Pillow's `convert("RGB")` does, unless `do_convert_rgb=True`: then it is laid over white.
 - 16-bit pixels are scaled to 8 (divided by 257, rounded), never clipped. Wider integers: their range tells.

@@ -146,6 +146,16 @@ def test_a_damaged_row_group_of_lists_costs_its_rows(tmp_path):
     assert [entry for _, entry in found[9:]] == [IMAGES[k] for i in range(6, 9) for k in (i, i + 1)]
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_table_that_became_a_pipe_or_is_gone(file, tmp_path):
+    path = save(pa.table({"image": IMAGES[:4]}), tmp_path / file)
+    [table] = find_inputs([path]).parts
+    path.unlink()
+    assert all("cannot be read" in str(entry) for entry in table.read(0, 4))
+    os.mkfifo(path)
+    assert ["a pipe, not a regular file" in str(entry) for entry in table.read(0, 4)] == [True] * 4
+
+
 def save_to_disk(folder, table, shards=2):
     """The files that Hugging Face datasets' `save_to_disk` writes."""
     folder.mkdir(parents=True)

@@ -72,6 +72,7 @@ class Arrow(Table):
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
+        open_regular(self.path).close()  # pyarrow would wait at a pipe
         batches = self._batches(self._reader())
         yield [next(batches).column(self.column) for group in range(len(self.groups)) if group not in self.faults]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from siglip2_packed.collection.identity import stamp
-from siglip2_packed.formats import local_path
+from siglip2_packed.formats import local_path, open_regular
 
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
@@ -110,7 +110,7 @@ class Table:
                             for value in self.values(opened, group, done, last):
                                 yield value
                                 done += 1
-                    except (pyarrow.ArrowException, OSError) as error:
+                    except (pyarrow.ArrowException, OSError, ValueError) as error:
                         fault = one_line(f"row group {group} cannot be read: {error}")
                     yield from (ValueError(fault) for _ in range(done, last))
                 first += rows
@@ -158,6 +158,7 @@ class Parquet(Table):
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
+        open_regular(self.path).close()  # pyarrow would wait at a pipe
         with import_pyarrow().parquet.ParquetFile(self.path) as file:
             yield file
 
