@@ -35,7 +35,7 @@ from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
 from siglip2_packed.collection.shards import FORMATS, Counts, replacing, write_file
-from siglip2_packed.collection.sources import Inputs, find_inputs
+from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.walk import Skipped
 from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
 from siglip2_packed.formats import DECODED
@@ -298,7 +298,7 @@ def is_one_file(out: Path) -> bool:
 
 def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
     """What can be said before anything is opened, waited for or written."""
-    missing = [path for path in args.images if path != "-" and not os.path.exists(path)]
+    missing = [path for path in args.images if path != "-" and not os.path.exists(as_path(path))]
     if missing:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
     if not (args.patches or args.pooled):
