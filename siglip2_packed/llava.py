@@ -25,7 +25,8 @@ from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import pad
-from siglip2_packed.preprocess import CONFIG_FILES, Siglip2PackedImageProcessor
+from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.processor_files import CONFIG_FILES
 from siglip2_packed.quantized import FLOATING
 
 logger = logging.getLogger("siglip2_packed")

@@ -7,39 +7,31 @@ N images (rows of grid_thw), T total patches, P = patch_size² · 3.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import operator
 import os
 import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from transformers.utils.hub import cached_file
 
 from siglip2_packed.images import Frame, Source, image_items, read_rgb, source_name, video_items
 from siglip2_packed.packing import PackedPatches
-
-CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-SETTINGS = (
-    "patch_size",
-    "max_num_patches",
-    "do_resize",
-    "do_rescale",
-    "rescale_factor",
-    "do_normalize",
-    "image_mean",
-    "image_std",
-    "resample",
-    "do_convert_rgb",
+from siglip2_packed.processor_files import (
+    SETTINGS,
+    ProcessorFiles,
+    deviation,
+    factor,
+    flag,
+    optional_flag,
+    positive_int,
+    resampling,
+    rgb,
 )
 
 
@@ -54,10 +46,10 @@ def resized_grid(height: int, width: int, patch_size: int, max_num_patches: int)
         ValueError: an argument that is not a positive integer.
     """
     return _search_grid(
-        _positive_int("height", height),
-        _positive_int("width", width),
-        _positive_int("patch_size", patch_size),
-        _positive_int("max_num_patches", max_num_patches),
+        positive_int("height", height),
+        positive_int("width", width),
+        positive_int("patch_size", patch_size),
+        positive_int("max_num_patches", max_num_patches),
     )
 
 
@@ -80,7 +72,7 @@ def _search_grid(height: int, width: int, patch_size: int, max_num_patches: int)
     return grid(low)
 
 
-class Siglip2PackedImageProcessor:
+class Siglip2PackedImageProcessor(ProcessorFiles):
     """Images and videos -> `PackedPatches`.
 
     Args:
@@ -114,56 +106,17 @@ class Siglip2PackedImageProcessor:
         do_convert_rgb: bool | None = None,
         num_threads: int | None = None,
     ):
-        self.patch_size = _positive_int("patch_size", patch_size)
-        self.max_num_patches = _positive_int("max_num_patches", max_num_patches)
-        self.do_resize = do_resize
-        self.do_rescale = do_rescale
-        self.rescale_factor = float(rescale_factor)
-        self.do_normalize = do_normalize
-        self.image_mean = _rgb("image_mean", image_mean)
-        self.image_std = _rgb("image_std", image_std)
-        self.resample = Image.Resampling(resample)
-        self.do_convert_rgb = do_convert_rgb
-        self.num_threads = None if num_threads is None else _positive_int("num_threads", num_threads)
-        if 0 in self.image_std:
-            raise ValueError(f"image_std must not hold 0, got {self.image_std}")
-
-    @classmethod
-    def from_pretrained(cls, checkpoint: str | os.PathLike, **arguments: Any) -> Siglip2PackedImageProcessor:
-        """Reads `preprocessor_config.json`, or the `image_processor` part of `processor_config.json`, which comes first
-        as in transformers. Keys it does not know are ignored.
-
-        Args:
-            checkpoint: a folder (no network is used) or a Hugging Face hub id.
-            arguments: constructor arguments that replace the file's, and the hub's `revision`, `token`, `cache_dir`,
-                `subfolder`, `local_files_only`, `force_download`.
-
-        Raises:
-            OSError: no such file, or one that is not JSON.
-            ValueError: the file is that of a fixed-resolution SigLIP.
-        """
-        hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
-        config = _read_config(checkpoint, hub)
-        kind = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
-        if kind.startswith("Siglip") and not kind.startswith("Siglip2"):
-            raise ValueError(
-                f"{checkpoint} is preprocessed by {kind}: a fixed-resolution SigLIP. A NaFlex checkpoint is needed "
-                "(Siglip2ImageProcessor, such as google/siglip2-base-patch16-naflex)"
-            )
-        settings = {name: config[name] for name in SETTINGS if config.get(name) is not None}
-        return cls(**{**settings, **arguments})
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes `preprocessor_config.json`, which transformers' `Siglip2ImageProcessor` loads too."""
-        path = Path(folder) / "preprocessor_config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as the file holds them. `num_threads` belongs to the machine and is not among them."""
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        settings.update(image_mean=list(self.image_mean), image_std=list(self.image_std), resample=int(self.resample))
-        return {"image_processor_type": "Siglip2ImageProcessor", **settings}
+        self.patch_size = positive_int("patch_size", patch_size)
+        self.max_num_patches = positive_int("max_num_patches", max_num_patches)
+        self.do_resize = flag("do_resize", do_resize)
+        self.do_rescale = flag("do_rescale", do_rescale)
+        self.rescale_factor = factor("rescale_factor", rescale_factor)
+        self.do_normalize = flag("do_normalize", do_normalize)
+        self.image_mean = rgb("image_mean", image_mean)
+        self.image_std = deviation("image_std", image_std)
+        self.resample = resampling("resample", resample)
+        self.do_convert_rgb = optional_flag("do_convert_rgb", do_convert_rgb)
+        self.num_threads = None if num_threads is None else positive_int("num_threads", num_threads)
 
     def __repr__(self) -> str:
         settings = {name: getattr(self, name) for name in (*SETTINGS, "num_threads")}
@@ -372,41 +325,3 @@ def _patch_of(colour: tuple[float, ...], patch_size: int) -> np.ndarray:
 def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Once a device: such a copy waits for all that the device has been given to do."""
     return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return number
-
-
-def _rgb(name: str, value: float | Iterable[float]) -> tuple[float, float, float]:
-    values = [float(v) for v in value] if isinstance(value, Iterable) else [float(value)]
-    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
-        raise ValueError(f"{name} must be 1 or 3 finite numbers, got {value!r}")
-    r, g, b = values * 3 if len(values) == 1 else values
-    return r, g, b
-
-
-def _read_config(checkpoint: str | os.PathLike, hub: dict[str, Any]) -> dict[str, Any]:
-    name = os.fspath(checkpoint)
-    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local and not os.path.isdir(name):
-        raise OSError(f"{name} is not a folder")
-    for file in CONFIG_FILES:
-        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-        if path is None:
-            continue
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise OSError(f"{path} is not a JSON file: {error}") from error
-        if file == "preprocessor_config.json":
-            return config
-        if "image_processor" in config:
-            return config["image_processor"]
-    raise OSError(f"{name} holds no preprocessor_config.json (nor an image_processor in processor_config.json)")

@@ -188,7 +188,7 @@ def test_config_files(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Siglip2Processor"}))
     with pytest.raises(OSError, match="holds no preprocessor_config"):
         load(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "size": None, "unknown": 1}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"patch_size": 4, "size": None, "unknown": 0}))
     assert (load(tmp_path).patch_size, load(tmp_path).max_num_patches) == (4, 256)
     (tmp_path / "processor_config.json").write_text(
         json.dumps({"image_processor": {"patch_size": 8, "image_mean": None}})
