@@ -59,7 +59,7 @@ class ModelTester:
 
 
 class TestSiglip2PackedVisionModel(ModelTesterMixin, unittest.TestCase):
-    test_resize_embeddings = False
+    test_resize_embeddings = test_pruning = test_head_masking = False
 
     def setUp(self):
         """A test that takes the first rows of a batch as its first image is given images of one size."""
