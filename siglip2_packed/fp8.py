@@ -52,7 +52,7 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight", quantized.t())  # [in, out], column-major, as the product takes it
         self.register_buffer("scale", scale.t())
         self.register_buffer("bias", bias.detach())
-        self.register_buffer("one", torch.ones((), device=weight.device), persistent=False)
+        self.register_buffer("one", torch.ones((), dtype=torch.float32, device=weight.device), persistent=False)
 
     def forward(self, rows: Tensor, scales: Tensor) -> Tensor:
         """`[T, in]` float8 and `[T, 1]` float32 -> `[T, out]` in the bias' dtype."""

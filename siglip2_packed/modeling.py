@@ -346,6 +346,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     @torch.compiler.disable
     def _layout(self, pixel_values: Tensor, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids=None) -> Layout:
         check_patches(pixel_values, patch_dim(self.config))
+        if pixel_values.is_meta and not self.embeddings.patch_embedding.weight.is_meta:
+            check_numbers(pixel_values, "pixel_values")
         if temporal is not None and cu_seqlens is not None:
             raise ValueError("give temporal or cu_seqlens (PackedPatches has it, made with its own temporal), not both")
         if position_ids is not None and hasattr(self, "head"):

@@ -185,6 +185,13 @@ def test_arguments_that_are_nothing_of_the_kind(checkpoint, given, message):
         model(torch.randn(12, 48), **given)
 
 
+def test_meta_patches_need_a_model_on_the_meta_device(checkpoint):
+    model, rows = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")), torch.zeros(12, 48, device="meta")
+    with pytest.raises(ValueError, match=r"pixel_values \[12, 48\] is a meta tensor without numbers"):
+        model(rows, [(1, 3, 4)])
+    assert model.to("meta")(rows, [(1, 3, 4)]).pooler_output.shape == (1, 64)
+
+
 def test_zero_dimensional_integers_are_integers(checkpoint, patches):
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
     for longest in (12, np.int64(12), torch.tensor(12), torch.tensor(12, dtype=torch.int32)):
