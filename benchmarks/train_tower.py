@@ -8,9 +8,9 @@ r"""Tower, projector and a small causal LM trained on captioned images, on one d
     torchrun --nproc-per-node 2 benchmarks/train_tower.py --shape tiny --dtype float32 --lr 5e-3 \
         --max-num-patches 64 --budget 512 --steps 200 --workers 0
 
-Images are crops of scikit-image's photographs, captions say what a crop shows. A loss falls far before anything is seen:
-spelling the names takes no images. What was learnt of images is the share of crops not trained on whose name greedy
-decoding gets right, beside chance (one name for all). Twice chance or less says that nothing was, in that time. Also
+Images are crops of scikit-image's photographs, captions say what a crop shows. The loss falls far before anything is
+seen: spelling the names takes no images. What was learnt of images is the share of crops not trained on whose name
+greedy decoding gets right, beside chance (one name for all): up to twice chance, nothing was in that time. Also
 printed: the captions' entropy, below which no loss falls without images, and the losses of new crops, with their own
 captions and with those of other images.
 

@@ -144,7 +144,7 @@ def accelerate_asks(sampler: PatchBudgetBatchSampler) -> bool:
             asking.setdefault(type(owner).__name__, owner)
         frame = frame.f_back
     shard, ranks = asking.get("BatchSamplerShard"), sampler.num_replicas
-    if "DataLoaderDispatcher" in asking and asking["DataLoaderDispatcher"].state.num_processes > 1:
+    if "DataLoaderDispatcher" in asking:
         raise ValueError("accelerate's dispatch_batches cuts batches up, and packs cannot be cut: set it to False")
     if shard is None:
         return False
@@ -172,11 +172,12 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
     (images near the budget, or fewer than ranks) some are repeated, or left out with `drop_last`: less than one a rank,
     so never more than with `DistributedSampler`. Otherwise the batches of one step are smaller, to come out even.
 
-    Resuming: `state_dict()` holds the batches handed out. A DataLoader with workers asks for batches ahead of those it
-    has delivered, so give the number of batches trained on in this epoch: `sampler.state_dict(batch=step)`. torchdata's
-    `StatefulDataLoader` keeps the state of the batch it delivered and needs no such thing. After `load_state_dict`, the
-    next iteration goes on behind that batch, `set_epoch` of the same epoch included; the state is the same on every
-    rank, and the other arguments must be as they were. A state at the end of an epoch leaves nothing of that epoch.
+    Resuming: `state_dict()` holds the batches handed out. A DataLoader with workers, or one that accelerate prepared,
+    asks for batches ahead of those it has delivered, so give the number of batches trained on in this epoch:
+    `sampler.state_dict(batch=step)`. torchdata's `StatefulDataLoader` keeps the state of the batch it delivered and
+    needs no such thing. After `load_state_dict`, the next iteration goes on behind that batch, `set_epoch` of the same
+    epoch included; the state is the same on every rank, and the other arguments must be as they were. A state at the
+    end of an epoch leaves nothing of that epoch.
 
     Engines: each rank takes its own batches, so a loader needs nobody who shards it (Lightning:
     `use_distributed_sampler=False`). One that accelerate prepared does so all the same, and gets the batches of all
@@ -330,7 +331,11 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
             raise ValueError(f"the state's batch is {batch}, its epoch has {batches} batches")
         if batch == batches and self.epoch > epoch:
             return  # StatefulDataLoader loads late: what is over does not undo set_epoch
-        self.epoch, self._batch, self._start = epoch, batch, batch
+        before, self.epoch = self.epoch, epoch
+        if (here := len(self._plan())) != batches:
+            self.epoch = before
+            raise ValueError(f"epoch {epoch} of the state has {batches} batches, here {here}: another version made it")
+        self._batch = self._start = batch
 
     def _plan(self) -> list[list[list[int]]]:
         """The epoch: for each step, a pack for each rank."""

@@ -319,6 +319,8 @@ def test_epochs_and_batches_that_are_none():
     for wrong in (dict(batch=-1), dict(batch=99), dict(epoch=-2), dict(epoch=0.5), dict(batches="5")):
         with pytest.raises(ValueError, match=str(*wrong.values())):
             sampler.load_state_dict({**state, **wrong})
+    with pytest.raises(ValueError, match="epoch 0 of the state has 7 batches, here 5"):
+        sampler.load_state_dict({**state, "batches": 7})
     with pytest.raises(ValueError, match="without batches, cost"):
         sampler.load_state_dict({name: value for name, value in state.items() if name not in ("batches", "cost")})
     with pytest.raises(ValueError, match="num_replicas is 8 and torch.distributed does not run: give a rank"):
