@@ -118,6 +118,7 @@ def test_nothing_to_compare_fails(ours, reference, images, message):
 
 def test_each_measure_alone_can_fail_a_row():
     reference = torch.ones(10, 1000)
+    reference[1::2] = -1
     one_value = reference.clone()
     one_value[0, 0] += 2e-4
     assert "max abs" in compare_pair(one_value, reference).note
@@ -132,10 +133,52 @@ def test_each_measure_alone_can_fail_a_row():
 
 
 def test_rows_of_zeros():
-    zeros = torch.zeros(10, 5)
-    assert compare_pair(zeros, zeros).passed
+    """One that is right is right; all of them are no comparison."""
+    zeros, some = torch.zeros(10, 5), rows_of(10)
+    some[3] = 0
+    assert compare_pair(some, some.clone()).passed
+    assert not compare_pair(zeros, zeros).passed
     assert not compare_pair(rows_of(10), zeros).passed
     assert not compare_pair(zeros, rows_of(10)).passed
+
+
+@pytest.mark.parametrize(
+    ("features", "reason"),
+    [
+        (torch.zeros(10, 5), "every feature is 0"),
+        (-torch.zeros(10, 5), "every feature is -0"),
+        (torch.full((10, 5), 0.5), "every feature is 0.5"),
+        (rows_of(1).expand(10, 5), "all patches of an image have the same features"),
+        (rows_of(2).repeat_interleave(torch.tensor([6, 4]), dim=0), "all patches of an image have the same features"),
+    ],
+)
+def test_a_comparison_of_nothing_fails(features, reason):
+    row = compare_pair(features, features.clone())
+    assert not row.passed and row.note == f"nothing to compare: in the reference {reason}"
+    assert row.severity == math.inf
+
+
+def test_features_that_may_be_alike_pass():
+    """Those of two images that are the same, of images of one patch, and pixels of one colour."""
+    pooled = rows_of(1).expand(2, 5)
+    assert compare(pooled, pooled, NAMES, GRIDS, stage="pooled").passed
+    single = rows_of(2)
+    assert compare(single, single, NAMES, [(1, 1), (1, 1)], stage="layer 1").passed
+    white = torch.ones(10, 48)
+    assert compare(white, white, NAMES, GRIDS, stage="patches").passed
+    assert not compare(pooled * 0, pooled * 0, NAMES, GRIDS, stage="pooled").passed
+
+
+@pytest.mark.parametrize("zeroed", ["", "embeddings."])
+def test_a_checkpoint_of_zeros_fails(checkpoint, capsys, tmp_path, small, zeroed):
+    for file in checkpoint("tiny").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    state = {name: torch.zeros_like(x) if zeroed in name else x for name, x in state.items()}
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    assert main(["align", "--ckpt", str(tmp_path), *SMALL]) == 1
+    out = capsys.readouterr().out
+    assert "nothing to compare: in the reference every feature is 0" in out and "ALL TESTS PASSED" not in out
 
 
 def test_bounds_follow_scale_depth_and_threshold():

@@ -132,7 +132,8 @@ def compare(
         depth: layers below this stage.
         baseline: errors of transformers in `dtype`, see `bounds`.
 
-    Fails on any non-finite value, on shapes that differ, and where there is nothing to compare.
+    Fails on any non-finite value, on shapes that differ, and where there is nothing to compare: no values, or features
+    that are the same everywhere, as of weights that were never loaded, which anything agrees with.
     """
     sizes = [h * w for h, w in grids]
     lengths = [1] * len(grids) if stage == "pooled" else sizes
@@ -161,6 +162,10 @@ def compare(
         counts = [f"{int(rows.sum())} rows of {name}" for rows, name in zip(bad, ("ours", "the reference"))]
         return failed(f"non-finite values in {' and '.join(counts)}", **place(int((bad[0] | bad[1]).int().argmax())))
 
+    same = nothing_in(reference, lengths) if stage != "patches" else ""  # an image may well be of one colour
+    if same:
+        return failed(f"nothing to compare: in the reference {same}")
+
     if baseline is not None and not math.isfinite(baseline.relative):
         return failed(f"non-finite values in transformers' own {str(dtype).removeprefix('torch.')} model")
     errors = measure(ours, reference)
@@ -182,6 +187,16 @@ def compare(
         note="; ".join(filter(None, (*faults, note))),
         **place(errors.worst_row),
     )
+
+
+def nothing_in(features: Tensor, lengths: Sequence[int]) -> str:
+    """Why features `[rows, D]`, of images of these lengths, tell nothing apart; empty if they do."""
+    if (features == features[0, 0]).all() and (features.shape[1] > 1 or not features.any()):
+        return f"every feature is {float(features[0, 0]):g}"
+    images = features.split(list(lengths))
+    if max(lengths) > 1 and all(torch.equal(image, image[:1].expand_as(image)) for image in images):
+        return "all patches of an image have the same features"
+    return ""
 
 
 def compare_stages(
