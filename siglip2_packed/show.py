@@ -37,8 +37,12 @@ def run(args: argparse.Namespace) -> int:
             other = encode(args.against, files, device, dtype, args.attn_implementation, args.max_num_patches)
             others = other.grids, other.features
         names = [file.name.encode("utf-8", "replace").decode() for file in files]  # a font has no glyph for a bare byte
-        views = make_views(names, encoded, args.patch, args.against or "", others)
+        views = make_views(names, encoded, args.patch, args.against or "", others, args.pca)
 
+    if len(views) > 1 and args.pca == "together":
+        print(
+            f"principal components: of the patches of all {len(views)} images together; --pca image: each image's own"
+        )
     for view in views:
         print(summary(view))
     if out:

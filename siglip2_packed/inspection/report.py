@@ -106,7 +106,7 @@ def _draw_row(sheet: Sheet, view: View, top: float, tall: float) -> None:
     image.hlines(range(1, h), 0, w, color="white", lw=0.4, alpha=0.35)
     image.vlines(range(1, w), 0, h, color="white", lw=0.4, alpha=0.35)
 
-    panel(sheet.lefts[1], view.colours.numpy(), f"{view.explained:.0%} of the variance")
+    panel(sheet.lefts[1], view.colours.numpy(), view.variance)
 
     if view.attention is None:
         panel(sheet.lefts[2], np.full((1, 1, 3), 0.95), "no pooling head")
@@ -154,7 +154,7 @@ def _data(view: View) -> dict[str, Any]:
         "chosen": view.patch[0] * w + view.patch[1],
         "image": f"data:image/jpeg;base64,{_base64(jpeg.getvalue())}",
         "colours": _base64((view.colours.numpy() * 255).round().astype(np.uint8)),
-        "explained": view.explained,
+        "variance": view.variance,
         "low": low,
         "cosines": _base64(levels.round().clip(0, 255).astype(np.uint8)),
         "attention": None,

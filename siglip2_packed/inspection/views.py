@@ -60,6 +60,14 @@ class View:
     patch: tuple[int, int]
     """(row, column) of the patch that cosines are shown to."""
     difference: Difference | None = None
+    fitted_to: int = 1
+    """Images whose patches the colours' principal components are those of."""
+
+    @property
+    def variance(self) -> str:
+        """What the colours show, and of what."""
+        of = f" of all {self.fitted_to} images" if self.fitted_to > 1 else ""
+        return f"{self.explained:.0%} of the variance{of}"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -175,10 +183,12 @@ def make_views(
     patch: tuple[int, int] | None = None,
     against: str = "",
     others: tuple[Sequence[tuple[int, int]], Sequence[Tensor]] | None = None,
+    pca: str = "together",
 ) -> list[View]:
-    """What there is to draw of N images. One PCA for all of them: the same colour means the same thing in each.
+    """What there is to draw of N images.
 
     Args:
+        pca: `"together"`: one for all images, the same colour means the same thing in each; `"image"`: each its own.
         patch: (row, column) that cosines are shown to. None: the one that the head attends to most, or the middle.
         others: grids and features of the model they are compared with, named `against`.
 
@@ -190,8 +200,11 @@ def make_views(
         bad = int((~x.isfinite()).any(dim=1).sum())
         if bad:
             raise ValueError(f"{name}: features of {bad} of {len(x)} patches are not finite")
-    components, explained = principal_components(torch.cat(features))
-    painted = colours(components).split([len(x) for x in features])
+    if pca == "image":
+        painted = [(colours(components), share) for components, share in map(principal_components, features)]
+    else:
+        components, explained = principal_components(torch.cat(features))
+        painted = [(some, explained) for some in colours(components).split([len(x) for x in features])]
     views = []
     for i, (name, (h, w), x) in enumerate(zip(names, encoded.grids, features)):
         attention = None if encoded.head is None else pooling_attention(encoded.head, x).view(-1, h, w).cpu()
@@ -201,8 +214,11 @@ def make_views(
                 f"--patch {at[0]},{at[1]} is outside {name}, which has {h} rows and {w} columns of patches"
             )
         compared = None if others is None else _compared(name, (h, w), x, others[0][i], others[1][i], against)
-        pixels, shades = encoded.pixels[i], painted[i].view(h, w, 3)
-        views.append(View(name, pixels, shades, explained, attention, cosines(x), at, compared))
+        pixels, (shades, share) = encoded.pixels[i], painted[i]
+        fitted = len(features) if pca == "together" else 1
+        views.append(
+            View(name, pixels, shades.view(h, w, 3), share, attention, cosines(x), at, compared, fitted_to=fitted)
+        )
     return views
 
 
