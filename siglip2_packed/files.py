@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from functools import lru_cache
@@ -189,6 +190,14 @@ def replacing_weights(folder: str | os.PathLike) -> Iterator[None]:
         if before[other] is not None and written(name) not in (None, before[name]):
             Path(folder, other).unlink(missing_ok=True)
             return
+
+
+def share(folder: str | os.PathLike) -> None:
+    """Gives a folder's weights the permissions of its config.json: safetensors makes files for their owner alone."""
+    config = Path(folder) / "config.json"
+    for file in Path(folder).glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # another user's, or a file system without permissions
+            shutil.copymode(config, file)
 
 
 def _no_weights(ckpt: str | os.PathLike, hub: dict) -> Exception:

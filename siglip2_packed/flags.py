@@ -43,6 +43,9 @@ class _Dtypes(Mapping[str, "torch.dtype"]):
             raise KeyError(name)
         return getattr(torch, name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 

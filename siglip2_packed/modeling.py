@@ -281,6 +281,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
         with files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext():
             super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
+        files.share(save_directory)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
         """Recomputes every encoder layer in backward; non-reentrant (layers see to it): frozen inputs and DDP work."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
     Siglip2VisionModel,
 )
 
+from siglip2_packed.files import share
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 from siglip2_packed.workloads import SHAPES
 
@@ -71,8 +71,7 @@ def save_random_checkpoint(
     model.to_empty(device="cpu")
     randomize(model, generator)
     model.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # safetensors writes files for their owner alone
-        shutil.copymode(folder / "config.json", file)
+    share(folder)
     shape_kwargs = {"patch_size": SHAPES[shape]["patch_size"], "max_num_patches": SHAPES[shape]["num_patches"]}
     Siglip2PackedImageProcessor(**shape_kwargs).save_pretrained(folder)
     if tokenizer is not None:
