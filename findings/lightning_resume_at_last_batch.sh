@@ -1,12 +1,19 @@
-"""pytorch-lightning 2.6.6 with torchdata 0.11: a checkpoint saved within an epoch's last batch loses the next epoch.
-
-Saved in `on_train_batch_end` of the last batch (ModelCheckpoint(every_n_train_steps=...) may do so), a run resumed from
-it goes on with epoch 2, not 1, whatever the sampler: the loader's restored iterator is at the end of epoch 0, and
-epoch 1 is run on it. Saved at the end of the epoch, or within it, nothing is lost.
-
-    python findings/lightning_resume_at_last_batch.py       # prints the epochs that the resumed run trains: {2}
-"""
-
+#!/usr/bin/env bash
+# pytorch-lightning 2.6.6 with torchdata 0.11.0: a checkpoint saved within an epoch's last batch loses the next epoch.
+# Saved in on_train_batch_end of the last batch (ModelCheckpoint(every_n_train_steps=...) may do so), a run resumed from it
+# goes on with epoch 2, not 1, whatever the sampler: the loader's restored iterator is at the end of epoch 0, and epoch 1
+# is run on it. Saved at the end of the epoch, or within it, nothing is lost. Prints the epochs the resumed run trains: {2}.
+#
+# Exit code: 0 as described, 1 otherwise. Installs both, if they are others, in a folder that is removed at the end.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+if ! python3 -c 'import pytorch_lightning as p, importlib.metadata as m; assert p.__version__ == "2.6.6" and m.version("torchdata") == "0.11.0"' 2>/dev/null; then
+    python3 -m pip install --quiet --target "$folder" pytorch-lightning==2.6.6 torchdata==0.11.0 torch==2.13.0
+    export PYTHONPATH="$folder"
+fi
+cd "$folder"
+python3 - <<'PYTHON'
 import contextlib
 import tempfile
 
@@ -51,4 +58,7 @@ def train(callbacks, path=None):
 
 with tempfile.TemporaryDirectory() as folder:
     train([SaveAndStop(f"{folder}/stopped.ckpt")])
-    print(train([], f"{folder}/stopped.ckpt"))
+    trained = train([], f"{folder}/stopped.ckpt")
+print("pytorch-lightning", pl.__version__, "resumed: trains epochs", trained)
+raise SystemExit(trained != {2})
+PYTHON
