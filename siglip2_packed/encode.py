@@ -85,14 +85,9 @@ def run(args: argparse.Namespace) -> int:
     check_arguments(args, out, ranks.world)
     ranks.join()
     with locked(out, ranks) as lock:
-        before: dict[str, Any] = {}
         if not is_one_file(out):
             check_run(out, {}, args.resume)
-            before = read_run(out)
         device = pick_device(args.device)
-        # a run goes on as what it was begun, wherever that was
-        args.dtype = args.dtype or before.get("dtype") or default_dtype(device)
-        args.save_dtype = args.save_dtype or before.get("save_dtype")
         inputs = find_inputs(args.images, args.column, but=out.resolve())
         limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
         processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
@@ -129,6 +124,10 @@ def encode_inputs(
     lock: Lock,
 ) -> int:
     device = local_device(args.device)
+    # a run goes on as what it was begun, wherever that was
+    before = {} if is_one_file(out) else read_run(out)
+    args.dtype = args.dtype or before.get("dtype") or default_dtype(device)
+    args.save_dtype = args.save_dtype or before.get("save_dtype")
     settings = run_settings(args, processor)
     if not is_one_file(out):
         check_run(out, complete(settings, inputs), args.resume)  # before the model, which takes longer

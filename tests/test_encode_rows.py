@@ -94,7 +94,7 @@ def test_shards_can_be_read_by_whom_other_files_can(finished):
 @pytest.mark.parametrize("budget", [40, 16384])
 def test_cuda(checkpoint, photos, expected, tmp_path, budget):
     """Page-locked copies beside the next forward bring back the features of the right pack."""
-    flags = ["--device", "cuda", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
+    flags = ["--device", "cuda", "--dtype", "float32", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
     assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD * 5, tolerance=1e-4, bad=BAD * 5)
 
