@@ -112,11 +112,13 @@ def image_members(path: str, skipped: Skipped) -> Iterator[Member]:
 
 
 def is_wanted(path: str, name: str, skipped: Skipped) -> bool:
-    *folders, last = name.split("/")
-    reason = reason_of_parts(folders) or (HIDDEN if last.startswith(".") else "")
-    if not reason and suffix_of(last) in SUFFIXES:
+    suffix, reason = suffix_of(name), ""
+    if "/" in name or name.startswith("."):
+        *folders, last = name.split("/")
+        reason = reason_of_parts(folders) or (HIDDEN if last.startswith(".") else "")
+    if not reason and suffix in SUFFIXES:
         return True
-    skipped.add(f"{path}#{name}", reason or NO_IMAGE, suffix=suffix_of(last))
+    skipped.add(f"{path}#{name}", reason or NO_IMAGE, suffix=suffix)
     return False
 
 
