@@ -97,10 +97,10 @@ def killed(argv, moment):
 
 
 def test_sigkill_at_every_step_of_writing(checkpoint, photos, expected, tmp_path):
-    """run.json, twice (save, shard, part), then index.csv and errors.csv: killed before each, and not at all."""
+    """run.json, twice (save, shard, part), then index.csv, errors.csv and skipped.csv: killed before each, or not."""
     flags = ["--pooled", "--shard-size", "8", "--patch-budget", "40"]
     argv = ["encode", str(photos), "--ckpt", str(checkpoint()), "--device", "cpu", *flags, "--out"]
-    steps = 1 + 2 * 3 + 2
+    steps = 1 + 2 * 3 + 3
     for moment in range(steps + 1):
         out = tmp_path / str(moment)
         process = start(killed, [*argv, str(out)], moment)

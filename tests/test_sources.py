@@ -198,12 +198,12 @@ def test_outputs_are_not_walked(tmp_path):
 
 
 def test_a_tar_that_is_gone_when_it_is_read(shard):
-    inputs = find_inputs([shard])
+    [tar] = find_inputs([shard]).parts
     shard.unlink()
-    reasons = [str(item.entry) for item in inputs.read(0, 5)]
+    reasons = list(map(str, tar.read(0, 5)))
     assert all(f"{shard} cannot be read" in reason for reason in reasons[:4]) and "a link" in reasons[4]
     os.mkfifo(shard)
-    assert "a pipe, not a regular file" in str(next(inputs.read(0, 1)).entry)
+    assert "a pipe, not a regular file" in str(next(tar.read(0, 1)))
 
 
 def resized(path, name, size):
