@@ -28,11 +28,14 @@ class Siglip2PackedEmbeddings(nn.Module):
         return table.dtype if isinstance(table, Tensor) and table.dtype in FLOATING else torch.float32
 
     @torch.compiler.disable
-    def forward(self, pixel_values: Tensor, places: Places) -> Tensor:
-        """`[T, P]` patches (any floating dtype) and where they lie -> `[T, D]` in the weights' dtype."""
+    def forward(self, pixel_values: Tensor, places: Places, frozen: bool = False) -> Tensor:
+        """`[T, P]` patches (any floating dtype) and where they lie -> `[T, D]` in the weights' dtype.
+
+        frozen: nothing of the model learns, and it has no use for hooks that make a gradient go through it.
+        """
         dtype = self.compute_dtype
         patches = self.patch_embedding(pixel_values.to(dtype))
-        if patches.requires_grad and patches.is_leaf and _made_to_require_grad(self.patch_embedding):
+        if frozen and patches.requires_grad and patches.is_leaf and _made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
         return add_positions(patches, self._table(pixel_values.device), places, dtype)
 
@@ -53,7 +56,7 @@ class Siglip2PackedEmbeddings(nn.Module):
 def _made_to_require_grad(module: nn.Module) -> bool:
     """Whether `enable_input_require_grads`, transformers' or PEFT's, hung its hook here, as it does on all of a VLM.
 
-    It is there for reentrant checkpointing, which layers never do; a frozen tower would keep all its activations.
+    It is there for layers that learn under reentrant checkpointing; a frozen tower would keep all its activations.
     """
     hooks = module._forward_hooks.values()
     return any(getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in hooks)

@@ -311,7 +311,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         output_hidden_states: bool = False,
     ) -> ModelOutput:
         """Patches `[T, P]` -> features, wherever their metadata came from; `images` are what the head pools."""
-        hidden_states = self.embeddings(pixel_values, places)
+        frozen = bool(self.embeddings.patch_embedding._forward_hooks) and not plain.learns(self)
+        hidden_states = self.embeddings(pixel_values, places, frozen)
         hidden_states, all_hidden_states = self._encode(hidden_states, attention, output_hidden_states)
         if images is None:
             return TokenOutput(hidden_states, hidden_states=all_hidden_states)

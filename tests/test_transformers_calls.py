@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import PretrainedConfig, PreTrainedModel, pipeline
 
@@ -91,6 +92,16 @@ def test_what_is_trained_above_frozen_layers_learns_with_that_hook(model, patche
     assert found.keys() == expected.keys() and any("layers.1" in name for name in found)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_nor_is_it_in_vain_for_layers_that_somebody_checkpoints_reentrantly(model, patches):
+    model.train().requires_grad_(False)
+    model.encoder.layers[1].requires_grad_(True)
+    for i, layer in enumerate(model.encoder.layers):
+        model.encoder.layers[i] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT)
+    model.enable_input_require_grads()
+    model(patches(GRIDS), GRIDS).last_hidden_state.square().mean().backward()
+    assert all(p.grad is not None for p in model.encoder.layers[1].parameters())
 
 
 def test_a_callers_own_hook_on_the_embedding_is_obeyed(model, patches):
