@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def save_random_checkpoint(
             model = Siglip2VisionModel(config)
     model.to_empty(device="cpu")
     randomize(model, generator)
+    if isinstance(model, Siglip2Model):
+        with torch.no_grad():  # labels are told apart: the last position, which is pooled, sees words more than places
+            model.text_model.embeddings.position_embedding.weight.mul_(0.1)
+            model.logit_scale.fill_(math.log(10))
+            model.logit_bias.zero_()
     model.save_pretrained(folder)
     share(folder)
     shape_kwargs = {"patch_size": SHAPES[shape]["patch_size"], "max_num_patches": SHAPES[shape]["num_patches"]}

@@ -177,7 +177,7 @@ def test_a_random_checkpoint_can_be_tried(checkpoint, files, tmp_path):
     assert code == 0
     scores = torch.tensor([[row["score"] for row in image["scores"]] for image in written["images"]])
     assert (scores - expected(ckpt, files[:2], [f"this is a photo of {x}.".lower() for x in labels])).abs().max() < 1e-4
-    assert scores.diff(dim=1).abs().min() > 1e-6
+    assert scores.diff(dim=1).abs().min() > 1e-4  # seen in a table of four digits
     tokenizer = transformers.AutoTokenizer.from_pretrained(ckpt)
     config = transformers.Siglip2Config.from_pretrained(ckpt).text_config
     assert config.vocab_size == len(tokenizer) and config.max_position_embeddings == tokenizer.model_max_length == 64
