@@ -186,7 +186,7 @@ def test_says_which_images_the_components_are_of(checkpoint, encoded, files, tmp
     assert ("of the patches of all 3 images together; --pca image" in out) is together
     for view, x in zip(page_data(html)["views"], encoded.features):
         components, explained = views.principal_components(torch.cat(encoded.features) if together else x)
-        assert view["variance"] == f"{explained:.0%} of the variance" + (" of all 3 images" if together else "")
+        assert view["variance"] == f"{explained:.0%} of the variance" + (" of 3 images together" if together else "")
         if not together:
             expected = (views.colours(components).numpy() * 255).round()
             assert np.abs(decoded(view["colours"], np.uint8).reshape(-1, 3) - expected).max() <= 1
@@ -197,7 +197,7 @@ def test_one_image_is_its_own(checkpoint, files, tmp_path, capsys):
     for page, flags in zip(pages, ((), ("--pca", "image"))):
         assert run(checkpoint("tiny"), files[:1], "--html", page, *flags) == 0
     assert page_data(pages[0]) == page_data(pages[1])
-    assert "all 1 images" not in pages[0].read_text() and "principal components:" not in capsys.readouterr().out
+    assert "images together" not in pages[0].read_text() and "principal components:" not in capsys.readouterr().out
 
 
 def test_page_of_1024_patches_is_small(checkpoint, files, tmp_path):

@@ -66,7 +66,7 @@ class View:
     @property
     def variance(self) -> str:
         """What the colours show, and of what."""
-        of = f" of all {self.fitted_to} images" if self.fitted_to > 1 else ""
+        of = f" of {self.fitted_to} images together" if self.fitted_to > 1 else ""
         return f"{self.explained:.0%} of the variance{of}"
 
     @property
