@@ -9,10 +9,9 @@ import contextlib
 import copy
 import operator
 import os
-import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -225,39 +224,45 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             config.vision_use_head = False
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", "auto")
-        if tower.quantized:
-            return cls._load_quantized(ckpt, tower, config, hub, **kwargs)
-        if hasattr(config, "quantization_config"):  # of the model around this tower, which was left as it was
-            del config.quantization_config
-
         with torch.device("meta"), _not_partitioned():
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         truncated = getattr(config, "select_layer", None) is not None
-        weights.check_state_dict(tower.state, expected, str(ckpt), truncated)
-        state = {name: tower.state[name] for name in expected}
-        loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
+        if tower.quantized:
+            loaded = cls._load_quantized(ckpt, tower, expected, config, hub, **kwargs)
+        else:
+            if hasattr(config, "quantization_config"):  # of the model around this tower, which was left as it was
+                del config.quantization_config
+            quantized.check_versions(kwargs.get("quantization_config"))
+            weights.check_state_dict(tower.state, expected, str(ckpt), truncated)
+            state = {name: tower.state[name] for name in expected}
+            loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(ckpt)
         return loaded
 
     @classmethod
     def _load_quantized(
-        cls, ckpt: str | os.PathLike, tower: weights.Tower, config: Siglip2VisionConfig, hub: dict, **kwargs: Any
+        cls, ckpt: str | os.PathLike, tower: weights.Tower, expected: Mapping, config: Any, hub: dict, **kwargs: Any
     ) -> Any:
         """Weights that were saved quantised, which transformers reads into the modules of their quantiser."""
-        if not getattr(config, "quantization_config", None):
+        given = getattr(config, "quantization_config", None)
+        if not given:
             raise ValueError(
                 f"{str(ckpt)!r} has quantised weights, and its config.json no quantization_config that says how"
             )
-        if tower.prefix:
-            if any(name.endswith("._weight_qdata") for name in tower.state):
-                raise ValueError(
-                    f"{str(ckpt)!r}: what torchao quantised inside another model ({tower.prefix}...) cannot be read "
-                    "without that model: load the whole, or quantise the tower's own checkpoint"
-                )
-            kwargs["key_mapping"] = {f"^{re.escape(tower.prefix)}": "", **(kwargs.get("key_mapping") or {})}
+        quantized.check_versions(given)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": ckpt, **hub}
+        if quantized.method(given) == "bitsandbytes":
+            config.quantization_config = quantized.with_skipped(given, tower.plain_linears)
+            state = quantized.parts_of(tower.state, expected)
+            source = {"pretrained_model_name_or_path": None, "state_dict": state}
+        elif tower.prefix:
+            raise ValueError(
+                f"{str(ckpt)!r}: what {quantized.method(given)} quantised inside another model ({tower.prefix}...) "
+                "cannot be read without that model: load the whole, or quantise the tower's own checkpoint"
+            )
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(ckpt, config=config, output_loading_info=True, **hub, **kwargs)
+        loaded: Any = super().from_pretrained(config=config, output_loading_info=True, **source, **kwargs)
         info = loaded[1]
         wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
         if wrong:
@@ -279,7 +284,8 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             return super().save_pretrained(save_directory, is_main_process, state_dict=state_dict, **kwargs)
         state = self.state_dict() if state_dict is None else state_dict
         prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
-        with files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext():
+        replacing = files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext()
+        with replacing, quantized.saved_as(self, prefixed):
             super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
         files.share(save_directory)
 
@@ -368,6 +374,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     @torch.compiler.disable
     def _attention(self, segments: Segments) -> VarlenAttention:
         """What runs for these segments: the backend of `attn_implementation`, checked, in the dtype of the weights."""
+        vars(self.config).pop("_attn_was_changed", None)  # transformers 4 leaves it, and then never sets it again
         device, dtype = segments.device.type, self.embeddings.compute_dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

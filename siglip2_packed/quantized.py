@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights are computed in; all other dtypes are those of quantised ones."""
@@ -23,3 +27,62 @@ def keep_layout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def method(quantization_config: Any) -> str:
+    """`"bitsandbytes"`, `"torchao"`, ..."""
+    name = _fields(quantization_config).get("quant_method")
+    return str(getattr(name, "value", name))
+
+
+def check_versions(quantization_config: Any) -> None:
+    """ValueError for what the transformers here does not read."""
+    if quantization_config is None or method(quantization_config) != "torchao":
+        return
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"torchao wants transformers 5, this is {transformers.__version__}: load the model as it is, then call "
+            "torchao.quantization.quantize_(model, ...)"
+        )
+
+
+def with_skipped(quantization_config: Any, modules: Sequence[str]) -> dict:
+    """bitsandbytes' configuration with just these modules left as they are, whatever part of the model is read.
+
+    What it leaves by default depends on which module is the model's last.
+    """
+    return {**_fields(quantization_config), "llm_int8_skip_modules": list(modules)}
+
+
+def parts_of(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Those tensors that belong to modules of a model with the `expected` ones: its weights, and scales beside them."""
+    modules = {name.rpartition(".")[0] for name in expected}
+
+    def module(name: str) -> str:
+        return name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+
+    return {name: tensor for name, tensor in state.items() if module(name) in modules}
+
+
+def _fields(quantization_config: Any) -> dict:
+    return quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+
+
+@contextlib.contextmanager
+def saved_as(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
+    """Within, transformers saves this state for a quantised model too, instead of one that it takes itself."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    taken = getattr(quantizer, "get_state_dict_and_metadata", None)
+    if quantizer is None or taken is None:
+        yield
+        return
+
+    def given(*args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        own, metadata = taken(*args, **kwargs)
+        return (state if own is None else own), metadata  # torchao takes its weights apart itself
+
+    quantizer.get_state_dict_and_metadata = given
+    try:
+        yield
+    finally:
+        del quantizer.get_state_dict_and_metadata

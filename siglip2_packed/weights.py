@@ -26,6 +26,7 @@ from siglip2_packed.quantized import FLOATING
 logger = logging.getLogger("siglip2_packed")
 
 PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
+LINEAR = re.compile(r".*(patch_embedding|_proj|fc1|fc2)\._?weight.*")
 TORCHAO = "embeddings.patch_embedding._weight_qdata"  # torchao writes the parts of its weights
 
 
@@ -38,8 +39,13 @@ class Tower(NamedTuple):
     @property
     def quantized(self) -> bool:
         """Whether weights of linear layers are in the form of some quantiser."""
-        linear = re.compile(r".*(patch_embedding|_proj|fc1|fc2)\._?weight.*")
-        return any(tensor.dtype not in FLOATING for name, tensor in self.state.items() if linear.fullmatch(name))
+        return any(t.dtype not in FLOATING for name, t in self.state.items() if LINEAR.fullmatch(name))
+
+    @property
+    def plain_linears(self) -> list[str]:
+        """The linear layers whose weights are as they were."""
+        weights = {name: t for name, t in self.state.items() if LINEAR.fullmatch(name) and name.endswith(".weight")}
+        return sorted(name.removesuffix(".weight") for name, t in weights.items() if t.dtype in FLOATING)
 
 
 def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:

@@ -77,5 +77,6 @@ def test_a_model_around_the_tower_sets_its_backend():
     assert requested_attention(vlm.vision_tower.config) == "auto"
     vlm.set_attn_implementation("sdpa")  # also where that is what others see in place of "auto"
     assert requested_attention(vlm.vision_tower.config) == "sdpa"
+    vlm.vision_tower(torch.randn(253, 48), GRIDS)
     vlm.set_attn_implementation("eager")
     assert requested_attention(vlm.vision_tower.config) == "eager"
