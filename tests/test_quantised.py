@@ -1,7 +1,5 @@
 """A tower that somebody has quantised computes what its quantised weights say, is saved, read again, and trained."""
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -125,7 +123,8 @@ def test_transformers_reads_it(ckpt, patches, tmp_path, quantise):
     without the head, whose attention it calls with the bytes of a weight."""
     quantization_config = quantise(llm_int8_skip_modules=["patch_embedding", "head"])
     model = load(ckpt, quantization_config=quantization_config, dtype=torch.float32)
-    packed = PackedPatches(patches(GRIDS, P), GRIDS)
+    grids = GRIDS[:2]  # at width 1, positions of transformers 4 are others
+    packed = PackedPatches(patches(grids, P), grids)
     model.save_pretrained(tmp_path)
     theirs, info = Siglip2VisionModel.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"]
@@ -257,10 +256,10 @@ def test_on_a_gpu(tmp_path_factory, patches, tmp_path, quantise):
     """Also at widths as so400m has them, which are no multiples of 64."""
     ckpt = make(tmp_path_factory, "odd", full=False, hidden_size=144, intermediate_size=272)
     model = load(ckpt, quantization_config=quantise(), dtype=torch.bfloat16, device_map="cuda")
-    x = patches(GRIDS, P).cuda()
+    x, plain = patches(GRIDS, P).cuda(), dequantised(model, ckpt).cuda()
     with torch.no_grad():
         out = model(x, GRIDS).pooler_output
-        expected = dequantised(copy.deepcopy(model).cpu(), ckpt).cuda()(x, GRIDS).pooler_output
+        expected = plain(x, GRIDS).pooler_output
     assert relative_error(out.float(), expected) < 0.03
     model.save_pretrained(tmp_path)
     assert relative_error(load(tmp_path, device_map="cuda")(x, GRIDS).pooler_output.float(), out.float()) < 0.01
