@@ -148,7 +148,13 @@ def make_config(fields: Mapping[str, Any], source: str) -> Siglip2VisionConfig:
 
 def check_config(config: Siglip2VisionConfig, source: str = "config") -> None:
     """ValueError for a configuration whose model would be another than this one, or none."""
+    if not isinstance(config, PretrainedConfig):
+        raise TypeError(f"{source} is a {type(config).__name__}; expected a Siglip2VisionConfig")
     fields = config.to_dict()
+    if missing := sorted(COUNTS.keys() - fields.keys()):
+        raise ValueError(
+            f"{source} is a {type(config).__name__} without {', '.join(missing)}; expected Siglip2VisionConfig"
+        )
     _check_fields(fields, source)
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(

@@ -68,10 +68,10 @@ class Siglip2PackedVisionModel(PreTrainedModel):
     """SigLIP2 NaFlex vision tower on packed patches.
 
     Args:
-        config: `Siglip2VisionConfig`. Beside the fields of transformers it may carry `select_layer`: an index into
-            hidden_states (0 after the embeddings, k after layer k, negative from the end). Such a model ends there:
-            layers above, post_layernorm and the head are neither built nor loaded, and `last_hidden_state` is that
-            hidden state.
+        config: `Siglip2VisionConfig`, of which the model keeps a copy. Beside transformers' fields it may carry
+            `select_layer`: an index into hidden_states (0 after the embeddings, k after layer k, negative from the
+            end). Such a model ends there: layers above, post_layernorm and the head are neither built nor loaded, and
+            `last_hidden_state` is that hidden state.
 
     Training on token features alone leaves the pooling head without gradients, for which DistributedDataParallel
     waits: it averages none in the first step, which is said once, and raises in the second. Load with
@@ -191,11 +191,12 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             select_layer: build and load the model up to this hidden state only, see the class.
             **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
                 config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
-                checkpoint's), `device_map`, ...).
+                checkpoint's), `device_map`, `quantization_config`, ...).
 
         Raises:
             FileNotFoundError: the folder, config.json or weights are missing.
-            ValueError: another kind of model, pickle weights, missing or misshapen tensors.
+            ValueError: another kind of model, or one with fields on that this one does not compute; pickle weights,
+                missing or misshapen tensors, shards that contradict their index.
         """
         if pretrained_model_name_or_path is None:  # weights that the caller holds, as in transformers
             if select_layer is not None:

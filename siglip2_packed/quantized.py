@@ -15,6 +15,7 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What weights are computed in; all other dtypes are those of quantised ones."""
 
 
+@torch.compiler.disable
 def keep_layout(model: nn.Module) -> None:
     """Before a forward on the CPU: bitsandbytes' 4-bit layers leave their weights as they lie.
 

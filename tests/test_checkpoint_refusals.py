@@ -132,6 +132,10 @@ def test_tuples_are_there_for_who_asks(checkpoint, tmp_path, patches):
 def test_another_models_configuration_is_refused(checkpoint):
     with pytest.raises(ValueError, match="config is a CLIPVisionConfig; expected a Siglip2VisionConfig"):
         load(checkpoint("tiny"), config=CLIPVisionConfig())
+    with pytest.raises(ValueError, match="config is a CLIPVisionConfig without num_patches"):
+        Siglip2PackedVisionModel(CLIPVisionConfig())
+    with pytest.raises(TypeError, match="config is a dict; expected a Siglip2VisionConfig"):
+        Siglip2PackedVisionModel(SHAPES["tiny"])
 
 
 def test_a_key_twice_in_a_json_file_is_refused(checkpoint, tmp_path):
