@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, Siglip2VisionConfig
 
 from siglip2_packed import timm_files
 from siglip2_packed.files import find_file, read_json, read_shapes
+from siglip2_packed.quantized import FLOATING
 
 MODEL_TYPE = "siglip2_vision_model"
 COUNTS = {  # and what no tower comes near
@@ -45,7 +46,11 @@ DESCRIPTIVE = set(  # fields that say nothing of what a tower computes: transfor
     attn_implementation
     """.split()
 )
-NOTES = re.compile(r"_.*|(.*_)?(name|version|path|url|note|comment|description|license|author|dataset)s?")
+PARTS = "act activation attention attn embed embedding ffn layer mlp norm pe pool pooling pos position rope".split()
+NOTES = re.compile(
+    rf"_.*|(?!(.*_)?({'|'.join(PARTS)})_)"  # the name or version of such a part says what it computes
+    r"(.*_)?(name|version|path|url|note|comment|description|license|author|dataset)s?"
+)
 SAME: dict[str, tuple] = {  # values of others' fields that say what is computed here anyway
     "attention_bias": (True,),
     "hidden_stride": (1,),
@@ -191,7 +196,10 @@ def _check_fields(fields: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source}: attention_dropout {fields['attention_dropout']!r} is not supported, only 0.0")
     for name in fields.keys() & {"dtype", "torch_dtype"}:
         _check_dtype(name, fields[name], source)
-    for name in sorted(name for name in fields if _changes(name, fields)):
+    changes = sorted(name for name in fields if _changes(name, fields))
+    # what is on in every SigLIP2 tower of the transformers that is installed changes none
+    defaults = Siglip2VisionConfig().to_dict() if changes else {}
+    for name in (x for x in changes if x not in defaults or fields[x] != defaults[x]):
         raise ValueError(
             f"{source}: {name} is {fields[name]!r}, which this model does not implement: its features would be others "
             f"than the checkpoint's. If it changes nothing in this tower, pass from_pretrained {name}=None"
@@ -217,7 +225,7 @@ def _off(name: str, value: Any) -> bool:
 
 def _check_dtype(name: str, value: Any, source: str) -> None:
     dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    if dtype is not None and not (dtype in FLOATING):
         raise ValueError(f"{source}: {name} must be a floating dtype, such as 'bfloat16', got {value!r}")
 
 

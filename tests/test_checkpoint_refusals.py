@@ -41,6 +41,9 @@ def with_fields(checkpoint, target, nested=False, **fields):
         {"hidden_dropout": 0.1},
         {"qkv_bias": False},
         {"a_field_nobody_knows": 3},
+        {"norm_name": "rms"},
+        {"pos_embed_version": "rope"},
+        {"rope_versions": [2]},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -75,7 +78,7 @@ def test_fields_that_are_off_or_say_nothing_load(checkpoint, tmp_path, patches):
             "_attn_implementation_autoset": True,
         }
         | {"max_length": 20, "temperature": 1.0, "tie_word_embeddings": True, "is_decoder": False, "use_cache": True},
-        {"license": "MIT", "dataset_name": "x", "note": "trained on y"},
+        {"license": "MIT", "dataset_name": "x", "note": "trained on y", "model_version": 2, "composition_note": "z"},
     ]
     for i, fields in enumerate(off):
         model = load(with_fields(checkpoint, tmp_path / str(i), **fields))
@@ -84,6 +87,19 @@ def test_fields_that_are_off_or_say_nothing_load(checkpoint, tmp_path, patches):
         load(tmp_path / f"{i}.saved")
     path = with_fields(checkpoint, tmp_path / "known", out_hidden_size=2048)
     assert same(dict(load(path, out_hidden_size=None).state_dict()), bare(path))
+
+
+def test_a_default_of_the_installed_transformers_is_no_other_computation(checkpoint, tmp_path, monkeypatch):
+    """A version to come may add general fields whose defaults are on."""
+    to_dict = Siglip2VisionConfig.to_dict
+    monkeypatch.setattr(Siglip2VisionConfig, "to_dict", lambda self: {"a_field_to_come": {"kind": 1}} | to_dict(self))
+    for path in (checkpoint("tiny"), with_fields(checkpoint, tmp_path / "same", a_field_to_come={"kind": 1})):
+        model = load(path)
+        model.save_pretrained(tmp_path / "saved")
+        assert same(dict(load(tmp_path / "saved").state_dict()), bare(checkpoint("tiny")))
+        load(checkpoint("tiny"), config=model.config)
+    with pytest.raises(ValueError, match=r"config.json: a_field_to_come is {'kind': 2}"):
+        load(with_fields(checkpoint, tmp_path / "other", a_field_to_come={"kind": 2}))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +127,7 @@ def test_fields_that_are_off_or_say_nothing_load(checkpoint, tmp_path, patches):
         ({"output_hidden_states": 1}, "output_hidden_states must be true or false, got 1"),
         ({"return_dict": False}, "return_dict is false"),
         ({"dtype": "float99"}, "dtype must be a floating dtype, such as 'bfloat16', got 'float99'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype must be a floating dtype, such as 'bfloat16', got 'float8_e4m3fn'"),
         ({"dtype": "int8"}, "dtype must be a floating dtype, such as 'bfloat16', got 'int8'"),
         ({"select_layer": "last"}, "select_layer must be an integer, got 'last'"),
         ({"id2label": 5}, "config.json: "),
