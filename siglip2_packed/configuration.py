@@ -225,7 +225,7 @@ def _off(name: str, value: Any) -> bool:
 
 def _check_dtype(name: str, value: Any, source: str) -> None:
     dtype = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
-    if dtype is not None and not (dtype in FLOATING):
+    if dtype is not None and dtype not in FLOATING:
         raise ValueError(f"{source}: {name} must be a floating dtype, such as 'bfloat16', got {value!r}")
 
 

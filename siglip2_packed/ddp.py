@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +20,19 @@ MESSAGE = (
 )
 
 
+def _softly(function: Callable[..., None]) -> Callable[..., None]:
+    """Says nothing where torch no longer has its private names, or has them otherwise: a warning is worth no step."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> None:
+        with contextlib.suppress(AttributeError, TypeError):
+            function(*args)
+
+    return wrapped
+
+
 @torch.compiler.disable
+@_softly
 def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
     """Called in a model's forward: warns after the first backward under DDP that left a trainable parameter out.
 
@@ -31,11 +45,12 @@ def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
         return
     asked = False
 
+    @_softly
     def when_done(gradient: Tensor) -> None:
         nonlocal asked
         if not asked:
+            asked = True
             Variable._execution_engine.queue_callback(lambda: _say_what_is_idle(model, wrapper))
-        asked = True
 
     for value in output.values():
         for tensor in value if isinstance(value, tuple) else (value,):
@@ -43,6 +58,7 @@ def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
                 tensor.register_hook(when_done)
 
 
+@_softly
 def _say_what_is_idle(model: nn.Module, wrapper: DistributedDataParallel) -> None:
     if getattr(model, "_first_step_seen", False):
         return

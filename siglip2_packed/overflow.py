@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from siglip2_packed.ops.runtime.tracing import capturing, traced
 
@@ -26,17 +27,16 @@ _said: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.compiler.disable
-@torch.no_grad()
-def watch(model: nn.Module, output: Mapping[str, Any]) -> None:
+def watch(model: nn.Module, output: BaseModelOutput) -> None:
     """Warns, once a model, of features in float16 (or computed under its autocast) that are not finite.
 
     On the CPU at once. On CUDA their sum goes to pinned memory, and is looked at in a later call, when it has arrived;
     until then no other is sent. Nothing is looked at while a CUDA graph is captured or somebody follows the calls.
     """
-    features = [output[name] for name in ("last_hidden_state", "pooler_output") if name in output]
-    device = features[0].device
-    if model in _said or not _in_float16(features[0]) or device.type not in ("cpu", "cuda") or traced():
+    device = output.last_hidden_state.device
+    if not _in_float16(output.last_hidden_state) or model in _said or device.type not in ("cpu", "cuda") or traced():
         return
+    features = [output[name] for name in ("last_hidden_state", "pooler_output") if name in output]
     if any(type(x) is not Tensor for x in features) or capturing(device):
         return
     if device.type == "cpu":
@@ -62,6 +62,7 @@ def _in_float16(x: Tensor) -> bool:
     return x.dtype == torch.float16
 
 
+@torch.no_grad()
 def _total(features: Sequence[Tensor]) -> Tensor:
     """Not finite if any of the features is not: as many numbers of float16 as memory holds do not overflow float32."""
     return sum(x.detach().sum(dtype=torch.float32) for x in features)  # type: ignore[return-value]

@@ -23,7 +23,7 @@ class Segments:
     """
 
     _groups: list[tuple[int, int]] | None = None
-    _by_length: tuple[Tensor, Tensor] | None = None
+    _by_length: tuple[Tensor, Tensor] | tuple[()] | None = None  # () where they are sorted already
 
     @torch.compiler.disable
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
@@ -56,17 +56,20 @@ class Segments:
     @property
     def by_length(self) -> tuple[Tensor, Tensor] | None:
         """Row indices `[T]` that sort the segments by length, and those that undo it; None if they are sorted."""
-        if self._by_length is None and self.lengths != sorted(self.lengths):
-            lengths = np.array(self.lengths)
-            order = np.argsort(lengths, kind="stable")
-            starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
-            sorted_starts = np.cumsum(sorted_lengths) - sorted_lengths
-            rows = np.arange(lengths.sum()) + np.repeat(starts[order] - sorted_starts, sorted_lengths)
-            undo = np.empty_like(rows)
-            undo[rows] = np.arange(len(rows))
-            rows, undo = (to_device(torch.from_numpy(x), self.device) for x in (rows, undo))
-            self._by_length = rows, undo
-        return self._by_length
+        if self._by_length is None:
+            self._by_length = () if self.lengths == sorted(self.lengths) else self._sort()
+        return self._by_length or None
+
+    def _sort(self) -> tuple[Tensor, Tensor]:
+        lengths = np.array(self.lengths)
+        order = np.argsort(lengths, kind="stable")
+        starts, sorted_lengths = np.cumsum(lengths) - lengths, lengths[order]
+        sorted_starts = np.cumsum(sorted_lengths) - sorted_lengths
+        rows = np.arange(lengths.sum()) + np.repeat(starts[order] - sorted_starts, sorted_lengths)
+        undo = np.empty_like(rows)
+        undo[rows] = np.arange(len(rows))
+        rows, undo = (to_device(torch.from_numpy(x), self.device) for x in (rows, undo))
+        return rows, undo
 
 
 def cumulative(lengths: Sequence[int]) -> Tensor:

@@ -26,20 +26,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     On CUDA without cuDNN where gradients are wanted: torch 2.11's are wrong, without a word, where the gradient of the
     output has another layout than the output. Under torch.func by its own formula, the one that has all derivatives.
     """
-    if segments.by_length is not None:
-        rows = segments.by_length[0]
-        q, k, v = q[rows], k[rows], v[rows]
+    order = segments.by_length
+    if order is not None:
+        q, k, v = (x[order[0]] for x in (q, k, v))
     differentiated = q.is_cuda and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    allowed = SDPBackend.MATH if transformed() else NOT_CUDNN if differentiated else None
     sizes = [count * length for count, length in segments.groups]
     outputs = []
     for (count, length), *qkv in zip(segments.groups, *(x.split(sizes) for x in (q, k, v))):
         q_g, k_g, v_g = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        allowed = SDPBackend.MATH if transformed() else NOT_CUDNN if differentiated else None
         with sdpa_kernel(allowed) if allowed else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(q_g, k_g, v_g, is_causal=False)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return out if segments.by_length is None else out[segments.by_length[1]]
+    return out if order is None else out[order[1]]
 
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
