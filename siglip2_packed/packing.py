@@ -265,13 +265,15 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
     A video's frames become rows of their own (the padded model knows no t).
 
     Args:
-        pixel_values: `PackedPatches`, or `[T, P]` with `grid_thw [N, 3]`.
+        pixel_values: `PackedPatches` whose frames attend to themselves, or `[T, P]` with `grid_thw [N, 3]`.
         max_num_patches: rows an image is padded to; the longest image's, when left out.
 
     Returns:
         `pixel_values [S, max, P]` zero-padded, `pixel_attention_mask [S, max]` int32, `spatial_shapes [S, 2]` int64.
     """
+    cu_seqlens = None
     if isinstance(pixel_values, Mapping):
+        cu_seqlens = pixel_values.get("cu_seqlens")
         pixel_values, grid_thw = pixel_values["pixel_values"], pixel_values["grid_thw"]
     if grid_thw is None:
         raise ValueError("grid_thw is missing: [N, 3] rows of (t, h, w)")
@@ -279,6 +281,11 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
         got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
         raise ValueError(f"pixel_values must be a pack, or a tensor of patches [T, P], got {got}")
     layout = make_layout(grid_thw, total_patches=len(pixel_values))
+    if cu_seqlens is not None and make_layout(grid_thw, cu_seqlens=cu_seqlens).lengths != layout.lengths:
+        raise ValueError(
+            "the pack's cu_seqlens are not its frames (temporal='joint'?): transformers' model would attend within "
+            "frames, to other features. For those, give pixel_values and grid_thw"
+        )
     if max_num_patches is not None and integer(max_num_patches, "max_num_patches") < layout.max_seqlen:
         raise ValueError(f"max_num_patches is {max_num_patches}, the longest image has {layout.max_seqlen} patches")
     width = layout.max_seqlen if max_num_patches is None else max_num_patches

@@ -156,6 +156,17 @@ def test_list_pack_padded_round_trips():
     assert mask.sum(1).tolist() == [12, 35, 9]
 
 
+def test_a_pack_whose_frames_attend_to_each_other_is_not_padded_without_a_word():
+    x, grid = torch.randn(14, 48), [(2, 2, 3), (1, 1, 2)]
+    joint = PackedPatches(x, grid, temporal="joint")
+    for packed in (joint, dict(joint), PackedPatches(x, grid) | {"cu_seqlens": torch.tensor([0, 12, 14])}):
+        with pytest.raises(ValueError, match="cu_seqlens are not its frames"):
+            pad(packed)
+    images = PackedPatches(x, [(1, 2, 6), (1, 1, 2)], temporal="joint")
+    assert pad(images)["spatial_shapes"].tolist() == [[2, 6], [1, 2]]
+    assert torch.equal(pad(x, grid)["pixel_values"], pad(PackedPatches(x, grid))["pixel_values"])
+
+
 def test_frames_become_rows_of_the_padded_batch():
     pack_ = packed([(2, 3, 4), (1, 1, 2)])
     padded = pad(pack_)
