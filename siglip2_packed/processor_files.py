@@ -98,8 +98,8 @@ OTHER_PIXELS = set(  # other processors' fields that, where they are on, change 
     crop_margin crop_pct crop_size crop_to_patches do_affine_transform do_align_long_axis do_center_crop
     do_color_jitter do_crop_margin do_flip_channel_order do_grayscale do_image_splitting do_pan_and_scan
     do_reduce_labels do_sample_frames do_split_image do_thumbnail downsample_factor image_grid_pinpoints
-    keep_aspect_ratio max_image_size max_image_tokens max_pixels max_tiles merge_size min_image_tokens min_pixels
-    min_tiles shortest_edge size size_divisor temporal_patch_size tile_size use_thumbnail
+    include_top keep_aspect_ratio max_image_size max_image_tokens max_pixels max_tiles merge_size min_image_tokens
+    min_pixels min_tiles rescale_offset shortest_edge size size_divisor temporal_patch_size tile_size use_thumbnail
     """.split()
 )
 IDLE = set(  # fields that change nothing of a packed image

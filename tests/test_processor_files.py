@@ -68,6 +68,8 @@ def test_another_models_processor_is_refused(tmp_path, read, kind):
         {"max_tiles": 10},
         {"downsample_factor": 2},
         {"do_pan_and_scan": True},
+        {"rescale_offset": True},
+        {"include_top": True},
         {"do_flip_channel_order": True},
     ],
     ids=lambda fields: next(iter(fields)),
