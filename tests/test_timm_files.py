@@ -121,6 +121,7 @@ def test_without_its_pooling_head(checkpoint, tmp_path):
         ({"pos_embed_interp_mode": "bicubic"}, "pos_embed_interp_mode='bicubic'"),
         ({"patchify_channels_last": False}, "patchify_channels_last=False"),
         ({"attn_pool_num_heads": 8}, "attn_pool_num_heads 8 are not num_heads 4"),
+        ({"in_chans": 12}, "model_args has in_chans=12"),  # whose patches of 8x8 are as wide as 16x16 of RGB
         ({"num_heads": 7}, "hidden_size 64 is not a multiple of num_attention_heads 7"),
     ],
 )
@@ -136,6 +137,27 @@ def test_other_towers_of_timm_are_refused(checkpoint, tmp_path, given, message):
 def test_tensors_without_a_place_are_named(checkpoint, tmp_path, name):
     timm = timm_state(bare(checkpoint("tiny"))) | {name: torch.ones(64)}
     with pytest.raises(ValueError, match=rf"timm's {name} \[64\] has no place"):
+        load(write(tmp_path / "timm", timm))
+
+
+def test_a_tensor_under_two_names_is_refused(checkpoint, tmp_path):
+    timm = timm_state(bare(checkpoint("tiny")))
+    timm["patch_embed.proj.weight"] = timm["embeds.proj.weight"] + 1
+    with pytest.raises(ValueError, match=r"patch_embed.proj.weight is there under another name, too"):
+        load(write(tmp_path / "timm", timm))
+
+
+@pytest.mark.parametrize("model_args", ["embed_dim=64", [1]])
+def test_model_args_are_an_object(checkpoint, tmp_path, model_args):
+    path = write(tmp_path / "timm", timm_state(bare(checkpoint("tiny"))))
+    (path / "config.json").write_text(json.dumps(read_json(path) | {"model_args": model_args}))
+    with pytest.raises(ValueError, match=r"config.json: model_args is .*expected an object"):
+        load(path)
+
+
+def test_a_block_without_a_number_is_named(checkpoint, tmp_path):
+    timm = timm_state(bare(checkpoint("tiny"))) | {"blocks.x.norm1.bias": torch.ones(64)}
+    with pytest.raises(ValueError, match=r"timm's blocks.x.norm1.bias \[64\] has no place"):
         load(write(tmp_path / "timm", timm))
 
 
