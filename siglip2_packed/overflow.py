@@ -33,8 +33,9 @@ def watch(model: nn.Module, output: BaseModelOutput) -> None:
     On the CPU at once. On CUDA their sum goes to pinned memory, and is looked at in a later call, when it has arrived;
     until then no other is sent. Nothing is looked at while a CUDA graph is captured or somebody follows the calls.
     """
-    device = output.last_hidden_state.device
-    if not _in_float16(output.last_hidden_state) or model in _said or device.type not in ("cpu", "cuda") or traced():
+    last: Tensor = output.last_hidden_state  # type: ignore[assignment]
+    device = last.device
+    if not _in_float16(last) or model in _said or device.type not in ("cpu", "cuda") or traced():
         return
     features = [output[name] for name in ("last_hidden_state", "pooler_output") if name in output]
     if any(type(x) is not Tensor for x in features) or capturing(device):

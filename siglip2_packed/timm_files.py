@@ -27,10 +27,11 @@ SETTINGS: dict[str, tuple] = {  # of timm's model_args that the weights do not s
     "proj_bias": (True,),
     "final_norm": (True,),
     "fix_init": (True, False),
+    "in_chans": (3,),
 }
 SHOWN = set(  # those that the weights show, or that have no part in features
     """
-    embed_dim depth num_heads attn_pool_num_heads mlp_ratio attn_pool_mlp_ratio patch_size in_chans img_size num_classes
+    embed_dim depth num_heads attn_pool_num_heads mlp_ratio attn_pool_mlp_ratio patch_size img_size num_classes
     pos_embed_grid_size weight_init class_token reg_tokens dynamic_img_size
     """.split()
 )
@@ -66,6 +67,8 @@ def fields(config: Mapping[str, Any], shapes: Mapping[str, list[int]], source: s
     if name not in HEADS:
         raise ValueError(f"{source}: timm's architecture {name!r}; of timm's towers {' and '.join(HEADS)} can be read")
     given = config.get("model_args") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"{source}: model_args is {given!r}, expected an object")
     for key, value in given.items():
         right = SETTINGS.get(key)
         if key not in SHOWN and value is not None and (value not in right if right else value):
@@ -76,6 +79,7 @@ def fields(config: Mapping[str, Any], shapes: Mapping[str, list[int]], source: s
     patch = next((shapes[key] for key in PATCH_EMBEDDINGS if key in shapes), None)
     table = next((shapes[key] for key in ("embeds.pos_embed", "pos_embed") if key in shapes), None)
     mlp = shapes.get("blocks.0.mlp.fc1.bias")
+    blocks = [int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", key) for key in shapes) if found]
     if patch is None or table is None or mlp is None:
         raise ValueError(
             f"{source}: the weights lack a patch projection, a position table or layers, as timm names them"
@@ -83,7 +87,7 @@ def fields(config: Mapping[str, Any], shapes: Mapping[str, list[int]], source: s
     return {
         "hidden_size": patch[0],
         "intermediate_size": mlp[0],
-        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+        "num_hidden_layers": 1 + max(blocks),
         "num_attention_heads": heads,
         "patch_size": math.isqrt(math.prod(patch[1:]) // 3),
         "num_patches": math.prod(table[1:-1]),
@@ -100,6 +104,8 @@ def convert(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         parts = dict(_parts(name.removeprefix("embeds.").removeprefix("patch_embed."), tensor))
         if not parts:
             raise ValueError(f"{source!r}: timm's {name} {list(tensor.shape)} has no place in SigLIP2's NaFlex tower")
+        for twice in parts.keys() & converted.keys():
+            raise ValueError(f"{source!r}: timm's {name} is there under another name, too, as {twice}")
         converted |= parts
     for kind in ("weight", "bias"):
         pair = [converted.pop(f"attn_pool.{x}.{kind}", None) for x in ("q", "kv")]
