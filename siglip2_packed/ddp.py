@@ -7,6 +7,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,10 @@ MESSAGE = (
     "the others of this step over ranks, and will raise in the next. Where token features alone are trained, load with "
     "vision_use_head=False (or select_layer), or freeze what is idle; or give find_unused_parameters=True"
 )
+
+
+_seen: WeakSet[nn.Module] = WeakSet()
+"""Models whose first step under DDP is over: not on the models, whose copies have one of their own."""
 
 
 def _softly(function: Callable[..., None]) -> Callable[..., None]:
@@ -39,7 +44,7 @@ def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
     The first step goes wrong without a word, and only the second one raises, which names no parameter.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
-    if wrapper is None or not torch.is_grad_enabled() or getattr(model, "_first_step_seen", False):
+    if wrapper is None or not torch.is_grad_enabled() or model in _seen:
         return
     if wrapper.find_unused_parameters or wrapper.static_graph or not wrapper.require_backward_grad_sync:
         return
@@ -60,9 +65,9 @@ def watch_first_step(model: nn.Module, output: Mapping[str, Any]) -> None:
 
 @_softly
 def _say_what_is_idle(model: nn.Module, wrapper: DistributedDataParallel) -> None:
-    if getattr(model, "_first_step_seen", False):
+    if model in _seen:
         return
-    model._first_step_seen = True  # type: ignore[assignment]
+    _seen.add(model)
     ignored = {id(p) for name, p in wrapper.module.named_parameters() if name in wrapper.parameters_to_ignore}
     idle = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None and id(p) not in ignored]
     if idle:

@@ -98,7 +98,7 @@ def read_tensors(ckpt: str | os.PathLike, names: Sequence[str], **hub) -> dict[s
 
 def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source: str) -> None:
     """ValueError, naming the field, if the configuration's sizes are not the weights': before anything is built."""
-    layers = {int(name.split(".")[2]) for name in state if name.startswith("encoder.layers.")}
+    layers = {found[1] for found in (re.match(r"encoder\.layers\.(\d+)\.", name) for name in state) if found}
     wanted = layer_index(getattr(config, "select_layer", None), config.num_hidden_layers)
     if wanted > len(layers):
         raise ValueError(

@@ -12,6 +12,13 @@ from siglip2_packed.weights import PATCH_EMBEDDING
 GRIDS = [(1, 5, 7), (1, 3, 4)]
 
 
+def test_a_layer_without_a_number_is_not_taken_for_one(checkpoint, tmp_path, caplog):
+    state = bare(checkpoint("tiny"))
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state | {"encoder.layers.x.scale": torch.ones(1)})
+    assert same(dict(Siglip2PackedVisionModel.from_pretrained(path).state_dict()), state)
+    assert "1 tensors are not part of this model: encoder.layers.x.scale" in caplog.text
+
+
 def test_all_layouts_give_the_same_parameters(checkpoint, tmp_path):
     folder = checkpoint("tiny")
     state, config = bare(folder), read_json(folder)
