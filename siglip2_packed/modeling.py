@@ -235,6 +235,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
                 del config.quantization_config
             quantized.check_versions(kwargs.get("quantization_config"))
             weights.check_state_dict(tower.state, expected, str(ckpt), truncated)
+            weights.check_parts(tower.state, expected, str(ckpt))
             state = {name: tower.state[name] for name in expected}
             loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

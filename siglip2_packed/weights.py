@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +126,7 @@ def check_state_dict(
 ) -> None:
     """Raises ValueError if tensors are missing or of another shape or kind than the model's.
 
-    Warns of tensors the model has no use for, unless it is `truncated` on purpose.
+    Warns of other tensors the model has no use for, unless it is `truncated` on purpose.
     """
     missing = sorted(set(expected) - set(state))
     if missing:
@@ -144,3 +144,25 @@ def check_state_dict(
     unused = sorted(name for name in set(state) - set(expected) if not name.startswith("head."))
     if unused and not truncated:
         logger.warning("%s: %d tensors are not part of this model: %s", source, len(unused), ", ".join(unused[:4]))
+
+
+def check_parts(state: Mapping[str, Tensor], expected: Iterable[str], source: object) -> None:
+    """ValueError for tensors that a part of the model has no place for: that part computes something else with them."""
+    parts = {_part(name) for name in expected}
+    strange = sorted(name for name in set(state) - set(expected) if _part(name) in parts and _computes(state[name]))
+    if strange:
+        raise ValueError(
+            f"{source!r} has {len(strange)} tensors of another computation in parts that this model has: "
+            f"{', '.join(strange[:8])}. Its features would be others than the checkpoint's; if they change nothing, "
+            "take them out of the file"
+        )
+
+
+def _part(name: str) -> str:
+    """`encoder.layers.3`, `embeddings`, `head`, ..."""
+    return ".".join(name.split(".")[: 3 if name.startswith("encoder.") else 1])
+
+
+def _computes(tensor: Tensor) -> bool:
+    """Not so `position_ids` and the like, which older versions of transformers wrote."""
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -163,6 +163,34 @@ def test_a_key_twice_in_a_json_file_is_refused(checkpoint, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.layers.1.self_attn.q_norm.weight",
+        "encoder.layers.0.layer_scale1",
+        "encoder.layers.0.self_attn.rotary_emb.inv_freq",
+        "embeddings.cls_token",
+        "head.projection.weight",
+    ],
+)
+def test_a_tensor_of_another_computation_is_refused_by_name(checkpoint, tmp_path, name):
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", bare(checkpoint("tiny")) | {name: torch.ones(64)})
+    with pytest.raises(ValueError, match=rf"1 tensors of another computation .*: {name}"):
+        load(path)
+
+
+def test_tensors_that_compute_nothing_here_load(checkpoint, tmp_path):
+    state = bare(checkpoint("tiny"))
+    more = {"embeddings.position_ids": torch.arange(16)[None], "encoder.layers.2.layer_scale": torch.ones(4)}
+    path = copy_with(checkpoint("tiny"), tmp_path / "x", state | more)
+    truncated = load(path, select_layer=-2)  # without that layer
+    assert all(torch.equal(value, state[name]) for name, value in truncated.state_dict().items())
+    more.popitem()
+    assert same(dict(load(copy_with(checkpoint("tiny"), tmp_path / "y", state | more)).state_dict()), state)
+    more["head.projection.weight"] = torch.ones(4)
+    assert not hasattr(load(copy_with(checkpoint("tiny"), tmp_path / "z", state | more), vision_use_head=False), "head")
+
+
 def sharded(checkpoint, target):
     path = copy_with(checkpoint("tiny"), target, bare(checkpoint("tiny")), shards=3)
     return path, json.loads((path / files.INDEX).read_text())["weight_map"]
