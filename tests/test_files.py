@@ -89,3 +89,16 @@ def test_what_is_in_the_cache_is_read_without_the_hub(checkpoint, cache, monkeyp
     model = Siglip2PackedVisionModel.from_pretrained("me/tower", cache_dir=str(cache))
     assert model.config.hidden_size == 64
     assert Siglip2PackedImageProcessor.from_pretrained("me/tower", cache_dir=str(cache)).patch_size == 4
+
+
+def test_a_hub_behind_a_proxy_of_the_call_is_asked_through_it(unreachable, monkeypatch, checkpoint):
+    asked = []
+
+    def cached_file(ckpt, name, **hub):
+        asked.append((name, hub.get("proxies"), hub.get("local_files_only")))
+        return str(checkpoint("tiny") / name)
+
+    monkeypatch.setattr(files, "cached_file", cached_file)
+    found = files.find_file("some/model", "config.json", proxies={"https": "proxy:3128"})
+    assert found == checkpoint("tiny") / "config.json"
+    assert asked == [("config.json", {"https": "proxy:3128"}, None)] and not unreachable
