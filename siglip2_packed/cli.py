@@ -14,8 +14,9 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Huge pages for large CPU tensors. Every layer allocates its activations anew, and in pages of 4 KiB the page faults
 # cost more than some of the ops. torch reads it once, when it first allocates.
@@ -108,6 +109,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.orderly, self.owner = False, os.getpid()
+        self.report, sys.unraisablehook = sys.unraisablehook, self.lost
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, a shell's background job
                 signal.signal(number, self.received)
@@ -120,6 +122,17 @@ class Signals:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         words = "interrupted" if number == signal.SIGINT else "terminated"
         stop(f"\nsiglip2-packed {' '.join(sys.argv[1:2])}".rstrip() + f": {words}\n", 128 + number)
+
+    def lost(self, what: Any) -> None:
+        """A finalizer that ran just then has swallowed the exception: the signal comes again."""
+        if os.getpid() != self.owner or not isinstance(what.exc_value, KeyboardInterrupt):
+            self.report(what)
+            return
+        number = signal.SIGTERM if isinstance(what.exc_value, Terminated) else signal.SIGINT
+        self.orderly = True
+        again = threading.Timer(0.01, os.kill, (self.owner, number))  # not here, where it would be swallowed, too
+        again.daemon = True
+        again.start()
 
     def done(self) -> None:
         """The command has said its last word: what Python still tears down is not worth a traceback."""

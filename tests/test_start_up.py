@@ -121,6 +121,35 @@ def test_encode_puts_away_what_it_has_begun(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nsiglip2-packed encode: terminated\n"
 
 
+FINALIZED = """
+import gc, os, signal, sys, time
+from siglip2_packed import cli
+class Cycle:
+    def __init__(self):
+        self.me = self
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+def work(*_):
+    signals.orderly = True
+    Cycle()
+    gc.collect()
+    time.sleep(60)
+cli.Signals.done = lambda self: None
+signals = cli.Signals()
+cli.Signals = lambda: signals
+cli.command = work
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_signal_while_a_finalizer_runs_is_not_lost(number):
+    code, words = ENDS[number]
+    process = subprocess.run([sys.executable, "-c", FINALIZED, str(int(number))], capture_output=True, text=True)
+    assert (process.returncode, process.stderr.split(": ")[-1]) == (code, f"{words}\n")
+    assert "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize("buffered", [True, False])
 def test_output_whose_reader_has_left_ends_it_quietly(buffered):
     argv = [sys.executable, *([] if buffered else ["-u"]), "-m", "siglip2_packed", "--version"]
