@@ -70,6 +70,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
     add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
+    add("--retry-errors", action="store_true",
+        help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
     add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
@@ -126,11 +128,12 @@ def encode_inputs(
     device = local_device(args.device)
     # a run goes on as what it was begun, wherever that was
     before = {} if is_one_file(out) else read_run(out)
+    before = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
     args.dtype = args.dtype or before.get("dtype") or default_dtype(device)
     args.save_dtype = args.save_dtype or before.get("save_dtype")
     settings = run_settings(args, processor)
     if not is_one_file(out):
-        check_run(out, complete(settings, inputs), args.resume)  # before the model, which takes longer
+        check_run(out, complete(settings, inputs), args.resume, inputs)  # before the model, which takes longer
     model: Any = load_model(args)
     with ThreadPoolExecutor(1) as beside:  # of the weights on the host, which the model leaves now
         weights = beside.submit(weights_digest, model.state_dict(), workers)
@@ -169,9 +172,8 @@ def encode_inputs(
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
-                counts = to_folder(
-                    out, inputs, settings, encoded, empty, resume=args.resume, ranks=ranks, held=lock.held
-                )
+                how: Any = {"resume": args.resume, "retry_errors": args.retry_errors}
+                counts = to_folder(out, inputs, settings, encoded, empty, **how, ranks=ranks, held=lock.held)
     except BrokenExecutor as error:
         raise OSError("a decoding process was killed (out of memory?): see --workers; --resume goes on") from error
     except StrictError as error:
@@ -194,9 +196,8 @@ def verdict(counts: Counts, args: argparse.Namespace) -> int:
     """The exit code: 1 if no image was read, or more were not than --strict or --max-errors allow."""
     total = counts.read + counts.failed
     allowed = 0 if args.strict else args.max_errors
-    if isinstance(allowed, float):
-        allowed = allowed * total
-    return int(counts.failed > 0 and (counts.read == 0 or (allowed is not None and counts.failed > allowed)))
+    failed = counts.failed / max(total, 1) if isinstance(allowed, float) else counts.failed
+    return int(counts.failed > 0 and (counts.read == 0 or (allowed is not None and failed > allowed)))
 
 
 def most_errors(text: str) -> int | float:
@@ -307,6 +308,8 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
     for flag, value in (("--shard-size", args.shard_size), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
+    if args.retry_errors and not args.resume:
+        raise ValueError("--retry-errors goes with --resume")
     if is_one_file(out):
         for flag, given in (("--resume", args.resume), ("torchrun", world > 1), ("--shard-size", args.shard_size)):
             if given:

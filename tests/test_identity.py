@@ -100,12 +100,13 @@ def test_a_tar_that_changes_after_it_was_listed(processor, tmp_path):
     entries = inputs.read(0, 3)
     first = next(entries)
     assert read_image(processor, *first).error == ""
-    assert first.stamp == inputs.stamp(2) == stamp(path)
+    assert first.stamp == inputs.stamp(0) != inputs.stamp(2)
+    assert all(inputs.stamp(i).startswith(f"{stamp(path)}@") for i in range(3))
     write((2, 1, 0))
     os.utime(path, ns=(0, 5))
     assert [str(item.entry) for item in entries] == [f"{path} has changed since it was listed"] * 2
-    assert inputs.stamp(0) == first.stamp != stamp(path)
-    assert not same(first.stamp, stamp(path))
+    assert inputs.stamp(0) == first.stamp != find_inputs([path]).stamp(0)
+    assert not same(first.stamp, find_inputs([path]).stamp(0))
 
 
 def test_rows_of_paths_are_known_by_the_parquet_file_and_the_image(processor, tmp_path):

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from siglip2_packed.collection import shards
+from siglip2_packed.collection.decode import read_image
 from siglip2_packed.collection.features import EncodedImage
-from siglip2_packed.collection.identity import stamp
 from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.run import to_folder
 from siglip2_packed.collection.sources import find_inputs
@@ -46,24 +46,35 @@ def folder(tmp_path, monkeypatch):
     return made
 
 
-def encode(folder, out, resume=True, paths=None, **changed):
+class Numbers:
+    """A processor to whom a number is an image, and any other text the reason why it is none."""
+
+    @staticmethod
+    def read(source):
+        text = source.decode() if isinstance(source, bytes) else Path(source).read_text()
+        if not text.isdecimal():
+            raise ValueError(text)
+        return np.full((1, 1), float(text)), (1, int(text) % 7 + 1)
+
+
+def encode(folder, out, resume=True, paths=None, retry_errors=False, **changed):
     settings = SETTINGS | changed
     inputs = find_inputs(paths or [folder])
 
     def encoded(ranges, done):
         for start, stop in ranges:
             for item in inputs.read(start, stop):
-                seen, text = stamp(item.entry), Path(item.entry).read_text()
-                if text == "broken":
-                    yield EncodedImage(item.ordinal, item.name, error="broken", stamp=seen)
-                else:
-                    feature = torch.tensor([float(text), float(settings["weights"])])
-                    yield EncodedImage(item.ordinal, item.name, (1, int(text) % 7 + 1), pooled=feature, stamp=seen)
+                image = read_image(Numbers, *item)
+                feature = None if image.error else torch.tensor([image.patches[0, 0], float(settings["weights"])])
+                yield EncodedImage(
+                    image.ordinal, image.name, image.grid, pooled=feature, error=image.error, stamp=image.stamp
+                )
 
     lock = Lock(lock_of(out, False))
     lock.take()
     try:
-        return to_folder(out, inputs, settings, encoded, EMPTY, resume=resume, held=lock.held)
+        how = {"resume": resume, "retry_errors": retry_errors, "held": lock.held}
+        return to_folder(out, inputs, settings, encoded, EMPTY, **how)
     finally:
         lock.release()
 

@@ -18,6 +18,8 @@ from siglip2_packed.version import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
+LONGEST_PATH = 1 << 15
+"""Characters, on any system."""
 UNSTEADY = "unsteady"
 """The stamp of what changed while it was read: no other is like it, not even itself."""
 TOWER = (
@@ -37,7 +39,10 @@ def stamp(path: str | os.PathLike) -> str:
 
 def joint(container: str, file: str, path: str) -> str:
     """The stamp of an input that a container names and a file holds: a row of paths in a Parquet file."""
-    return f"{container} {file} {path}" if container else file
+    if not container:
+        return file
+    possible = len(path) <= LONGEST_PATH and "\0" not in path  # else it is an image as text, and never will be a file
+    return f"{container} {file} {path}" if possible else container
 
 
 def same(before: str, container: str) -> bool:

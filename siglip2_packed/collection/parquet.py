@@ -22,6 +22,8 @@ BATCH = 64
 """Rows that are in memory at a time."""
 LONGEST_ID = 64
 """Bytes. Binary values of one short length are ids and digests, not images."""
+LONGEST_REASON = 1000
+"""Characters."""
 WORDS = ("image", "path", "file")
 """What the name of a column of paths holds."""
 
@@ -124,7 +126,7 @@ class Table:
         except ValueError as error:
             return error
         beside = os.path.join(os.path.dirname(self.path), path)
-        return beside if os.path.exists(beside) else path
+        return path if os.path.exists(path) and not os.path.exists(beside) else beside
 
 
 class Parquet(Table):
@@ -252,4 +254,6 @@ def import_pyarrow():
 
 
 def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    """At most `LONGEST_REASON` characters: it may quote the image itself, as text."""
+    line = " ".join(str(text).replace("\0", "\\0").split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."

@@ -7,6 +7,7 @@ the inputs it may once have named are encoded again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.shards import Output, replacing
+from siglip2_packed.collection.walk import PARTS
 
 CHECKED = 1 << 16
 """Bytes at the beginning and at the end of a shard that the checksum covers: its header, its footer."""
@@ -62,11 +64,27 @@ def read_part(output: Output, number: int) -> list[Row] | None:
         files = {path.name: file_mark(path) for path in output.files(number)}
         if (header["run"], header["files"], header["rows"]) != (output.run, files, hashlib.sha256(rows).hexdigest()):
             return None
-        text = io.StringIO(rows.decode("utf-8", "surrogateescape"), newline="")
-        found = [Row(*row) for row in csv.reader(text)]
+        found = parsed(rows)
     except (OSError, ValueError, TypeError, KeyError, csv.Error):
         return None
     return found if len(found) == header["inputs"] else None
+
+
+def parsed(rows: bytes) -> list[Row]:
+    limit = csv.field_size_limit(1 << 30)  # csv's own is less than what a line of a list may be
+    try:
+        return [Row(*row) for row in csv.reader(io.StringIO(rows.decode("utf-8", "surrogateescape"), newline=""))]
+    finally:
+        csv.field_size_limit(limit)
+
+
+def failed_inputs(folder: Path) -> set[str]:
+    """What the parts of a run say could not be read, whatever else they vouch for."""
+    failed: set[str] = set()
+    for path in (folder / PARTS).glob("*.csv"):
+        with contextlib.suppress(OSError, ValueError, TypeError, csv.Error):
+            failed |= {row.input for row in parsed(path.read_bytes().partition(b"\n")[2]) if row.error}
+    return failed
 
 
 def file_mark(path: Path) -> list:
@@ -81,4 +99,5 @@ def file_mark(path: Path) -> list:
 
 def part_numbers(output: Output) -> list[int]:
     """Of all parts there are, good or not."""
-    return sorted(int(path.stem) for path in output.parts.glob("*.csv") if path.stem.isdecimal())
+    numbers = {int(path.stem) for path in output.parts.glob("*.csv") if path.stem.isdecimal()}
+    return sorted(number for number in numbers if output.part(number).exists())  # 7.csv is somebody else's

@@ -27,6 +27,8 @@ class Plan(NamedTuple):
     """Parts that are there and vouch for nothing."""
     changed: list[str]
     """Inputs that are in another state than when they were encoded."""
+    retried: dict[int, list[str]]
+    """Inputs that could not be read and are tried again, by the shard they were in."""
 
     def ranges(self, numbers: list[int]) -> list[Range]:
         """The inputs of these shards, in order."""
@@ -37,14 +39,18 @@ class Plan(NamedTuple):
         return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
-def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
+def make_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: bool = False) -> Plan:
     """Reads the parts that are there; changes nothing.
+
+    Args:
+        retry_errors: no part that holds an error stays.
 
     Raises:
         ValueError: there are features of inputs that are not among these.
     """
     owner, line = np.full(len(inputs), -1, np.int32), np.zeros(len(inputs), np.int32)
     stale, changed, gone = [], [], []
+    retried: dict[int, list[str]] = {}
     numbers = part_numbers(output)
     known = Known(inputs) if numbers else None
     for number in numbers:
@@ -52,14 +58,19 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
         if rows is None or known is None:
             stale.append(number)
             continue
-        places, others = known.find(rows)
-        gone += others
-        unlike = [row.input for row, place in zip(rows, places) if not same(row.stamp, inputs.stamp(place))]
-        if unlike or others:
+        found = known.find(rows)
+        there = found >= 0
+        # what could not be read may have become something else: a tar file that was empty, a folder that was closed
+        gone += [row.input for row, known_now in zip(rows, there) if not (known_now or row.error)]
+        pairs = [(row, place) for row, place in zip(rows, found.tolist()) if place >= 0]
+        unlike = [row.input for row, place in pairs if not same(row.stamp, inputs.stamp(place))]
+        again = [row.input for row, _ in pairs if row.error and retry_errors]
+        if unlike or again:
             changed += unlike
+            retried |= {number: again} if again else {}
             stale.append(number)
             continue
-        owner[places], line[places] = number, np.arange(len(places))
+        owner[found[there]], line[found[there]] = number, np.flatnonzero(there)
     if gone:
         raise ValueError(f"it has features of {listed(gone)}, which the inputs do not name (any more)")
 
@@ -69,7 +80,7 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int) -> Plan:
     order = np.arange(len(todo))
     owner[todo] = np.array(to_make, np.int32)[order // shard_size]
     line[todo] = order % shard_size
-    return Plan(owner, line, to_make, stale, changed)
+    return Plan(owner, line, to_make, stale, changed, retried)
 
 
 class Known:
@@ -83,17 +94,14 @@ class Known:
             self.after[place] = self.next.get(names[place], -1)
             self.next[names[place]] = place
 
-    def find(self, rows: list[Row]) -> tuple[list[int], list[str]]:
-        """(the inputs of the rows, names of which there are none left)."""
-        places, missing = [], []
-        for row in rows:
-            place = self.next.get(row.input, -1)
-            if place < 0:
-                missing.append(row.input)
-            else:
-                places.append(place)
+    def find(self, rows: list[Row]) -> np.ndarray:
+        """`[rows]`: the input of each, -1 where there is none of that name left."""
+        places = np.full(len(rows), -1, np.int64)
+        for i, row in enumerate(rows):
+            places[i] = place = self.next.get(row.input, -1)
+            if place >= 0:
                 self.next[row.input] = int(self.after[place])
-        return places, missing
+        return places
 
 
 def listed(names: list[str], most: int = 5) -> str:

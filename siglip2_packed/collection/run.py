@@ -21,8 +21,9 @@ for what is there; and an index that is true or missing: it goes before any shar
 
 `--resume` believes run.json and the parts. It refuses another run (settings, versions, weights that differ, inputs that
 are gone or in another order) and says which. It encodes what no part vouches for: shards lost or torn, inputs that are
-new, and inputs that have changed, which it names, with the rest of their shard. A folder without run.json trusts no
-part; if it holds files of our names it is not written to.
+new, and inputs that have changed, which it names, with the rest of their shard. That an input could not be read is
+vouched for like a row, and only `--retry-errors` has it tried again, with the rest of its shard; if it is gone, nothing
+was lost with it. A folder without run.json trusts no part; if it holds files of our names it is not written to.
 
 Under torchrun rank 0 holds the lock, plans and writes the tables. Rank r of w makes the missing shards r, r + w, ...
 
@@ -40,6 +41,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from torch import Tensor
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.identity import flat, run_digest
-from siglip2_packed.collection.parts import Row, part_numbers, read_part, write_part
+from siglip2_packed.collection.parts import Row, failed_inputs, part_numbers, read_part, write_part
 from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.shards import (
@@ -79,6 +81,7 @@ def to_folder(
     empty: dict[str, Tensor],
     *,
     resume: bool = False,
+    retry_errors: bool = False,
     ranks: Ranks = ALONE,
     held: Callable[[], None] = lambda: None,
 ) -> Counts:
@@ -87,6 +90,7 @@ def to_folder(
     Args:
         settings: `shard_size`, `format`, and all else that makes a run another one: they become run.json.
         resume: go on with the run that is in the folder, if there is one.
+        retry_errors: with the inputs that could not be read, too.
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
         held: raises OSError if the folder is somebody else's by now, see lock.py.
 
@@ -96,7 +100,7 @@ def to_folder(
     settings = complete(settings, inputs)
     ranks.agree(settings)
     output = Output(folder, settings["format"], tensor_names(empty), run_digest(settings), held)
-    plan = ranks.first(lambda: start(output, inputs, settings, resume))
+    plan = ranks.first(lambda: start(output, inputs, settings, resume, retry_errors))
     write_missing(output, plan, plan.to_make[ranks.rank :: ranks.world], encode, empty)
     ranks.wait()
     return ranks.first(lambda: merge(output, plan))
@@ -108,17 +112,21 @@ def complete(settings: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     return json.loads(json.dumps({**about, **settings}))
 
 
-def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool) -> Plan:
+def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool, retry_errors: bool) -> Plan:
     """Leaves nothing in the folder that this run does not vouch for; then run.json."""
-    check_run(output.folder, settings, resume)
+    check_run(output.folder, settings, resume, inputs)
     file = output.folder / "run.json"
     if file.exists():
         try:
-            plan = make_plan(output, inputs, settings["shard_size"])
+            plan = make_plan(output, inputs, settings["shard_size"], retry_errors)
         except ValueError as error:
             raise ValueError(f"--resume: the run in {str(output.folder)!r} cannot go on: {error}") from None
         if plan.changed:
             print(f"changed since they were encoded, encoded again: {listed(plan.changed)}", file=sys.stderr)
+        if plan.retried:
+            again, where = list(chain.from_iterable(plan.retried.values())), [*map(output.shard, plan.retried)]
+            print(f"tried again: {len(again)} inputs that could not be read: {listed(again)}; and what else is in "
+                  f"{len(where)} shards: {listed(where)}", file=sys.stderr)  # fmt: skip
     output.parts.mkdir(parents=True, exist_ok=True)
     for folder in (output.folder, output.parts):
         sweep(folder)
@@ -230,11 +238,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
+def check_run(folder: Path, settings: dict[str, Any], resume: bool, inputs: Inputs | None = None) -> None:
     """Raises ValueError if the folder holds what this run does not go on with: another run, or other files.
 
     Args:
         settings: those that are known; one that is not there is not compared.
+        inputs: those of the settings.
     """
     before = read_run(folder)
     if not before:
@@ -251,6 +260,9 @@ def check_run(folder: Path, settings: dict[str, Any], resume: bool) -> None:
         )
     ours, theirs = dict(flat(settings)), dict(flat(before))
     unlike = [name for name in ours if name != "checkpoint" and ours[name] != theirs.get(name)]
+    if inputs and "names" in unlike and failed_inputs(folder) - set(inputs.names()):
+        # an error is no loss; whether features are gone with it the plan will tell
+        unlike = [name for name in unlike if name not in ("inputs", "names")]
     said = [difference(name, ours, theirs) for name in unlike]
     if any(said):
         raise ValueError(f"--resume: {where} has {'; '.join(filter(None, said))}")
@@ -260,7 +272,7 @@ def difference(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     """ "dtype float32, this one bfloat16". Nothing for inputs that are only more than there were: see `make_plan`."""
     mine, other = ours[name], theirs.get(name)
     if name == "weights":
-        mine, other = f"others, of {ours['checkpoint']}", f"those of {theirs['checkpoint']}"
+        mine, other = f"others, of {ours['checkpoint']}", f"those of {theirs.get('checkpoint')}"
     if name == "inputs" and mine > other:
         return ""
     if name == "names":

@@ -107,13 +107,14 @@ class Inputs:
             for ordinal, (name, entry) in enumerate(entries, begin + first):
                 if not isinstance(part, Files) and stamp(part.path) != part.stamp:
                     entry = ValueError(f"{part.path} has changed since it was listed")
-                yield Input(ordinal, name, entry, part.stamp)
+                yield Input(ordinal, name, entry, stamp_in(part, ordinal - begin))
 
     def stamp(self, ordinal: int) -> str:
         """Of an input: its file's now, or its container's when that was listed."""
         number = bisect_right(self.ends, ordinal)
         part = self.parts[number]
-        return stamp(part.paths[ordinal - self.ends[number]]) if isinstance(part, Files) else part.stamp
+        place = ordinal - self.ends[number] + len(part)
+        return stamp(part.paths[place]) if isinstance(part, Files) else stamp_in(part, place)
 
     def fingerprint(self) -> str:
         """Of the names in their order."""
@@ -121,6 +122,11 @@ class Inputs:
         for name in self.names():
             digest.update(os.fsencode(name) + b"\0")
         return digest.hexdigest()[:32]
+
+
+def stamp_in(part: Part, place: int) -> str:
+    """Of an input in a container; where in a tar file tells members of one name apart."""
+    return f"{part.stamp}@{part.members[place].offset}" if isinstance(part, Tar) else part.stamp
 
 
 def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, but: Path | None = None) -> Inputs:
@@ -265,5 +271,7 @@ def _lines(path: str) -> list[str]:
                 data = file.read()
         except ValueError as error:
             raise ValueError(f"{path} is {error}: have it come through `-`, standard input") from error
+    if b"\0" in data:
+        raise ValueError(f"{path} holds zero bytes, which no path does (UTF-16, `find -print0`): have it a path a line")
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [as_path(os.fsdecode(line.rstrip(b"\r"))) for line in lines if line.strip()]
