@@ -145,3 +145,13 @@ def test_of_a_boot_before_or_of_nobody(path, other_host):
     ours = Lock(path)
     ours.take()
     ours.release()
+
+
+def test_a_full_disk_leaves_nothing(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"):
+        Lock(path).take()
+    assert not path.parent.exists()

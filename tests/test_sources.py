@@ -354,3 +354,9 @@ def test_damaged_parquet(tmp_path):
     assert "not a Parquet file that can be read" in reason
     with pytest.raises(FileNotFoundError):
         find_inputs([tmp_path / "absent.parquet"])
+
+
+def test_standard_input_that_is_closed(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="standard input is closed"):
+        find_inputs(["-"])

@@ -51,10 +51,17 @@ class Lock:
         folder = self.path.parent
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        while not self._open():
-            pass
-        self._write_name()
-        self.held()
+        try:
+            while not self._open():
+                pass
+            self._write_name()
+            self.held()
+        except OSError:
+            if self.descriptor >= 0 and not read(self.path):  # nobody's: there was no room for the name
+                self.path.unlink(missing_ok=True)
+            self._close()
+            self._unmake()
+            raise
         threading.Thread(target=self._beat, daemon=True).start()
         return self.token
 
@@ -79,6 +86,9 @@ class Lock:
             self.path.unlink()
         os.close(self.descriptor)
         self.descriptor = -1
+        self._unmake()
+
+    def _unmake(self) -> None:
         with contextlib.suppress(OSError):
             for folder in self.made:
                 folder.rmdir()

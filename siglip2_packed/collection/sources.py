@@ -264,6 +264,8 @@ def as_path(path: str | os.PathLike) -> str:
 
 def _lines(path: str) -> list[str]:
     if path == "-":
+        if sys.stdin is None:
+            raise ValueError("-: standard input is closed")
         data = sys.stdin.buffer.read()
     else:
         try:
