@@ -7,6 +7,7 @@ read), 2: it could not run, for the reason on stderr, 130: Ctrl-C, 141: whoever 
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import importlib
@@ -14,7 +15,7 @@ import os
 import select
 import signal
 import sys
-import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -129,10 +130,12 @@ class Signals:
             self.report(what)
             return
         number = signal.SIGTERM if isinstance(what.exc_value, Terminated) else signal.SIGINT
+        _thread.start_new_thread(self.again, (number,))  # a Thread's start would wait here, where it is swallowed, too
+
+    def again(self, number: int) -> None:
+        time.sleep(0.1)
         self.orderly = True
-        again = threading.Timer(0.01, os.kill, (self.owner, number))  # not here, where it would be swallowed, too
-        again.daemon = True
-        again.start()
+        os.kill(self.owner, number)
 
     def done(self) -> None:
         """The command has said its last word: what Python still tears down is not worth a traceback."""
