@@ -2,7 +2,7 @@
 
     sources -> decode -> packs -> features -> shards
 
-The stages are in `collection/`; here is what a command adds: flags, the model, the progress bar, the exit code. It is 0
+The stages are in `collection/`; here is what a command adds: the model, the progress bar, the exit code. It is 0
 for a run that came to its end, whatever it could not read, so that a launcher does not start it again; 1 if it read
 nothing, or --strict or --max-errors say so.
 Decoding runs ahead of the model, in threads or processes, writing in a thread behind it.
@@ -11,7 +11,6 @@ Decoding runs ahead of the model, in threads or processes, writing in a thread b
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import sys
@@ -27,18 +26,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from siglip2_packed.collection.decode import DECODE_IN, cores, decoding_pool
+from siglip2_packed.collection import FORMATS
+from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
-from siglip2_packed.collection.shards import FORMATS, Counts, replacing, write_file
+from siglip2_packed.collection.shards import Counts, replacing, write_file
 from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.walk import Skipped
-from siglip2_packed.flags import DTYPES, add_model_flags, pick_device
-from siglip2_packed.formats import DECODED
+from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
@@ -48,38 +47,6 @@ REPORTED = 20
 """Errors said on stderr; all of them are in errors.csv."""
 BUDGETS = {"cuda": 16384, "cpu": 2048}
 """Patches a pack. A GPU is busy with so many; on a CPU fewer are as fast, and something is seen to happen."""
-
-EPILOG = f"""
-In folders and tar files images are {" ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())} (HEIC and
-HEIF: pip install siglip2-packed[heif]); what a file holds decides how it is read, and one that is named, or listed, is
-read whatever its suffix. PostScript, metafiles and what else would take another program to draw are errors. Links to
-folders are followed. Hidden files and folders, companions of macOS and thumbnail folders are passed over. All that is
-passed over is counted, by suffix and reason, in skipped.csv. Tables hold images, paths or lists of them in a column;
-a folder that save_to_disk of Hugging Face datasets wrote is read as it is.
-"""
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    parser.epilog = EPILOG
-    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow")
-    add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
-    add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
-    add("--pooled", action="store_true", help="also the pooling head's vector of each image")
-    add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
-    add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
-    add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
-    add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
-    add("--retry-errors", action="store_true",
-        help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip
-    add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
-    add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
-    add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
-    add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
-    add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
-    add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
-    add("--patch-budget", type=int, metavar="N", help="patches a pack (16384; on a CPU 2048)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -198,17 +165,6 @@ def verdict(counts: Counts, args: argparse.Namespace) -> int:
     allowed = 0 if args.strict else args.max_errors
     failed = counts.failed / max(total, 1) if isinstance(allowed, float) else counts.failed
     return int(counts.failed > 0 and (counts.read == 0 or (allowed is not None and failed > allowed)))
-
-
-def most_errors(text: str) -> int | float:
-    """A count (`10`), or a share of all (`1%`, `0.01`)."""
-    try:
-        value: int | float = int(text) if text.isdecimal() else float(text.rstrip("%")) / (100 if "%" in text else 1)
-    except ValueError:
-        value = math.nan
-    if not (isinstance(value, int) or 0 <= value <= 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a count (10) nor a share (1%)")
-    return value
 
 
 def say_skipped(skipped: Skipped, file: Path | None, held: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siglip2_packed.collection import DECODE_IN, FORMATS
 from siglip2_packed.workloads import DEFAULT_PROVIDERS, PROVIDERS, SHAPES, WORKLOADS
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ ATTN_IMPLEMENTATIONS = (
 )
 """Those of `ops.attention`, which imports torch."""
 DOCTOR_SHAPES = ("base", "so400m")
+ENCODE_EPILOG = """
+In folders and tar files images are {suffixes} (HEIC and
+HEIF: pip install siglip2-packed[heif]); what a file holds decides how it is read, and one that is named, or listed, is
+read whatever its suffix. PostScript, metafiles and what else would take another program to draw are errors. Links to
+folders are followed. Hidden files and folders, companions of macOS and thumbnail folders are passed over. All that is
+passed over is counted, by suffix and reason, in skipped.csv. Tables hold images, paths or lists of them in a column;
+a folder that save_to_disk of Hugging Face datasets wrote is read as it is.
+"""
 
 
 class _Dtypes(Mapping[str, "torch.dtype"]):
@@ -125,6 +134,32 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("doctor"))
 
 
+def encode(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    from siglip2_packed.formats import DECODED
+
+    suffixes = " ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())
+    parser.epilog = ENCODE_EPILOG.format(suffixes=suffixes)
+    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow")
+    add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
+    add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
+    add("--pooled", action="store_true", help="also the pooling head's vector of each image")
+    add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
+    add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
+    add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
+    add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
+    add("--retry-errors", action="store_true",
+        help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip
+    add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
+    add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
+    add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
+    add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
+    add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
+    add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
+    add("--patch-budget", type=int, metavar="N", help="patches a pack (16384; on a CPU 2048)")
+    parser.set_defaults(run=later("encode"))
+
+
 def random_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write it; made if it does not exist")
     parser.add_argument("--shape", choices=list(SHAPES), default="base", help="size of the vision tower (base)")
@@ -154,6 +189,17 @@ def zero_shot(parser: argparse.ArgumentParser) -> None:
                         help="text of a label ('This is a photo of {}.'; '{}' for itself)")  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
     parser.set_defaults(run=later("zero_shot"))
+
+
+def most_errors(text: str) -> int | float:
+    """A count (`10`), or a share of all (`1%`, `0.01`)."""
+    try:
+        value: int | float = int(text) if text.isdecimal() else float(text.rstrip("%")) / (100 if "%" in text else 1)
+    except ValueError:
+        value = math.nan
+    if not (isinstance(value, int) or 0 <= value <= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a count (10) nor a share (1%)")
+    return value
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import torch
 from encode_runs import image_bytes, inputs, start
 
 from siglip2_packed import Siglip2PackedImageProcessor
+from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
-    DECODE_IN,
     IMAGES_PER_JOB,
     MOST_SHARED,
     DecodedImage,

@@ -7,13 +7,10 @@ import pytest
 from encode_runs import BAD, GOOD, check, load, run, table
 
 from siglip2_packed import graphs
-from siglip2_packed.collection import shards
-from siglip2_packed.collection.decode import (
-    DECODE_IN,
-)
+from siglip2_packed.collection import DECODE_IN, FORMATS
 
 
-@pytest.mark.parametrize("fmt", shards.FORMATS)
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("kept", [("patches", "pooled"), ("patches",), ("pooled",)])
 def test_every_row_is_the_models(checkpoint, photos, expected, tmp_path, capsys, fmt, kept):
     if fmt in ("parquet", "arrow"):

@@ -10,8 +10,8 @@ import torch
 from encode_runs import image_bytes, inputs
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
-    DECODE_IN,
     decode,
     decoding_pool,
     packs,

@@ -10,3 +10,7 @@
 
 `encode.py` is the command; `ray_data.py` takes decode and features to a cluster. Nothing here imports either.
 """
+
+FORMATS = ("safetensors", "parquet", "arrow", "npy")
+"""What a shard may be."""
+DECODE_IN = ("threads", "processes")

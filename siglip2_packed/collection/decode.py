@@ -28,7 +28,6 @@ from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
-DECODE_IN = ("threads", "processes")
 IMAGES_PER_JOB = 8
 JOBS_PER_WORKER = 3
 READS = 3

@@ -48,6 +48,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.identity import flat, run_digest
@@ -55,7 +56,6 @@ from siglip2_packed.collection.parts import Row, failed_inputs, part_numbers, re
 from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.shards import (
-    FORMATS,
     Counts,
     Output,
     in_order,

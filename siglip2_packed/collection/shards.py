@@ -24,7 +24,6 @@ from torch import Tensor
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.parquet import import_pyarrow
 
-FORMATS = ("safetensors", "parquet", "arrow", "npy")
 OURS = r"run\.json|index\.csv|errors\.csv|skipped\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
 """What the files of a collection are called."""
 
