@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 def locked(out: Path, ranks: Ranks) -> Iterator[Lock]:
     """Rank 0 holds the lock for all. Raises BlockingIOError, which says who else does."""
     lock = Lock(lock_of(out, is_one_file(out)))
-    lock.join(ranks.first(lock.take))
-    try:
+    try:  # a signal may come as soon as it is taken
+        lock.join(ranks.first(lock.take))
         yield lock
     finally:
         lock.release()

@@ -92,3 +92,27 @@ def test_sigkill_from_outside(checkpoint, photos, expected, tmp_path, world):
         assert process.exitcode in (-signal.SIGKILL, 0)
     assert run(checkpoint, photos, tmp_path / "out", *SETTINGS, "--resume") == 0
     check(tmp_path / "out", expected, GOOD)
+
+
+def test_a_rank_that_ends_is_a_line_on_the_others(checkpoint, photos, tmp_path):
+    """The last one at a broken image; nobody waits for it, and its lock is gone with the first."""
+    images = [str(photos / name) for name in [*GOOD[:4], "05-text.jpg"]]
+    argv = [
+        "encode",
+        *images,
+        "--ckpt",
+        str(checkpoint()),
+        "--device",
+        "cpu",
+        *SETTINGS,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    processes = ranks(argv, 2, tmp_path, "--strict")
+    for process in processes:
+        process.join(120)
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(2)]
+    assert [process.exitcode for process in processes] == [2, 1], said
+    assert "error: another process of this run has ended" in said[0] and "Traceback" not in said[0]
+    assert not (tmp_path / "out" / ".run.lock").exists()
+    assert (tmp_path / "out" / ".parts" / "00000.csv").exists()

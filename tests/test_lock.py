@@ -12,6 +12,8 @@ import pytest
 
 from siglip2_packed.collection import lock
 from siglip2_packed.collection.lock import Lock
+from siglip2_packed.collection.ranks import Ranks
+from siglip2_packed.encode import locked
 
 
 @pytest.fixture
@@ -154,4 +156,14 @@ def test_a_full_disk_leaves_nothing(path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space"):
         Lock(path).take()
+    assert not path.parent.exists()
+
+
+def test_a_signal_as_soon_as_it_is_taken_leaves_no_lock(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lock, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt), locked(path.parent, Ranks()):
+        pass
     assert not path.parent.exists()

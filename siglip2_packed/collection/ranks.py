@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Raises OSError if another process ends instead: with a full disk, with --strict at a broken image."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError("another process of this run has ended, and says why; --resume goes on") from error
 
 
 class Ranks(NamedTuple):
@@ -27,12 +37,13 @@ class Ranks(NamedTuple):
     def leave(self) -> None:
         """Returns once all ranks are here: the first to exit with 1 has torchrun end the others."""
         if self.world > 1:
-            dist.barrier()
+            self.wait()
             dist.destroy_process_group()
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            with together():
+                dist.barrier()
 
     def first(self, function: Callable[[], T]) -> T:
         """What the function returns on rank 0, or the error it raises there, on every rank."""
@@ -44,9 +55,10 @@ class Ranks(NamedTuple):
                 told[0] = function()
             except (ValueError, OSError) as error:
                 told[1] = error
-        dist.broadcast_object_list(told)
+        with together():
+            dist.broadcast_object_list(told)
         if told[1] is not None:
-            dist.barrier()  # nobody leaves before all have heard
+            self.wait()  # nobody leaves before all have heard
             raise told[1]
         return told[0]
 
@@ -55,7 +67,8 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, settings)
+        with together():
+            dist.all_gather_object(everyone, settings)
         for other, theirs in enumerate(everyone):
             for name in (name for name in settings if settings[name] != theirs[name]):
                 raise ValueError(f"rank {other} has {name} {theirs[name]}, rank {self.rank} {settings[name]}")
