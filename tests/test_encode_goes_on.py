@@ -161,6 +161,13 @@ def test_a_run_json_that_was_edited(checkpoint, photos, finished, tmp_path, caps
     assert message in capsys.readouterr().err
 
 
+def test_a_run_json_that_nests_too_deep(folder, tmp_path):  # noqa: F811
+    encode(folder, tmp_path / "out")
+    (tmp_path / "out" / "run.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="is not a run.json"):
+        encode(folder, tmp_path / "out")
+
+
 def test_copies_among_the_parts_are_nothing(folder, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     encode(folder, out)

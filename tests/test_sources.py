@@ -243,6 +243,15 @@ def test_an_absurd_size_in_a_global_header(tmp_path):
     assert [reason.split(":")[0] for _, reason in read([path])] == ["damaged tar headers"]
 
 
+@pytest.mark.parametrize("missing", [1, 500])
+def test_a_tar_cut_in_what_fills_a_block(shard, missing):
+    with tarfile.open(shard) as tar:
+        first = next(member for member in tar if member.isreg())
+    os.truncate(shard, first.offset_data + -(-first.size // 512) * 512 - min(missing, -first.size % 512))
+    found = read([shard])
+    assert found[-1][0].startswith(f"{shard}#bytes ") and "ends within a block" in str(found[-1][1])
+
+
 def test_a_tar_cut_in_what_is_no_image(shard):
     with tarfile.open(shard) as tar:
         member = tar.getmember("001.txt")

@@ -233,7 +233,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(found, dict) or not isinstance(found.get("inputs"), int):
             raise ValueError("it does not hold an object with a number of inputs")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a run.json that can be read ({error}): write elsewhere") from None
     return found
 

@@ -108,6 +108,8 @@ def image_members(path: str, skipped: Skipped) -> Iterator[Member]:
                     yield Member(member.name, member.offset_data, member.size, fault_of(member, chunks), chunks)
     except Exception:  # TarError, or what an absurd size provokes when it is sought or allocated
         pass  # cut short or damaged from here on: the gap below
+    if end > total:  # the last member is there, less what fills its block
+        yield Member(f"bytes {total} on", 0, 0, "the tar file ends within a block: what came behind it is lost")
     yield from gap(min(end, total), total)
 
 
