@@ -5,24 +5,22 @@ Shapes: N images, T total patches, P patch_dim, D hidden size, L layers.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import operator
 import os
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
+from transformers import Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import files, fused, plain, quantized, weights
+from siglip2_packed import fused, plain, quantized
 from siglip2_packed.attention import attention_name, head_dim, requested_attention
-from siglip2_packed.configuration import adopt_config, check_config, layer_index, patch_dim, read_config
+from siglip2_packed.checkpoints import CheckpointedModel, NoPoolingHead, strip_prefix
+from siglip2_packed.configuration import check_config, layer_index, patch_dim
 from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder
@@ -33,12 +31,6 @@ from siglip2_packed.ops.segments import Segments
 from siglip2_packed.overflow import watch
 from siglip2_packed.packing import GridLike, check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-
-
-class NoPoolingHead(ValueError, AttributeError):
-    """Pooled features were asked of a model that has no pooling head."""
 
 
 @dataclass
@@ -64,7 +56,7 @@ if TYPE_CHECKING:
         hidden_states: tuple[Tensor, ...]  # type: ignore[assignment]
 
 
-class Siglip2PackedVisionModel(PreTrainedModel):
+class Siglip2PackedVisionModel(CheckpointedModel):
     """SigLIP2 NaFlex vision tower on packed patches.
 
     Args:
@@ -102,7 +94,7 @@ class Siglip2PackedVisionModel(PreTrainedModel):
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             if getattr(config, "vision_use_head", True):
                 self.head = Siglip2PackedPoolingHead(config)
-        self.register_load_state_dict_pre_hook(_strip_prefix)
+        self.register_load_state_dict_pre_hook(strip_prefix)
         self.post_init()
 
     if TYPE_CHECKING:  # nn.Module's are of any type
@@ -172,124 +164,6 @@ class Siglip2PackedVisionModel(PreTrainedModel):
         watch_first_step(self, output)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *,
-        config: Siglip2VisionConfig | str | os.PathLike | None = None,
-        select_layer: int | None = None,
-        **kwargs: Any,
-    ) -> Siglip2PackedVisionModel:
-        """Loads a checkpoint: a local folder, or a hub id, in any layout `weights.read_state_dict` knows.
-
-        A checkpoint without `head.*` gives a model without a pooling head; every other tensor has to be there.
-
-        Args:
-            config: replaces the checkpoint's config.json; a configuration, or where to read one.
-            select_layer: build and load the model up to this hidden state only, see the class.
-            **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
-                config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
-                checkpoint's), `device_map`, `quantization_config`, ...).
-
-        Raises:
-            FileNotFoundError: the folder, config.json or weights are missing.
-            ValueError: another kind of model, or one with fields on that this one does not compute; pickle weights,
-                missing or misshapen tensors, shards that contradict their index.
-        """
-        if pretrained_model_name_or_path is None:  # weights that the caller holds, as in transformers
-            if select_layer is not None:
-                raise ValueError("select_layer of weights that come as a state_dict: set config.select_layer")
-            return super().from_pretrained(None, config=config, **kwargs)
-        ckpt = pretrained_model_name_or_path
-        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-        if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("weights are loaded from safetensors only")
-        for name in {"state_dict", "variant", "from_tf", "from_flax", "gguf_file"} & kwargs.keys():
-            raise ValueError(f"{name} is not supported: weights are read from the checkpoint's model.safetensors")
-        kwargs.pop("trust_remote_code", None)
-        head_wanted = kwargs.get("vision_use_head") is True
-        if select_layer is not None:
-            kwargs["select_layer"] = select_layer
-        if isinstance(config, PretrainedConfig):
-            config, source = adopt_config(config, kwargs), "config"
-        else:
-            config, source = read_config(ckpt if config is None else config, kwargs, **hub)
-        kwargs.setdefault("attn_implementation", requested_attention(config))
-        tower = weights.read_tower(ckpt, **hub)
-        weights.check_sizes(tower.state, config, source)
-        if not any(name.startswith("head.") for name in tower.state):
-            if head_wanted:
-                raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
-            config.vision_use_head = False
-        if "torch_dtype" not in kwargs:
-            kwargs.setdefault("dtype", "auto")
-        with torch.device("meta"), _not_partitioned():
-            expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        truncated = getattr(config, "select_layer", None) is not None
-        if tower.quantized:
-            loaded = cls._load_quantized(ckpt, tower, expected, config, hub, **kwargs)
-        else:
-            if hasattr(config, "quantization_config"):  # of the model around this tower, which was left as it was
-                del config.quantization_config
-            quantized.check_versions(kwargs.get("quantization_config"))
-            weights.check_state_dict(tower.state, expected, str(ckpt), truncated)
-            weights.check_parts(tower.state, expected, str(ckpt))
-            state = {name: tower.state[name] for name in expected}
-            loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config._name_or_path = str(ckpt)
-        return loaded
-
-    @classmethod
-    def _load_quantized(
-        cls, ckpt: str | os.PathLike, tower: weights.Tower, expected: Mapping, config: Any, hub: dict, **kwargs: Any
-    ) -> Any:
-        """Weights that were saved quantised, which transformers reads into the modules of their quantiser."""
-        given = getattr(config, "quantization_config", None)
-        if not given:
-            raise ValueError(
-                f"{str(ckpt)!r} has quantised weights, and its config.json no quantization_config that says how"
-            )
-        quantized.check_versions(given)
-        source: dict[str, Any] = {"pretrained_model_name_or_path": ckpt, **hub}
-        if quantized.method(given) == "bitsandbytes":
-            config.quantization_config = quantized.with_skipped(given, tower.plain_linears)
-            state = quantized.parts_of(tower.state, expected)
-            source = {"pretrained_model_name_or_path": None, "state_dict": state}
-        elif tower.prefix:
-            raise ValueError(
-                f"{str(ckpt)!r}: what {quantized.method(given)} quantised inside another model ({tower.prefix}...) "
-                "cannot be read without that model: load the whole, or quantise the tower's own checkpoint"
-            )
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(config=config, output_loading_info=True, **source, **kwargs)
-        info = loaded[1]
-        wrong = sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]}))
-        if wrong:
-            raise ValueError(f"{str(ckpt)!r} lacks {len(wrong)} quantised tensors: {', '.join(wrong[:8])}")
-        return loaded if wants_info else loaded[0]
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        **kwargs: Any,
-    ):
-        """Writes config.json and safetensors that `transformers.Siglip2VisionModel` of 4.57 and 5.x loads.
-
-        Keys get the `vision_model.` prefix, the one form that both generations read.
-        """
-        if getattr(self, "_hf_peft_config_loaded", False):  # transformers writes the adapter alone, under its own keys
-            return super().save_pretrained(save_directory, is_main_process, state_dict=state_dict, **kwargs)
-        state = self.state_dict() if state_dict is None else state_dict
-        prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
-        replacing = files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext()
-        with replacing, quantized.saved_as(self, prefixed):
-            super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
-        files.share(save_directory)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
         """Recomputes every encoder layer in backward; non-reentrant (layers see to it): frozen inputs and DDP work."""
@@ -448,27 +322,6 @@ class Siglip2NaflexPacking(nn.Module):
     def forward(self, hidden_states: Tensor, grid_thw: Any, **kwargs: Any) -> Tensor:
         """`[T, P]` patches and `[N, 3]` grids -> `[T, D]`, the last hidden state after post_layernorm."""
         return self.vision_model(hidden_states, grid_thw, **kwargs, return_dict=True).last_hidden_state
-
-
-@contextlib.contextmanager
-def _not_partitioned() -> Iterator[None]:
-    """Suspends DeepSpeed's zero.Init, where it is on."""
-    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    if zero is None:
-        yield
-        return
-    zero.shutdown_init_context()
-    try:
-        yield
-    finally:
-        zero.restore_init_context()
-
-
-def _strip_prefix(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
-    """Lets `load_state_dict` read what `save_pretrained` wrote (as a Trainer does when it resumes)."""
-    written = f"{prefix}vision_model."
-    for name in [name for name in state if name.startswith(written)]:
-        state[prefix + name.removeprefix(written)] = state.pop(name)
 
 
 __all__ = ["NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel", "layer_index"]
