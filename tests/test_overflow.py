@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import BaseModelOutput
 
 from siglip2_packed import Siglip2NaflexPacking, Siglip2PackedVisionModel, overflow
 
@@ -154,7 +155,7 @@ def test_graphs_are_captured_and_their_replays_looked_at(checkpoint, patches, sa
         torch.cuda.synchronize()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                overflow.watch(fresh, {"last_hidden_state": x.half()})
+                overflow.watch(fresh, BaseModelOutput(x.half()))
         finally:
             torch.cuda.synchronize()
     run(fresh, patches, "cuda")
