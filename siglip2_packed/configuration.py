@@ -51,6 +51,8 @@ NOTES = re.compile(
     rf"_.*|(?!(.*_)?({'|'.join(PARTS)})_)"  # the name or version of such a part says what it computes
     r"(.*_)?(name|version|path|url|note|comment|description|license|author|dataset)s?"
 )
+EPS = re.compile(r"eps(ilon)?$")
+"""Of a norm by another name: right if it is what ours is."""
 SAME: dict[str, tuple] = {  # values of others' fields that say what is computed here anyway
     "attention_bias": (True,),
     "hidden_stride": (1,),
@@ -66,6 +68,14 @@ IDLE = {  # fields that mean nothing where the first is there, and off
     "fullatt_block_indexes": ("window_size",),
     "use_rope": ("rope_theta", "rope_scaling", "rope_parameters"),
 }
+
+
+COMPUTES = re.compile(
+    r"rope|rotary|pos_e|position|window|attn|attention|stride|merge|shuffle|deepstack|temporal|pool|conv|register|prune|fullatt|"
+    r"(cls|class)_?token|scale|[qk]_norm|norm_(type|name)|gated|glu|bias|drop|sparse|preserve|eps(ilon)?$"
+)
+"""Words in names of what a tower computes. A configuration made in code may carry anything else, as transformers' own
+tests do; a checkpoint's file is asked for all that is not known to be harmless."""
 
 
 def read_config(
@@ -140,6 +150,7 @@ def _read_fields(ckpt: str | os.PathLike, hub: dict) -> tuple[dict[str, Any], st
 def make_config(fields: Mapping[str, Any], source: str) -> Siglip2VisionConfig:
     """A configuration of these fields; ValueError, with their source, for what the model would not honour."""
     _check_fields(fields, source)
+    _refuse_others(fields, source)
     counts = {name: operator.index(fields[name]) for name in fields.keys() & COUNTS.keys()}
     if fields.get("select_layer") is not None:
         counts["select_layer"] = _as_integer(fields["select_layer"], source)
@@ -161,6 +172,7 @@ def check_config(config: Siglip2VisionConfig, source: str = "config") -> None:
             f"{source} is a {type(config).__name__} without {', '.join(missing)}; expected Siglip2VisionConfig"
         )
     _check_fields(fields, source)
+    _refuse_others(fields, source, COMPUTES)
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(
             f"{source}: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads "
@@ -174,7 +186,7 @@ def check_config(config: Siglip2VisionConfig, source: str = "config") -> None:
 
 
 def _check_fields(fields: Mapping[str, Any], source: str) -> None:
-    """ValueError for fields of a wrong type or size, and for others' that are on."""
+    """ValueError for fields of a wrong type or size."""
     for name in fields.keys() & COUNTS.keys():
         value = fields[name]
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -196,7 +208,11 @@ def _check_fields(fields: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source}: attention_dropout {fields['attention_dropout']!r} is not supported, only 0.0")
     for name in fields.keys() & {"dtype", "torch_dtype"}:
         _check_dtype(name, fields[name], source)
-    changes = sorted(name for name in fields if _changes(name, fields))
+
+
+def _refuse_others(fields: Mapping[str, Any], source: str, words: re.Pattern = re.compile("")) -> None:
+    """ValueError for fields of other computations that are on; of those alone whose names hold one of the words."""
+    changes = sorted(name for name in fields if words.search(name) and _changes(name, fields))
     # what is on in every SigLIP2 tower of the transformers that is installed changes none
     defaults = Siglip2VisionConfig().to_dict() if changes else {}
     for name in (x for x in changes if x not in defaults or fields[x] != defaults[x]):
@@ -213,6 +229,8 @@ def _changes(name: str, fields: Mapping[str, Any]) -> bool:
         return False
     if name in SAME:
         return value not in SAME[name]
+    if EPS.search(name):
+        return value != fields.get("layer_norm_eps", 1e-6)
     if any(name in idle and switch in fields and _off(switch, fields[switch]) for switch, idle in IDLE.items()):
         return False
     return not _off(name, value)
