@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -153,6 +154,22 @@ def test_what_is_no_tar(tmp_path):
     for name in ("absent.tar", "absent", "absent/"):
         with pytest.raises(FileNotFoundError, match="absent"):
             find_inputs([tmp_path / name])
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "zip"])
+def test_a_compressed_file_that_is_called_tar(tmp_path, mode):
+    path = tmp_path / "a.tar"
+    if mode == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.png", png())
+    else:
+        with tarfile.open(path, mode) as tar:
+            add(tar, "a.png", png())
+    with pytest.raises(ValueError, match=r"a\.tar is compressed: decompress it"):
+        find_inputs([path])
+    (tmp_path / "b.png").write_bytes(png())
+    [(_, reason), (name, _)] = read([tmp_path])
+    assert "is compressed: decompress it" in reason and name == str(tmp_path / "b.png")
 
 
 def test_what_a_walk_cannot_use_is_named_and_costs_nothing_else(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from siglip2_packed.collection.arrow import ARROW, Arrow
 from siglip2_packed.collection.identity import stamp
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
-from siglip2_packed.collection.tar import Tar
+from siglip2_packed.collection.tar import Tar, is_compressed
 from siglip2_packed.collection.walk import (
     COMPRESSED,
     CONTAINERS,
@@ -237,7 +237,7 @@ class Finder:
 
     def container(self, path: str) -> Part:
         lower = path.lower()
-        if lower.endswith(COMPRESSED):
+        if lower.endswith(COMPRESSED) or (lower.endswith(".tar") and is_compressed(path)):
             raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
         if lower.endswith(".tar"):
             return Tar(path, self.skipped)

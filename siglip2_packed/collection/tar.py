@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from siglip2_packed.formats import SUFFIXES, open_regular, suffix_of
 
 MOST_SPARSE = 1 << 30
 """Bytes. A sparse member that claims more would take memory that no image does."""
+COMPRESSIONS = re.compile(rb"\x1f\x8b|BZh\d1AY&SY|\xfd7zXZ\0|\x28\xb5\x2f\xfd|PK\x03\x04").match
 Chunks = tuple[tuple[int, int], ...]
 """(offset, bytes) of what is stored of a sparse member, one after the other; the rest are zeros."""
 
@@ -111,6 +113,12 @@ def image_members(path: str, skipped: Skipped) -> Iterator[Member]:
     if end > total:  # the last member is there, less what fills its block
         yield Member(f"bytes {total} on", 0, 0, "the tar file ends within a block: what came behind it is lost")
     yield from gap(min(end, total), total)
+
+
+def is_compressed(path: str) -> bool:
+    """Whether it begins as what gzip, bzip2, xz, zstd or zip write, whatever its name is."""
+    with open_regular(path) as file:
+        return COMPRESSIONS(file.read(10)) is not None
 
 
 def is_wanted(path: str, name: str, skipped: Skipped) -> bool:
