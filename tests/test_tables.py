@@ -93,6 +93,21 @@ def test_run_ends_and_lists_of_lists(tmp_path):
         find_inputs([nested])
 
 
+def test_no_column_that_could_be_chosen(tmp_path):
+    inner = {"image": {"bytes": IMAGES[0], "path": "a"}}
+    for name, values in (("sample", [inner]), ("pixels", [[[1, 2], [3, 4]]]), ("image", pa.array([None], pa.null()))):
+        path = save(pa.table({name: values}), tmp_path / f"{name}.parquet")
+        with pytest.raises(ValueError, match="no image column: none holds bytes, paths or .* it has") as error:
+            find_inputs([path])
+        assert "--column" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_column_of_nulls_that_is_asked_for(tmp_path, file):
+    path = save(pa.table({"image": pa.array([None] * 4, pa.null()), "mask": IMAGES[:4]}), tmp_path / file)
+    assert read([path], column="image") == [(f"{path}#{row}", "null: the row has no image") for row in range(4)]
+
+
 LISTS = [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2)]
 
 

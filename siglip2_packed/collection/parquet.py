@@ -24,6 +24,7 @@ LONGEST_ID = 64
 """Bytes. Binary values of one short length are ids and digests, not images."""
 LONGEST_REASON = 1000
 """Characters."""
+HELD = "bytes, paths or {bytes, path}, or lists of them"
 WORDS = ("image", "path", "file")
 """What the name of a column of paths holds."""
 
@@ -229,9 +230,9 @@ def image_column(schema, wanted: str | None, path: str) -> str:
     listed = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
     if wanted is not None:
         kind = columns.get(wanted)
-        if kind is None or not (is_image_type(kind, short=True) or is_path_type(kind)):
-            kinds = "bytes, paths or {bytes, path}, or lists of them"
-            raise ValueError(f"{path}: --column {wanted!r} must hold {kinds}; it has {listed}")
+        nothing = kind is not None and import_pyarrow().types.is_null(kind)  # of rows that are null, all of them
+        if kind is None or not (nothing or is_image_type(kind, short=True) or is_path_type(kind)):
+            raise ValueError(f"{path}: --column {wanted!r} must hold {HELD}; it has {listed}")
         return wanted
     found = [name for name, kind in columns.items() if is_image_type(kind)]
     if not found:
@@ -239,7 +240,9 @@ def image_column(schema, wanted: str | None, path: str) -> str:
         found = [name for name in texts if any(word in name.lower() for word in WORDS)]
     if len(found) != 1:
         what = f"{len(found)} columns that may hold images" if found else "no image column"
-        raise ValueError(f"{path} has {what}: choose with --column; it has {listed}")
+        able = any(is_image_type(kind, short=True) or is_path_type(kind) for kind in columns.values())
+        hint = "choose with --column" if able else f"none holds {HELD}"
+        raise ValueError(f"{path} has {what}: {hint}; it has {listed or 'none'}")
     return found[0]
 
 
