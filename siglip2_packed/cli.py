@@ -155,12 +155,21 @@ def stop(line: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def flushed():
-    """What is printed is out, or has failed, before the exit code is decided."""
+    """What is printed is out, or has failed, before the exit code is decided.
+
+    A name that the terminal's encoding lacks is escaped meanwhile: it must not fail a run that is done.
+    """
+    stream: Any = sys.stdout
+    strict = getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure")
+    if strict:
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
         if sys.stdout is not None:  # started with it closed
             sys.stdout.flush()
+        if strict:
+            stream.reconfigure(errors="strict")
 
 
 def closed() -> bool:

@@ -126,6 +126,15 @@ def test_ctrl_c_is_a_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nsiglip2-packed random-checkpoint: interrupted\n"
 
 
+def test_what_the_terminal_cannot_show_fails_no_run(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr("siglip2_packed.random_checkpoint.save_random_checkpoint", lambda folder, *_, **__: folder)
+    assert cli.main(["random-checkpoint", "Фото \udcff é"]) == 0
+    assert b"wrote \\u0424\\u043e\\u0442\\u043e \\udcff \xe9: base" in stdout.buffer.getvalue()
+    assert stdout.errors == "strict"
+
+
 def test_our_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "environment", lambda device: [][0])
     with pytest.raises(IndexError):
