@@ -86,8 +86,11 @@ class Siglip2PackedEncoder:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """Adds grid_thw `[N, 3]`, pooled `[N, D]`, patches (N of `[h·w, D]`) and error `[N]`, "" where all is well.
 
-        A row that failed has a grid of zeros, a pooled vector of NaN and no patches.
+        A row that failed has a grid of zeros, a pooled vector of NaN and no patches. Raises ValueError for a batch of
+        another format than NumPy's or pandas'.
         """
+        if not hasattr(batch, "items"):
+            raise ValueError(f"a batch of {type(batch)}: call map_batches with batch_format='numpy'")
         if self.column not in batch:
             raise ValueError(f"no column {self.column!r} in the batch; it has {', '.join(batch)}")
         inputs = [Input(i, "", entry_of(value)) for i, value in enumerate(cells(batch[self.column]))]

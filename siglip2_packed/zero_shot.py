@@ -90,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
     if "{}" not in args.template:
         raise ValueError(f"--template {args.template!r} has no {{}} for the label to go")
     texts = [args.template.replace("{}", label) for label in args.labels]
+    for text in texts:
+        if text != text.encode("utf-8", "replace").decode():
+            raise ValueError(f"{text!r} is not UTF-8, which the tokenizer reads")
     files = image_files(args.images)
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
 

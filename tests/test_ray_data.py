@@ -98,6 +98,13 @@ def test_lists_of_images_are_named(checkpoint):
     assert errors == ["a list of 2 where one image is expected: give each a row of its own"] * 2
 
 
+def test_batches_of_another_format_are_named(checkpoint):
+    pa = pytest.importorskip("pyarrow")
+    encoder = Siglip2PackedEncoder(checkpoint(), device="cpu", patch_budget=64, workers=1)
+    with pytest.raises(ValueError, match="pyarrow.lib.Table.*batch_format='numpy'"):
+        encoder(pa.table({"bytes": [b"x"]}))
+
+
 def test_bytes_that_end_in_zeros(checkpoint):
     encoder = Siglip2PackedEncoder(checkpoint(), device="cpu", patch_budget=64, workers=1)
     files = []

@@ -193,6 +193,11 @@ def test_template_without_a_place(full, files, tmp_path, capsys):
     assert "'a photo'" in capsys.readouterr().err
 
 
+def test_labels_that_are_no_text(full, files, tmp_path, capsys):
+    assert run(full, files[:1], tmp_path / "x.json", "--labels", "cat", "caf\udce9")[0] == 2
+    assert "'This is a photo of caf\\udce9.' is not UTF-8" in capsys.readouterr().err
+
+
 def test_unreadable_image(full, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert run(full, [tmp_path / "broken.png"], tmp_path / "x.json", "--labels", "cat")[0] == 2
