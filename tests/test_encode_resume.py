@@ -31,7 +31,7 @@ from siglip2_packed.collection.lock import Lock, lock_of
         (["--save-dtype", "float16"], "has save_dtype float32, this one float16"),
         (["--column", "other"], "has column None, this one other"),
         (["--save-dtype", "float16", "--format", "npy"], "has format safetensors, this one npy; save_dtype float32"),
-        ("fewer", "has inputs 15, this one 14"),
+        ("fewer", "has inputs 15, this one 14; not among the inputs any more: {photos}/00.png"),
         ("others", "has names 15 inputs, this one the same number under other names or in another order"),
         ("checkpoint", "has weights those of"),
     ],
@@ -51,7 +51,7 @@ def test_resuming_another_run_is_an_error(checkpoint, photos, tmp_path, capsys, 
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert run(ckpt, inputs, finished, *SETTINGS, *flags, "--resume") == 2
     err = capsys.readouterr().err
-    assert f"--resume: the run in '{finished}' {message}" in err
+    assert f"--resume: the run in '{finished}' {message.format(photos=photos)}" in err
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 

@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,13 +78,11 @@ def parsed(rows: bytes) -> list[Row]:
         csv.field_size_limit(limit)
 
 
-def failed_inputs(folder: Path) -> set[str]:
-    """What the parts of a run say could not be read, whatever else they vouch for."""
-    failed: set[str] = set()
-    for path in (folder / PARTS).glob("*.csv"):
+def recorded(folder: Path) -> Iterator[Row]:
+    """The rows of all the parts of a run, whatever else they vouch for."""
+    for path in sorted((folder / PARTS).glob("*.csv")):
         with contextlib.suppress(OSError, ValueError, TypeError, csv.Error):
-            failed |= {row.input for row in parsed(path.read_bytes().partition(b"\n")[2]) if row.error}
-    return failed
+            yield from parsed(path.read_bytes().partition(b"\n")[2])
 
 
 def file_mark(path: Path) -> list:

@@ -52,7 +52,7 @@ from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.identity import flat, run_digest
-from siglip2_packed.collection.parts import Row, failed_inputs, part_numbers, read_part, write_part
+from siglip2_packed.collection.parts import Row, part_numbers, read_part, recorded, write_part
 from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.shards import (
@@ -260,12 +260,18 @@ def check_run(folder: Path, settings: dict[str, Any], resume: bool, inputs: Inpu
         )
     ours, theirs = dict(flat(settings)), dict(flat(before))
     unlike = [name for name in ours if name != "checkpoint" and ours[name] != theirs.get(name)]
-    if inputs and "names" in unlike and failed_inputs(folder) - set(inputs.names()):
-        # an error is no loss; whether features are gone with it the plan will tell
-        unlike = [name for name in unlike if name not in ("inputs", "names")]
+    gone = ""
+    if inputs and "names" in unlike:
+        there = set(inputs.names())
+        lost = [row for row in recorded(folder) if row.input not in there]
+        if any(row.error for row in lost):
+            # an error is no loss; whether features are gone with it the plan will tell
+            unlike = [name for name in unlike if name not in ("inputs", "names")]
+        elif lost:
+            gone = f"; not among the inputs any more: {listed([row.input for row in lost])}"
     said = [difference(name, ours, theirs) for name in unlike]
     if any(said):
-        raise ValueError(f"--resume: {where} has {'; '.join(filter(None, said))}")
+        raise ValueError(f"--resume: {where} has {'; '.join(filter(None, said))}{gone}")
 
 
 def difference(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
