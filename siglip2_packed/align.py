@@ -55,6 +55,8 @@ def photographs() -> list[Path]:
 def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if not -1 <= args.threshold <= 1:
+        raise ValueError(f"--threshold is a cosine, from -1 to 1, got {args.threshold:g}")
     files = (photographs() if args.use_real_images else []) + image_files(args.images or [])
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
 

@@ -82,7 +82,7 @@ def add_model_flags(
     Args:
         default: the dtype; anything that is none says how the command chooses, which then finds None.
     """
-    parser.add_argument("--ckpt", required=True, help=ckpt)
+    parser.add_argument("--ckpt", required=True, type=given, help=ckpt)
     parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
     chosen = default if default in DTYPES else None
     parser.add_argument("--dtype", choices=list(DTYPES), default=chosen, help=f"{dtype} ({default})")
@@ -141,7 +141,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
     suffixes = " ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())
     parser.epilog = ENCODE_EPILOG.format(suffixes=suffixes)
     add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow")
-    add("--out", required=True, metavar="DIR", help="folder to write shards and index.csv to; or one .safetensors file")
+    add("--out", required=True, type=given, metavar="DIR", help="folder to write shards to; or one .safetensors file")
     add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
@@ -191,6 +191,13 @@ def zero_shot(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("zero_shot"))
 
 
+def given(text: str) -> str:
+    """Not empty, as a variable of the shell is that was never set: it would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
 def most_errors(text: str) -> int | float:
     """A count (`10`), or a share of all (`1%`, `0.01`)."""
     try:
@@ -224,7 +231,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()  # the meta device has tensors, but no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name or device
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device

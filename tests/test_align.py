@@ -470,6 +470,8 @@ def test_one_missing_reference_tensor_fails(checkpoint, capsys, monkeypatch, sma
     ("flags", "message"),
     [
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--threshold", "nan"], "--threshold is a cosine, from -1 to 1, got nan"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
         (["--image-size", "10"], "10x10 is not a multiple of patch_size 4"),
         (["--images", "{tmp}"], "no images in"),
         (["--device", "nonsense"], "device 'nonsense' cannot be used"),

@@ -135,6 +135,15 @@ def test_what_the_terminal_cannot_show_fails_no_run(monkeypatch):
     assert stdout.errors == "strict"
 
 
+@pytest.mark.parametrize("flag", ["--out", "--ckpt"])
+def test_a_variable_that_was_never_set_is_no_folder(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["encode", "x.jpg", "--out", "o", "--ckpt", "c", flag, ""])
+    assert f"argument {flag}: it is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_our_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "environment", lambda device: [][0])
     with pytest.raises(IndexError):
