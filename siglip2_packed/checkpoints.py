@@ -112,7 +112,8 @@ class CheckpointedModel(PreTrainedModel):
         source: dict[str, Any] = {"pretrained_model_name_or_path": ckpt, **hub}
         if quantized.method(given) == "bitsandbytes":
             config.quantization_config = quantized.with_skipped(given, tower.plain_linears)
-            state = quantized.parts_of(tower.state, expected)
+            dtype = kwargs["dtype"] if kwargs.get("dtype") not in (None, "auto") else config.dtype
+            state = quantized.in_dtype(quantized.parts_of(tower.state, expected), expected, dtype)
             source = {"pretrained_model_name_or_path": None, "state_dict": state}
         elif tower.prefix:
             raise ValueError(

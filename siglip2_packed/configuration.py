@@ -43,7 +43,7 @@ DESCRIPTIVE = set(  # fields that say nothing of what a tower computes: transfor
     quantization_config remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version transformers_weights typical_p use_bfloat16 use_cache
-    attn_implementation
+    attn_implementation freeze gradient_checkpointing num_image_tokens seed trust_remote_code use_flash_attn
     """.split()
 )
 PARTS = "act activation attention attn embed embedding ffn layer mlp norm pe pool pooling pos position rope".split()
@@ -54,14 +54,26 @@ NOTES = re.compile(
 EPS = re.compile(r"eps(ilon)?$")
 """Of a norm by another name: right if it is what ours is."""
 SAME: dict[str, tuple] = {  # values of others' fields that say what is computed here anyway
+    "antialias": (True,),
     "attention_bias": (True,),
     "hidden_stride": (1,),
+    "interpolate_antialias": (True,),
+    "interpolation_antialias": (True,),
+    "interpolate_mode": ("bilinear",),
+    "interpolation_mode": ("bilinear",),
     "mlp_bias": (True,),
+    "patch_bias": (True,),
+    "pixel_shuffle_scale_factor": (1,),
+    "pos_embed_antialias": (True,),
+    "pos_embed_interp_mode": ("bilinear",),
+    "position_embedding_type": ("absolute", "learned"),
     "preserve_original_pe": (True,),
     "qkv_bias": (True,),
     "spatial_merge_size": (1,),
     "temporal_patch_size": (1,),
+    "tubelet_size": (1,),
     "use_bias": (True,),
+    "use_post_layernorm": (True,),
 }
 IDLE = {  # fields that mean nothing where the first is there, and off
     "use_windows_attn": ("window_size", "fullatt_block_indexes", "full_attention_indexes"),

@@ -48,7 +48,8 @@ class Siglip2PackedEmbeddings(nn.Module):
                 "resized as a whole: leave it out of target_modules; modules_to_save=['position_embedding'] trains it"
             )
         weight = module.weight
-        if isinstance(weight, Tensor) and weight.dtype in FLOATING:
+        # those of torchao have a floating dtype, and not a table's operations
+        if isinstance(weight, Tensor) and weight.dtype in FLOATING and "torchao" not in type(weight).__module__:
             return weight
         return module(torch.arange(module.num_embeddings, device=device))  # type: ignore[no-any-return]
 

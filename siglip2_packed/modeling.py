@@ -97,6 +97,11 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         self.register_load_state_dict_pre_hook(strip_prefix)
         self.post_init()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What features are computed in, and config.json says: not what a quantised weight is stored in."""
+        return self.embeddings.compute_dtype
+
     if TYPE_CHECKING:  # nn.Module's are of any type
 
         def __call__(self, pixel_values: Tensor, grid_thw: GridLike, *args: Any, **kwargs: Any) -> PackedOutput: ...

@@ -69,6 +69,8 @@ def deviation(name: str, value: float | Iterable[float]) -> tuple[float, float, 
 
 def resampling(name: str, value: Any) -> Image.Resampling:
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return Image.Resampling(operator.index(value))
     except (TypeError, ValueError):
         known = ", ".join(f"{x.value} ({x.name})" for x in Image.Resampling)

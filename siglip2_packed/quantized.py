@@ -65,6 +65,16 @@ def parts_of(state: Mapping[str, Tensor], expected: Iterable[str]) -> dict[str, 
     return {name: tensor for name, tensor in state.items() if module(name) in modules}
 
 
+def in_dtype(state: Mapping[str, Tensor], expected: Mapping, dtype: torch.dtype | str | None) -> dict[str, Tensor]:
+    """The state with what is not quantised in `dtype`: transformers casts biases, and leaves weights as they were."""
+    dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+    def whole(name: str, tensor: Tensor) -> bool:
+        return dtype is not None and tensor.dtype in FLOATING and tensor.shape == expected.get(name)
+
+    return {name: tensor.to(dtype) if whole(name, tensor) else tensor for name, tensor in state.items()}
+
+
 def _fields(quantization_config: Any) -> dict:
     return quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
 
@@ -82,8 +92,13 @@ def saved_as(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
         own, metadata = taken(*args, **kwargs)
         return (state if own is None else own), metadata  # torchao takes its weights apart itself
 
+    conversions = vars(model).get("_weight_conversions")  # of reading it, which transformers 5 cannot turn round
     quantizer.get_state_dict_and_metadata = given
+    if conversions is not None:
+        model._weight_conversions = []
     try:
         yield
     finally:
         del quantizer.get_state_dict_and_metadata
+        if conversions is not None:
+            model._weight_conversions = conversions

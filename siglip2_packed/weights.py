@@ -39,13 +39,18 @@ class Tower(NamedTuple):
     @property
     def quantized(self) -> bool:
         """Whether weights of linear layers are in the form of some quantiser."""
-        return any(t.dtype not in FLOATING for name, t in self.state.items() if LINEAR.fullmatch(name))
+        return any(_packed(self.state, name) for name in self.state if LINEAR.fullmatch(name))
 
     @property
     def plain_linears(self) -> list[str]:
         """The linear layers whose weights are as they were."""
-        weights = {name: t for name, t in self.state.items() if LINEAR.fullmatch(name) and name.endswith(".weight")}
-        return sorted(name.removesuffix(".weight") for name, t in weights.items() if t.dtype in FLOATING)
+        weights = [name for name in self.state if LINEAR.fullmatch(name) and name.endswith(".weight")]
+        return sorted(name.removesuffix(".weight") for name in weights if not _packed(self.state, name))
+
+
+def _packed(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a weight is quantised: 4-bit ones may be stored as floating numbers, with their scales beside them."""
+    return state[name].dtype not in FLOATING or f"{name}.absmax" in state
 
 
 def read_state_dict(ckpt: str | os.PathLike, **hub) -> dict[str, Tensor]:
@@ -113,7 +118,7 @@ def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source
         "intermediate_size": (config.intermediate_size, None if fc1 is None else fc1.numel()),
         "patch_size² · num_channels": (
             patch_dim(config),
-            None if patches is None or patches.ndim != 2 or patches.dtype not in FLOATING else patches.shape[1],
+            None if patches is None or patches.ndim != 2 or _packed(state, PATCH_EMBEDDING) else patches.shape[1],
         ),
     }
     for name, (told, found) in sizes.items():

@@ -36,6 +36,9 @@ def with_fields(checkpoint, target, nested=False, **fields):
         {"temporal_patch_size": 2},
         {"spatial_merge_size": 2},
         {"preserve_original_pe": False},
+        {"antialias": False},
+        {"interpolate_mode": "bicubic"},
+        {"use_post_layernorm": False},
         {"position_embedding_type": "rotary"},
         {"pruned_heads": {"0": [1]}},
         {"hidden_dropout": 0.1},
@@ -90,6 +93,8 @@ def test_fields_that_are_off_or_say_nothing_load(checkpoint, tmp_path, patches):
             "_attn_implementation_autoset": True,
         }
         | {"max_length": 20, "temperature": 1.0, "tie_word_embeddings": True, "is_decoder": False, "use_cache": True},
+        {"antialias": True, "interpolate_mode": "bilinear", "position_embedding_type": "absolute", "tubelet_size": 1}
+        | {"gradient_checkpointing": True, "use_flash_attn": True, "num_image_tokens": 256, "freeze": True},
         {"license": "MIT", "dataset_name": "x", "note": "trained on y", "model_version": 2, "composition_note": "z"},
     ]
     for i, fields in enumerate(off):

@@ -120,6 +120,7 @@ WRONG = [
     ("do_convert_rgb", "yes"),
     ("resample", "bilinear"),
     ("resample", 17),
+    ("resample", True),
     ("resample", 2.0),
 ]
 

@@ -117,6 +117,33 @@ def test_it_is_saved_and_read_again_here_and_by_transformers(ckpt, patches, tmp_
     assert relative_error(short(**packed).last_hidden_state, hidden_states[-2]) < 1e-5
 
 
+@pytest.mark.parametrize("quantise", QUANTISED)
+def test_what_was_read_is_saved_again(ckpt, patches, tmp_path, quantise):
+    packed = PackedPatches(patches(GRIDS, P), GRIDS)
+    load(ckpt, quantization_config=quantise(), dtype=torch.float32).save_pretrained(tmp_path / "0")
+    first = load(tmp_path / "0")
+    first.save_pretrained(tmp_path / "1")
+    assert torch.equal(load(tmp_path / "1")(**packed).pooler_output, first(**packed).pooler_output)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_4_bit_layers_of_other_dtypes_are_read_again(ckpt, patches, tmp_path, storage):
+    """They turn their biases into the dtype they compute in, and keep weights in that of FSDP's shards."""
+    pytest.importorskip("bitsandbytes")
+    quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=storage
+    )
+    packed = PackedPatches(patches(GRIDS, P), GRIDS)
+    model = load(ckpt, quantization_config=quantization_config, dtype=torch.float32)
+    expected = model(**packed).pooler_output
+    model.save_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    assert torch.equal(load(tmp_path)(**packed).pooler_output, expected)
+    other = load(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for name, p in other.named_parameters() if "norm" in name} == {torch.bfloat16}
+    assert relative_error(other(**packed).pooler_output.float(), expected) < 0.02
+
+
 @pytest.mark.parametrize("quantise", [bits8, bits4])
 def test_transformers_reads_it(ckpt, patches, tmp_path, quantise):
     """Without the patch projection, to the dtype of whose weight transformers casts pixels, whatever that is, and
@@ -181,6 +208,15 @@ def test_torchao_after_loading_goes_the_way_of_its_modules(ckpt, patches):
         assert relative_error(model(x, GRIDS).last_hidden_state, expected) < 1e-5
     with pytest.raises(ValueError, match="float8 replaces plain linear layers, not Linear of Int8Tensor"):
         fp8.Float8Layer(model.encoder.layers[0])
+
+
+def test_a_position_table_that_torchao_quantised(ckpt, patches):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = load(ckpt), patches(GRIDS, P)
+    expected = model(x, GRIDS).pooler_output
+    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int8)
+    quantization.quantize_(model, config, lambda module, name: isinstance(module, nn.Embedding))
+    assert relative_error(model(x, GRIDS).pooler_output, expected) < 0.02
 
 
 def test_a_llava_tower_has_the_dtype_it_computes_in(ckpt):
