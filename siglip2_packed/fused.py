@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
+from siglip2_packed.ops.runtime.once import once_differentiable
 
 
 class NormQKV(NamedTuple):

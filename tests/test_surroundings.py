@@ -218,6 +218,26 @@ def test_jvp_is_the_derivative(called):
         assert torch.isfinite(value)
 
 
+def test_second_derivatives_are_right_or_refused(checkpoint, patches):
+    """torch's own `once_differentiable` lets those of `torch.autograd.functional` be zeros."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), dtype=torch.float64)
+    x = patches([(1, 1, 2)]).double()
+    for loss in (torch.sum, lambda pooled: pooled.sin().sum()):
+        of_pixels = lambda x: loss(model(x, [(1, 1, 2)]).pooler_output)  # noqa: E731
+        along = torch.ones_like(x) * 1e-5
+        gradient = torch.func.grad(of_pixels)
+        expected = (gradient(x + along) - gradient(x - along)) / 2e-5
+        found = torch.func.hessian(of_pixels)(x).sum((-1, -2))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="differentiable once by torch.autograd"):
+            torch.autograd.functional.hessian(of_pixels, x)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(of_pixels(leaf), leaf, create_graph=True)
+        torch.testing.assert_close(first.detach(), gradient(x))
+        with pytest.raises(RuntimeError, match="differentiable once by torch.autograd"):
+            first.square().sum().backward()
+
+
 def test_what_has_no_rules_for_them_is_left_for_torchs(checkpoint, patches, trusted, monkeypatch):
     """Own kernels and other packages' attention, as on CUDA."""
     from siglip2_packed import modeling

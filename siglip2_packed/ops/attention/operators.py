@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from siglip2_packed.ops.attention import eager
 from siglip2_packed.ops.attention.kernels import Kernels, kernels
 from siglip2_packed.ops.runtime.check import Refused, checkable
+from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import traced
 from siglip2_packed.ops.segments import check_rows, check_segments, positive_scale
 
