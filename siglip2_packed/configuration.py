@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, Siglip2VisionConfig
+from transformers.activations import ACT2FN
 
 from siglip2_packed import timm_files
 from siglip2_packed.files import find_file, read_json, read_shapes
@@ -216,6 +217,9 @@ def _check_fields(fields: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source}: layer_norm_eps must be a number, 0 or more, got {eps!r}")
     if not isinstance(fields.get("hidden_act", ""), str):
         raise ValueError(f"{source}: hidden_act must be a name, got {fields['hidden_act']!r}")
+    if fields.get("hidden_act", "gelu") not in ACT2FN:
+        known = ", ".join(sorted(ACT2FN))
+        raise ValueError(f"{source}: unknown hidden_act {fields['hidden_act']!r}: choose one of {known}")
     if fields.get("attention_dropout") not in (None, 0):
         raise ValueError(f"{source}: attention_dropout {fields['attention_dropout']!r} is not supported, only 0.0")
     for name in fields.keys() & {"dtype", "torch_dtype"}:

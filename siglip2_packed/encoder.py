@@ -24,8 +24,6 @@ GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
 class Siglip2PackedMLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(f"unknown hidden_act {config.hidden_act!r}: choose one of {', '.join(sorted(ACT2FN))}")
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)

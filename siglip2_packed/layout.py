@@ -159,6 +159,8 @@ def _integers(values: Any, name: str) -> Tensor | np.ndarray:
         values = torch.stack(list(values))
     if isinstance(values, Tensor):
         integral = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+        if values.layout is not torch.strided:
+            raise ValueError(f"{name} must be a dense tensor, got {values.layout}")
         if values.numel() and not integral:
             raise ValueError(f"{name} must hold integers, got {values.dtype}")
         return values.long()

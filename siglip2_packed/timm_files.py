@@ -91,7 +91,7 @@ def fields(config: Mapping[str, Any], shapes: Mapping[str, list[int]], source: s
         "num_attention_heads": heads,
         "patch_size": math.isqrt(math.prod(patch[1:]) // 3),
         "num_patches": math.prod(table[1:-1]),
-        "vision_use_head": "attn_pool.latent" in shapes,
+        "vision_use_head": any(key.startswith("attn_pool.") for key in shapes),
     }
 
 

@@ -139,6 +139,7 @@ def test_a_default_of_the_installed_transformers_is_no_other_computation(checkpo
         ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number, 0 or more, got '1e-6'"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps must be a number, 0 or more, got nan"),
         ({"hidden_act": ["gelu"]}, r"hidden_act must be a name, got \['gelu'\]"),
+        ({"hidden_act": "nope"}, "config.json: unknown hidden_act 'nope': choose one of "),
         ({"attention_dropout": "no"}, "attention_dropout 'no'"),
         ({"vision_use_head": "false"}, "vision_use_head must be true or false, got 'false'"),
         ({"output_hidden_states": 1}, "output_hidden_states must be true or false, got 1"),

@@ -88,6 +88,13 @@ def test_what_are_no_integers(grid, got):
         host_grids(grid)
 
 
+def test_a_tensor_that_is_not_dense():
+    nested = torch.nested.nested_tensor([torch.tensor([1, 2, 3])], layout=torch.jagged)
+    for grid in (nested, torch.tensor([[1, 2, 3]]).to_sparse()):
+        with pytest.raises(ValueError, match="grid_thw must be a dense tensor, got torch"):
+            host_grids(grid)
+
+
 @pytest.fixture
 def small():
     """Nothing of the size of a grid that is not there is made."""

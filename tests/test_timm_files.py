@@ -161,6 +161,13 @@ def test_a_block_without_a_number_is_named(checkpoint, tmp_path):
         load(write(tmp_path / "timm", timm))
 
 
+def test_a_pooling_head_without_its_probe_is_damaged(checkpoint, tmp_path):
+    state = timm_state(bare(checkpoint("tiny")))
+    del state["attn_pool.latent"]
+    with pytest.raises(ValueError, match=r"lacks 1 of 64 tensors: head.probe"):
+        load(write(tmp_path / "x", state))
+
+
 def test_missing_tensors_are_named_as_here(checkpoint, tmp_path):
     timm = timm_state(bare(checkpoint("tiny")))
     del timm["blocks.1.attn.qkv.bias"], timm["attn_pool.kv.weight"]
