@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -315,7 +316,7 @@ def run(args: argparse.Namespace) -> int:
                 cannot_run(rows, name, workload, dtype_name(dtype), only)
         right &= measure(rows, config, exact, workload, packed, chosen, modes, dtype, args.rounds or (5 if cuda else 1))
         if args.out:
-            rows.write(args.out)  # after every workload: a run that is stopped has kept its rows
+            rows.write(Path(args.out))  # after every workload: a run that is stopped has kept its rows
     return 0 if right and any(row["metric"] == "time" for row in rows.rows) else 1
 
 

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def align(parser: argparse.ArgumentParser) -> None:
     add("--use-real-images", action="store_true", help="photographs that come with scikit-image")
     add("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
     add("--seed", type=int, default=0, help="seed of the random images (0)")
-    add("--json", metavar="FILE", help="also write everything to this file")
+    add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("align"))
 
 
@@ -117,7 +118,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     add("--device", help="where to run (cuda if there is one, else cpu)")
     add("--dtype", choices=list(DTYPES), help="bfloat16 on CUDA, else float32")
     add("--rounds", type=int, help="rounds of at least three samples of each provider (5; 1 on a CPU)")
-    add("--out", type=Path, metavar="FILE", help="CSV to write the rows to")
+    add("--out", type=new_file, metavar="FILE", help="CSV to write the rows to")
     parser.set_defaults(run=later("bench"))
 
 
@@ -130,7 +131,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
         help="packs to plan (256 1024 4096)")  # fmt: skip
     add("--image-patches", type=int, default=256, metavar="N", help="of which an image has at most so many (256)")
     add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
-    add("--json", metavar="FILE", help="also write everything to this file")
+    add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("doctor"))
 
 
@@ -187,7 +188,7 @@ def zero_shot(parser: argparse.ArgumentParser) -> None:
     add_model_flags(parser, ckpt="full checkpoint, with text tower and tokenizer: folder or hub id")
     parser.add_argument("--template", default="This is a photo of {}.",
                         help="text of a label ('This is a photo of {}.'; '{}' for itself)")  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the scores to this file")
     parser.set_defaults(run=later("zero_shot"))
 
 
@@ -195,6 +196,17 @@ def given(text: str) -> str:
     """Not empty, as a variable of the shell is that was never set: it would be the working folder."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def new_file(text: str) -> str:
+    """One that can be written, as far as can be said before anything is computed."""
+    path = Path(text)
+    there = next((one for one in (path, *path.parents) if one.exists()), path)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder")
+    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return text
 
 

@@ -144,6 +144,15 @@ def test_a_variable_that_was_never_set_is_no_folder(flag, tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", ["align --json", "bench --out", "doctor --json", "zero-shot x.jpg --labels a --json"])
+def test_reports_that_cannot_be_written_are_known_first(flags, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x" / "y", "cannot be written")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([*flags.split(), str(path), "--ckpt", "c"])
+        assert f"'{path}' {message}" in capsys.readouterr().err
+
+
 def test_our_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "environment", lambda device: [][0])
     with pytest.raises(IndexError):
