@@ -238,6 +238,18 @@ def test_second_derivatives_are_right_or_refused(checkpoint, patches):
             first.square().sum().backward()
 
 
+def test_a_graph_of_gradients_may_be_asked_for_within_a_checkpoint(checkpoint, patches):
+    """Whose saved tensors are unpacked once."""
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).train()
+    gradients = []
+    for create_graph in (False, True):
+        model.gradient_checkpointing_enable()
+        model(patches([(1, 2, 3)]), [(1, 2, 3)]).pooler_output.sin().sum().backward(create_graph=create_graph)
+        gradients.append([p.grad.detach().clone() for p in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
 def test_what_has_no_rules_for_them_is_left_for_torchs(checkpoint, patches, trusted, monkeypatch):
     """Own kernels and other packages' attention, as on CUDA."""
     from siglip2_packed import modeling

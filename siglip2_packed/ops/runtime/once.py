@@ -20,14 +20,14 @@ def once_differentiable(backward: Callable) -> Callable:
             return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        sources = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
-        return _Once.apply(len(results), *results, *sources) if sources else results
+        # no saved tensor is asked for here: a checkpoint's may be unpacked once
+        return _Once.apply(len(results), *results, torch.zeros((), device="cpu", requires_grad=True))
 
     return run
 
 
 class _Once(torch.autograd.Function):
-    """The first `count` of the tensors, which depend on the others in a way that has no derivative here."""
+    """The first `count` of the tensors; their derivatives are not known here."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple:
