@@ -18,16 +18,27 @@ def once_differentiable(backward: Callable) -> Callable:
     def run(ctx, *grads):
         if not torch.is_grad_enabled():  # nobody will differentiate again
             return backward(ctx, *grads)
+        ctx = _Unpacked(ctx)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        # no saved tensor is asked for here: a checkpoint's may be unpacked once
-        return _Once.apply(len(results), *results, torch.zeros((), device="cpu", requires_grad=True))
+        sources = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        return _Once.apply(len(results), *results, *sources) if sources else results
 
     return run
 
 
+class _Unpacked:
+    """A context whose saved tensors are unpacked once, as those within a checkpoint have to be."""
+
+    def __init__(self, ctx: Any):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 class _Once(torch.autograd.Function):
-    """The first `count` of the tensors; their derivatives are not known here."""
+    """The first `count` of the tensors, which depend on the others in a way that has no derivative here."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple:
