@@ -84,8 +84,8 @@ IDLE = {  # fields that mean nothing where the first is there, and off
 
 
 COMPUTES = re.compile(
-    r"rope|rotary|pos_e|position|window|attn|attention|stride|merge|shuffle|deepstack|temporal|pool|conv|register|prune|fullatt|"
-    r"(cls|class)_?token|scale|[qk]_norm|norm_(type|name)|gated|glu|bias|drop|sparse|preserve|eps(ilon)?$"
+    r"rope|rotary|pos_e|position|window|attn|attention|stride|merge|shuffle|deepstack|temporal|pool|conv|register|prune|"
+    r"fullatt|antialias|interpol|norm|(cls|class)_?token|scale|gated|glu|bias|drop|sparse|preserve|eps(ilon)?$"
 )
 """Words in names of what a tower computes. A configuration made in code may carry anything else, as transformers' own
 tests do; a checkpoint's file is asked for all that is not known to be harmless."""
