@@ -81,7 +81,17 @@ def _fields(quantization_config: Any) -> dict:
 
 @contextlib.contextmanager
 def saved_as(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
-    """Within, transformers saves this state for a quantised model too, instead of one that it takes itself."""
+    """Within, transformers saves this state for a quantised model too, instead of one that it takes itself.
+
+    Raises:
+        ValueError: a state of other things than tensors, as that of `quantize_dynamic`'s modules.
+    """
+    packed = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{packed} is no tensor, which is all that files hold: modules of quantize_dynamic cannot be saved. Save the "
+            "model before it is quantised, and quantise what is loaded"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     taken = getattr(quantizer, "get_state_dict_and_metadata", None)
     if quantizer is None or taken is None:

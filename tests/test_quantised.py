@@ -186,13 +186,15 @@ def test_quantised_weights_without_a_word_of_how_are_refused(ckpt, tmp_path):
         load(copy_with(tmp_path / "x", tmp_path / "y", config=config))
 
 
-def test_quantize_dynamic(ckpt, patches):
+def test_quantize_dynamic(ckpt, patches, tmp_path):
     model = load(ckpt)
     x = patches(GRIDS, P)
     expected = model(x, GRIDS).pooler_output
     model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert type(model.embeddings.patch_embedding) is not nn.Linear
     assert relative_error(model(x, GRIDS).pooler_output, expected) < 0.05
+    with pytest.raises(ValueError, match=r"_packed_params.*quantize_dynamic cannot be saved.*quantise what is loaded"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 def test_torchao_after_loading_goes_the_way_of_its_modules(ckpt, patches):
