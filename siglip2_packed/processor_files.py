@@ -12,13 +12,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from transformers.utils.hub import PushToHubMixin
 
 from siglip2_packed.files import find_file, read_json
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CONFIG_FILES = ("processor_config.json", "preprocessor_config.json")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -121,7 +124,7 @@ class ProcessorFiles(PushToHubMixin):
     """The files' half of `Siglip2PackedImageProcessor`; the constructor takes the settings."""
 
     @classmethod
-    def from_pretrained(cls, checkpoint: str | os.PathLike, **arguments: Any) -> Any:
+    def from_pretrained(cls, checkpoint: str | os.PathLike, **arguments: Any) -> Self:
         """Reads `preprocessor_config.json`, or the `image_processor` part of `processor_config.json`, which comes first
         as in transformers. Keys it does not know are named in a warning, if they are on.
 
@@ -152,7 +155,7 @@ class ProcessorFiles(PushToHubMixin):
         return (processor, unused) if wants_unused else processor
 
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+    def from_json_file(cls, json_file: str | os.PathLike) -> Self:
         """From a file that `to_json_file` wrote."""
         return cls(**_settings(read_json(Path(json_file)), str(json_file), {}))
 

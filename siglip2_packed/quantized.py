@@ -89,8 +89,8 @@ def saved_as(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
     packed = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if packed is not None:
         raise ValueError(
-            f"{packed} is no tensor, which is all that files hold: modules of quantize_dynamic cannot be saved. Save the "
-            "model before it is quantised, and quantise what is loaded"
+            f"{packed} is no tensor, which is all that files hold: modules of quantize_dynamic cannot be saved. Save "
+            "the model before it is quantised, and quantise what is loaded"
         )
     quantizer = getattr(model, "hf_quantizer", None)
     taken = getattr(quantizer, "get_state_dict_and_metadata", None)

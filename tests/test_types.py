@@ -26,6 +26,15 @@ epochs: int
 model: Siglip2PackedVisionModel
 processor: Siglip2PackedImageProcessor
 """
+ENGINE = """# mypy: disable-error-code="import-untyped, no-untyped-def, misc"
+from siglip2_packed.data import PatchBudgetBatchSampler, collate
+loader: Any
+optimizer: Any
+sampler: PatchBudgetBatchSampler
+def loss_terms(features: torch.Tensor) -> torch.Tensor:
+    return features
+"""
+"""What comes with an engine, whose package may have no types."""
 REVEALED = {
     "processor": "Siglip2PackedImageProcessor",
     "packed": "PackedPatches",
@@ -71,7 +80,8 @@ def checked(tmp_path_factory):
 
 def example(code):
     """As in the README, with what the text around it gives, and what is no matter of types taken out."""
-    given = "" if "model = " in code else GIVEN
+    given = "" if re.search("^model = ", code, flags=re.MULTILINE) else GIVEN
+    given += ENGINE * ("loss_terms" in code)
     code = code if "import torch" in code else f"import torch\n{code}"
     code = re.sub(r"^def convert_to_packing_format\(.*\):$", r"\g<0>  # type: ignore", code, flags=re.MULTILINE)
     code = re.sub(r"^optimizer = .*$", r"\g<0>  # type: ignore[arg-type]", code, flags=re.MULTILINE)  # torch's union
