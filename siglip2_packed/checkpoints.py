@@ -109,6 +109,7 @@ class CheckpointedModel(PreTrainedModel):
                 f"{str(ckpt)!r} has quantised weights, and its config.json no quantization_config that says how"
             )
         quantized.check_versions(given)
+        quantized.check_storage(given)
         source: dict[str, Any] = {"pretrained_model_name_or_path": ckpt, **hub}
         if quantized.method(given) == "bitsandbytes":
             config.quantization_config = quantized.with_skipped(given, tower.plain_linears)
@@ -146,6 +147,8 @@ class CheckpointedModel(PreTrainedModel):
         replacing = files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext()
         with replacing, quantized.saved_as(self, prefixed):
             super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)
+        if is_main_process and getattr(self, "hf_quantizer", None) is not None:
+            quantized.write_dtype(save_directory, self.dtype)
         files.share(save_directory)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +47,16 @@ def check_versions(quantization_config: Any) -> None:
         raise ValueError(
             f"torchao wants transformers 5, this is {transformers.__version__}: load the model as it is, then call "
             "torchao.quantization.quantize_(model, ...)"
+        )
+
+
+def check_storage(quantization_config: Any) -> None:
+    """ValueError for saved 4-bit weights that the transformers here would cast as if they were numbers."""
+    storage = str(_fields(quantization_config).get("bnb_4bit_quant_storage", "uint8")).removeprefix("torch.")
+    if storage != "uint8" and int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"bnb_4bit_quant_storage {storage}: transformers {transformers.__version__} does not read such weights: "
+            "take transformers 5, or quantise the checkpoint they were made of"
         )
 
 
@@ -112,3 +125,12 @@ def saved_as(model: Any, state: dict[str, Tensor]) -> Iterator[None]:
         del quantizer.get_state_dict_and_metadata
         if conversions is not None:
             model._weight_conversions = conversions
+
+
+def write_dtype(folder: str | os.PathLike, dtype: torch.dtype) -> None:
+    """Into the config.json that was saved: transformers 4 takes the first floating weight's, which may hold 4 bits."""
+    path = Path(folder) / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    name, value = "torch_dtype" if "torch_dtype" in fields else "dtype", str(dtype).removeprefix("torch.")
+    if fields.get(name) != value:
+        path.write_text(json.dumps({**fields, name: value}, indent=2) + "\n", encoding="utf-8")
