@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # torch 2.13.0: a Function whose backward is torch.autograd.function.once_differentiable is said to raise where a second
 # derivative goes through it. torch.autograd.functional.hessian gives zeros for it instead, without a word, where the
-# function's gradient does not itself depend on its own output's gradient (a sum is the last step); and a penalty on
-# gradients taken with create_graph=True loses the part that goes through the saved tensors.
+# gradient that comes in does not depend on the input (a sum is the last step).
 #
 # Exit code: 0 as described, 1 otherwise. Installs torch 2.13.0, if it is another, in a folder that is removed at the end.
 set -euo pipefail
