@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
+from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 
 
@@ -277,11 +279,23 @@ def _project_mlp_backward(
     return dh, dh @ second.out_weight, gradients
 
 
+_joined_memory: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""Three projections side by side, by where they begin. They hold it: while it is there, so are they."""
+
+
 @torch.no_grad()
-def join(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Moves three parameters of one shape side by side in memory, where one product reads all three."""
-    for parameter, part in zip((q, k, v), torch.cat((q, k, v)).chunk(3)):
-        parameter.data = part
+def join(*parameters: Tensor) -> None:
+    """Moves three parameters of one shape side by side in memory, where one product reads all three.
+
+    Each has a storage of its own: of tensors that share one, accelerate saves the first only. Nothing is moved that is
+    part of a larger storage, as others (DeepSpeed, FSDP) write their parameters there.
+    """
+    if any(x.untyped_storage().nbytes() != x.nbytes or not x.is_contiguous() for x in parameters):
+        return
+    joined = torch.cat(parameters)
+    _joined_memory[joined.data_ptr()] = joined
+    for parameter, part in zip(parameters, joined.chunk(len(parameters))):
+        parameter.data = alias(part, holds=joined)
 
 
 def _joined(first: NormQKV) -> tuple[Tensor, Tensor]:
@@ -291,11 +305,11 @@ def _joined(first: NormQKV) -> tuple[Tensor, Tensor]:
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Three as one: themselves if they lie side by side."""
-    step = q.numel() * q.element_size()
-    side_by_side = k.data_ptr() == q.data_ptr() + step and v.data_ptr() == k.data_ptr() + step
-    if side_by_side and q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.is_contiguous():
-        return q.detach().as_strided((3 * q.shape[0], *q.shape[1:]), q.stride())
+    """Three as one: themselves if they were joined."""
+    place = q.data_ptr()
+    joined = _joined_memory.get(place)
+    if joined is not None and k.data_ptr() == place + q.nbytes and v.data_ptr() == place + 2 * q.nbytes:
+        return joined
     return torch.cat((q, k, v))
 
 

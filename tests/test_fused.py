@@ -1,10 +1,15 @@
 """Fused layers are the modules' layers, whatever has or has not been done to the modules."""
 
 import contextlib
+import copy
+import gc
+import weakref
 
+import accelerate
 import pytest
 import torch
 from implementations import DEVICES, INTERPRETED
+from safetensors.torch import load_file
 from torch import nn
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fused
@@ -480,6 +485,44 @@ def test_joined_projections_are_the_same_parameters(model, patches, tmp_path):
     assert are_joined(moved) == [False, False]
     with torch.no_grad():
         assert torch.equal(moved(**packed).last_hidden_state, changed)
+
+
+def test_joined_projections_are_saved_by_accelerate(model, tmp_path):
+    """Of tensors in one storage it saves the first and drops the others."""
+    expected = {name: x.clone() for name, x in model.state_dict().items()}
+    join_projections(model.encoder)
+    accelerate.Accelerator(cpu=True).save_model(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], x) for name, x in expected.items())
+
+
+def test_joined_projections_live_as_long_as_one_of_them(model):
+    join_projections(model.encoder)
+    attention = copy.deepcopy(model).encoder.layers[0].self_attn
+    assert torch.equal(attention.v_proj.weight, model.encoder.layers[0].self_attn.v_proj.weight)
+    attention = model.encoder.layers[0].self_attn
+    joined = weakref.ref(fused._joined_memory[attention.q_proj.weight.data_ptr()])
+    value, expected = attention.v_proj.weight.detach(), attention.v_proj.weight.clone()
+    model.to(torch.float64)
+    gc.collect()
+    assert joined() is not None
+    assert torch.equal(value, expected)
+    del value
+    gc.collect()
+    assert joined() is None
+
+
+def test_parameters_in_a_flat_buffer_stay_there(model):
+    """DeepSpeed's and FSDP's write to the buffer."""
+    attention = model.encoder.layers[0].self_attn
+    projections = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    flat = torch.cat([x.detach().flatten() for x in projections])
+    for parameter, part in zip(projections, flat.chunk(3)):
+        parameter.data = part.view(parameter.shape)
+    join_projections(model.encoder)
+    flat.zero_()
+    assert not any(x.any() for x in projections)
 
 
 def test_training_keeps_no_output_of_norm_or_gelu(model):
