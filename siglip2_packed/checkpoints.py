@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ class CheckpointedModel(PreTrainedModel):
         *,
         config: Siglip2VisionConfig | str | os.PathLike | None = None,
         select_layer: int | None = None,
+        cuda_graphs: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> Self:
         """Loads a checkpoint: a local folder, or a hub id, in any layout `weights.read_state_dict` knows.
@@ -45,6 +46,8 @@ class CheckpointedModel(PreTrainedModel):
         Args:
             config: replaces the checkpoint's config.json; a configuration, or where to read one.
             select_layer: build and load the model up to this hidden state only, see the class.
+            cuda_graphs: have packs run in CUDA graphs, forward and backward, where that is possible; True, or buckets'
+                numbers of patches. See `graphs.CUDAGraphs`.
             **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
                 config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
                 checkpoint's), `device_map`, `quantization_config`, ...).
@@ -57,7 +60,7 @@ class CheckpointedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None:  # weights that the caller holds, as in transformers
             if select_layer is not None:
                 raise ValueError("select_layer of weights that come as a state_dict: set config.select_layer")
-            return super().from_pretrained(None, config=config, **kwargs)
+            return cls._with_graphs(super().from_pretrained(None, config=config, **kwargs), cuda_graphs)
         ckpt = pretrained_model_name_or_path
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         if kwargs.pop("use_safetensors", True) is False:
@@ -96,6 +99,13 @@ class CheckpointedModel(PreTrainedModel):
             loaded = super().from_pretrained(None, config=config, state_dict=state, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(ckpt)
+        return cls._with_graphs(loaded, cuda_graphs)
+
+    @staticmethod
+    def _with_graphs(loaded: Any, cuda_graphs: bool | Sequence[int]) -> Any:
+        if cuda_graphs:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            model.cuda_graphs_enable(*[] if cuda_graphs is True else [cuda_graphs])
         return loaded
 
     @classmethod

@@ -35,7 +35,7 @@ class Siglip2PackedEmbeddings(nn.Module):
         """
         dtype = self.compute_dtype
         patches = self.patch_embedding(pixel_values.to(dtype))
-        if frozen and patches.requires_grad and patches.is_leaf and _made_to_require_grad(self.patch_embedding):
+        if frozen and patches.requires_grad and patches.is_leaf and made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
         return add_positions(patches, self._table(pixel_values.device), places, dtype)
 
@@ -54,7 +54,7 @@ class Siglip2PackedEmbeddings(nn.Module):
         return module(torch.arange(module.num_embeddings, device=device))  # type: ignore[no-any-return]
 
 
-def _made_to_require_grad(module: nn.Module) -> bool:
+def made_to_require_grad(module: nn.Module) -> bool:
     """Whether `enable_input_require_grads`, transformers' or PEFT's, hung its hook here, as it does on all of a VLM.
 
     It is there for layers that learn under reentrant checkpointing; a frozen tower would keep all its activations.

@@ -9,9 +9,11 @@ Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -21,8 +23,21 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
+from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
+
+_weight_gradients: ContextVar[Aside | None] = ContextVar("weight_gradients", default=None)
+
+
+@contextlib.contextmanager
+def weight_gradients(aside: Aside) -> Iterator[None]:
+    """Layers that run within it make the gradients of their weights there, in backward; who runs it has to `join`."""
+    before = _weight_gradients.set(aside)
+    try:
+        yield
+    finally:
+        _weight_gradients.reset(before)
 
 
 class NormQKV(NamedTuple):
@@ -126,20 +141,25 @@ class _Layer(torch.autograd.Function):
         out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
         result, wide = _project_mlp(by, x, out.view(x.shape), second, eps[1])
         ctx.save_for_backward(x, qkv, out, lse, wide, *_used_backward(first), *_used_backward(second))
-        ctx.attention, ctx.by, ctx.eps = attention, by, eps
+        ctx.attention, ctx.by, ctx.eps, ctx.aside = attention, by, eps, _weight_gradients.get()
         return result
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
+        with contextlib.nullcontext() if ctx.aside is None else ctx.aside.layer():
+            return _Layer._backward(ctx, dout)
+
+    @staticmethod
+    def _backward(ctx, dout):
         x, qkv, out, lse, wide, *weights = ctx.saved_tensors
         _, _, _, _, _, *needed = ctx.needs_input_grad
         (first, second), (needs_first, needs_second) = _parts(weights), _parts(needed)
         by, spare, (eps1, eps2) = for_gradient(ctx.by, dout), _spare(wide), ctx.eps
         attended = out.view(x.shape)
         dh, dattended, dsecond = _project_mlp_backward(by, needs_second, dout, x, attended, wide, spare, second, eps2)
-        dqkv = _within(spare, qkv.shape)
+        dqkv = torch.empty_like(qkv) if is_beside() else _within(spare, qkv.shape)
         ctx.attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
         dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.view(len(x), -1), x, first, eps1, dattended)
         return dx, None, None, None, None, *dfirst, *dsecond
@@ -234,10 +254,11 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
         grad, dx, x, None, first.norm_weight, first.norm_bias, eps, place
     )
     weights = biases = None, None, None
-    if needs.q_weight or needs.k_weight or needs.v_weight:
-        weights = (dqkv.t() @ normed).chunk(3)
-    if needs.q_bias or needs.k_bias or needs.v_bias:
-        biases = by.column_sums(dqkv).chunk(3)
+    with beside(dqkv, normed):
+        if needs.q_weight or needs.k_weight or needs.v_weight:
+            weights = (dqkv.t() @ normed).chunk(3)
+        if needs.q_bias or needs.k_bias or needs.v_bias:
+            biases = by.column_sums(dqkv).chunk(3)
     (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = weights, biases
     return grad, NormQKV(dnorm_weight, dnorm_bias, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias)
 
@@ -257,17 +278,20 @@ def _project_mlp_backward(
     """spare: of the size of wide, or wide itself."""
     active = spare
     dwide, dfc1_bias = by.linear_gelu_backward(dout, second.fc2_weight, wide, active)
-    dfc2_weight = dout.t() @ active if needs.fc2_weight else None
-    update = _within(spare, x.shape)  # active is gone
+    with beside(dout, active):
+        dfc2_weight = dout.t() @ active if needs.fc2_weight else None
+    update = torch.empty_like(x) if is_beside() else _within(spare, x.shape)  # active is gone
     torch.addmm(second.out_bias, attended, second.out_weight.t(), out=update)
     dh = dwide @ second.fc1_weight  # after the norm, then before
     normed, (dnorm_weight, dnorm_bias, dout_bias, dfc2_bias) = by.layer_norm_backward_(
         dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place=update
     )
-    dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None
-    del normed, dwide
+    with beside(dwide, normed, dh, attended):
+        dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None
+        del normed, dwide
+        dout_weight = dh.t() @ attended if needs.out_weight else None
     gradients = ProjectMLP(
-        out_weight=dh.t() @ attended if needs.out_weight else None,
+        out_weight=dout_weight,
         out_bias=dout_bias,
         norm_weight=dnorm_weight,
         norm_bias=dnorm_bias,

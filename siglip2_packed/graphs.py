@@ -1,74 +1,192 @@
-"""Inference replayed from CUDA graphs: small batches at the speed of their kernels, not of their launches.
+"""CUDA graphs: small packs at the speed of their kernels, not of their launches, in inference and in training.
 
-A graph is captured for each bucket: so many patches, segments and images at most, segments so long at most. A pack is
-copied into its bucket's buffers; the rows beyond it belong to no image and no segment.
+A graph is captured for each bucket: so many patches and segments at most, segments so long at most. A pack is copied
+into its bucket's buffers; the rows beyond it belong to no image and no segment.
 
-Shapes: N images, T patches, S segments, P patch_dim, D hidden size; a bucket's are B patches.
+Shapes: N images, T patches, P patch_dim, D hidden size.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.modeling_outputs import ModelOutput
 
 from siglip2_packed.attention import head_dim, requested_attention
-from siglip2_packed.configuration import patch_dim
+from siglip2_packed.buckets import BUDGETS, Bucket, bucket_of
+from siglip2_packed.capture import Ground, InferenceGraph, TrainingGraph
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
-from siglip2_packed.modeling import Siglip2PackedVisionModel, TokenOutput
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
-from siglip2_packed.ops.positions import Places
+from siglip2_packed.ops.runtime.tracing import capturing, traced
 from siglip2_packed.ops.segments import Segments
-from siglip2_packed.overflow import watch
+from siglip2_packed.snapshot import Snapshot, why_not
 
 logger = logging.getLogger("siglip2_packed")
 
-BUDGETS = (64, 128, 256, 512, 1024, 2048, 4096)
+MOST_GRAPHS = 64
 
 
-class Bucket(NamedTuple):
-    patches: int
-    segments: int
-    images: int
-    max_seqlen: int
+class Graphs:
+    """A model's graphs, of the buckets that came last: `features` of a pack in one of them, where that can be.
+
+    Not copied or pickled with the model that has them: a copy captures its own.
+
+    Args:
+        budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
+        least: so does a pack of fewer patches.
+        most: graphs that are kept; the least recently used goes.
+    """
+
+    def __init__(self, budgets: Sequence[int] = BUDGETS, least: int = 1, most: int = MOST_GRAPHS):
+        if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
+            raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
+        self.budgets, self.least, self.most = sorted(budgets), least, most
+        self._lock = threading.RLock()
+        self._said: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graphs: OrderedDict[tuple, InferenceGraph | TrainingGraph | str] = OrderedDict()
+        self._snapshot: Snapshot | None = None
+        self._ground: Ground | None = None
+
+    def __reduce__(self) -> tuple:
+        return Graphs, (self.budgets, self.least, self.most)
+
+    def held(self) -> tuple[int, int]:
+        """How many graphs there are, and the bytes of device memory that they share."""
+        count = sum(not isinstance(graph, str) for graph in self._graphs.values())
+        return count, 0 if self._ground is None else self._ground.bytes()
+
+    def features(self, model: Any, pixel_values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None] | None:
+        """`[T, P]` -> `[T, D]`, and `[N, D]` if the model has a head: the caller's own, untouched by later calls.
+
+        With gradients, where they are recorded and any parameter wants one. None: the pack has to run without a graph,
+        as one beyond every budget does; why is logged once, if it is not the pack. Several threads take turns.
+
+        Raises:
+            ValueError: a pack on another device than the model's.
+        """
+        bucket = bucket_of(layout, self.budgets)
+        if bucket is None or len(pixel_values) < self.least or traced() or capturing(pixel_values.device):
+            return None
+        if pixel_values.requires_grad and torch.is_grad_enabled():
+            return None
+        if pixel_values.device != model.device:
+            raise ValueError(f"pixel_values is on {pixel_values.device}, the model on {model.device}")
+        if _has_any_global_hook():
+            self._say("hooks of all modules have to run in each call")
+            return None
+        with self._lock, torch.cuda.device(pixel_values.device if pixel_values.is_cuda else None):
+            return self._features(model, pixel_values, layout, bucket)
+
+    def _features(
+        self, model: Any, pixel_values: Tensor, layout: Layout, bucket: Bucket
+    ) -> tuple[Tensor, Tensor | None] | None:
+        if self._snapshot is None:
+            self._snapshot = Snapshot(model)
+        state = self._snapshot.state()
+        learns = torch.is_grad_enabled() and self._snapshot.learns()
+        dtype, autocast = _computes_in(model)
+        key = bucket, learns, dtype, autocast, requested_attention(model.config), state
+        graph = self._graphs.get(key)
+        if graph is None and self._snapshot.holds():
+            graph = self._graphs[key] = self._captured(model, bucket, learns, dtype)
+        if isinstance(graph, (InferenceGraph, TrainingGraph)):
+            if graph.ground.busy:
+                self._say("a forward whose backward is still to come has the graphs' memory")
+                return None
+            self._graphs.move_to_end(key)
+            features = graph(pixel_values, layout)
+            if self._snapshot.holds():  # asked while the device works
+                return features
+        elif graph is not None and self._snapshot.holds():
+            self._say(graph)
+            return None
+        self._forget()
+        return self._features(model, pixel_values, layout, bucket)
+
+    def _captured(
+        self, model: Any, bucket: Bucket, learns: bool, dtype: torch.dtype
+    ) -> InferenceGraph | TrainingGraph | str:
+        """The graph of a bucket, or why there is none."""
+        requested = requested_attention(model.config)
+        if not serves_buckets(requested):
+            return f"attn_implementation={requested!r} has to know every segment's length"
+        if reason := buckets_unmet(model.device, dtype, head_dim(model.config)) or why_not(model, learns):
+            return reason
+        if self._ground is None:
+            self._ground = Ground(model, self.budgets[-1])
+        try:
+            graph = (TrainingGraph if learns else InferenceGraph)(model, self._ground, bucket, attention_in_buckets)
+        except Refused as refused:
+            return str(refused)
+        while len(self._graphs) >= self.most:
+            self._graphs.popitem(last=False)
+        logger.info("CUDA graph of %s for %s", bucket, "training" if learns else "inference")
+        return graph
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("without CUDA graphs: %s", reason)
+
+
+def _computes_in(model: Any) -> tuple[torch.dtype, bool]:
+    """The dtype of products, and whether it is autocast's."""
+    if torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda"), True
+    return model.embeddings.compute_dtype, False
+
+
+def attention_in_buckets(model: Any, segments: Segments, rows: int, gradients: bool) -> VarlenAttention:
+    dtype, config = _computes_in(model)[0], model.config
+    return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config), gradients)
 
 
 class CUDAGraphs:
-    """A model that replays CUDA graphs: `CUDAGraphs(model)(**packed.to("cuda"))`.
+    """A model that replays CUDA graphs: `CUDAGraphs(model)(**packed.to("cuda"))`, forward and backward.
 
-    Outputs are the caller's own, untouched by later calls. Parameters are read at every call, so updates in place
-    (an optimiser's, `load_state_dict`'s) are seen; parameters that were replaced (`model.to(...)`) have the graphs
-    captured anew. The first pack of a bucket takes seconds, for its capture. Not for use by several threads at once.
+    Gradients are recorded as by the model itself: not within `torch.inference_mode()` or `no_grad()`, nor of a frozen
+    model. They reach `.grad` through autograd, a few layers at a time, so that what averages, clips or scales them goes
+    on as ever. Outputs and gradients are the caller's own, untouched by later calls.
+
+    Parameters are read at every call, so updates in place (an optimiser's, `load_state_dict`'s) are seen; what was
+    replaced (by `model.to(...)`, an adapter) has the graphs captured anew. The first pack of a bucket waits for that.
+    Where graphs cannot be right (hooks, sharded or quantised weights, a second forward before the first one's backward)
+    the reason is logged once and the model itself runs. Several threads take turns.
+
+    `model.cuda_graphs_enable()` and `from_pretrained(..., cuda_graphs=True)` have the model itself do so: within DDP,
+    say.
 
     Args:
-        model: on a CUDA device, bfloat16 or float16, in its final place.
+        model: on a CUDA device, bfloat16 or float16 (or float32 under autocast to one), in its final place.
         budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
         least: so does a pack of fewer patches.
     """
 
-    def __init__(self, model: Siglip2PackedVisionModel, budgets: Sequence[int] = BUDGETS, least: int = 1):
-        if not budgets or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in budgets):
-            raise ValueError(f"budgets must be positive integers, got {list(budgets)}")
-        dtype = model.embeddings.compute_dtype
-        if reason := buckets_unmet(model.device, dtype, head_dim(model.config)):
+    def __init__(self, model: Any, budgets: Sequence[int] = BUDGETS, least: int = 1):
+        self.graphs = Graphs(budgets, least)
+        if reason := buckets_unmet(model.device, _computes_in(model)[0], head_dim(model.config)):
             raise ValueError(f"no graphs of this model: attention in buckets {reason}")
         self.model = model
-        self.budgets = sorted(budgets)
-        self.least = least
-        self._graphs: dict[Bucket, _Graph] = {}
-        self._refused: set[Bucket] = set()  # for want of a kernel that is right
-        self._weights: list[tuple] = []
         join_projections(model.encoder)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.model.device  # type: ignore[no-any-return]
+
+    def held(self) -> tuple[int, int]:
+        """How many graphs there are, and the bytes of device memory that they share."""
+        return self.graphs.held()
 
     def __call__(
         self,
@@ -78,60 +196,15 @@ class CUDAGraphs:
         max_seqlen: int | None = None,
         temporal: str | None = None,
     ) -> ModelOutput:
-        """As the model's forward, for inference: `last_hidden_state` and, if it has a head, `pooler_output`.
+        """As the model's forward: `last_hidden_state` and, if it has a head, `pooler_output`.
 
         Raises:
-            ValueError: what the model's forward raises.
+            ValueError: what the model's forward raises; a pack on another device.
         """
-        layout = self.model._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
-        bucket = self.bucket(layout)
-        if bucket is None or bucket in self._refused:
-            with torch.no_grad():
-                return self.model(pixel_values, grid_thw, cu_seqlens=cu_seqlens, temporal=temporal)
-        graph = self._graphs.get(bucket)
-        if graph is not None:
-            output = graph.replay(pixel_values, layout)
-            watch(self.model, output)
-            if self._weights_are_where_they_were():  # asked while the device works
-                return output
-            self._graphs.clear()
-        self._remember_weights()
-        try:
-            graph = self._graphs[bucket] = _Graph(self.model, bucket)
-        except Refused as refused:
-            logger.warning("packs of %s run without a graph: %s", bucket, refused)
-            self._refused.add(bucket)
-            return self(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
-        return graph.replay(pixel_values, layout)
-
-    def _remember_weights(self) -> None:
-        self._weights = [
-            (module._parameters, name, parameter, parameter.data_ptr(), parameter.detach())
-            for module in self.model.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
-
-    def _weights_are_where_they_were(self) -> bool:
-        """Whether every parameter is the tensor, and in the memory, that the graphs read (which is kept for them)."""
-        return all(
-            parameters.get(name) is parameter and parameter.data_ptr() == place
-            for parameters, name, parameter, place, _ in self._weights
-        )
-
-    def bucket(self, layout: Layout) -> Bucket | None:
-        """The smallest bucket that a pack fits; None for a pack beyond every budget, and for one too small for any."""
-        total = sum(layout.lengths)
-        budget = next((x for x in self.budgets if total <= x), None)
-        if budget is None or total < max(1, self.least):
-            return None
-        longest = min(max(64, _power_of_2(layout.max_seqlen)), _power_of_2(budget))
-        least = budget // 1024 * 8  # so that full packs of more or fewer images have a graph in common
-        segments, images = (max(least, _power_of_2(len(x))) for x in (layout.lengths, layout.grids))
-        return Bucket(budget, segments, images, longest)
+        return self.model.features_of(self.graphs, pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
 
 
-def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2PackedVisionModel | CUDAGraphs:
+def replayed(model: Any, patch_budget: int) -> Any:
     """The model for packs up to a budget: full ones in a CUDA graph where it can be had, the last one as it is.
 
     A large pack keeps the device busy for longer than its launches take; but hundreds of them compete with decoding
@@ -144,79 +217,3 @@ def replayed(model: Siglip2PackedVisionModel, patch_budget: int) -> Siglip2Packe
         return CUDAGraphs(model, [patch_budget], least=patch_budget // 2)
     except ValueError:  # no Triton, or it is not right here
         return model
-
-
-def attention_in_buckets(model: Siglip2PackedVisionModel, segments: Segments, rows: int) -> VarlenAttention:
-    dtype, config = model.embeddings.compute_dtype, model.config
-    return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config))
-
-
-class _Graph:
-    def __init__(self, model: Siglip2PackedVisionModel, bucket: Bucket):
-        self.model, self.bucket = model, bucket
-        device, dtype = model.embeddings.patch_embedding.weight.device, model.embeddings.compute_dtype
-        self.pixel_values = torch.zeros(bucket.patches, patch_dim(model.config), device=device, dtype=dtype)
-        sizes = bucket.segments + 1, bucket.images + 1, 3 * bucket.images, bucket.patches
-        self.host = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu").pin_memory()
-        self.copied = torch.cuda.Event()
-        self.layout: Layout | None = None
-        self.metadata = self.host.to(device)
-        self.host_parts = [part.numpy() for part in self.host.split(sizes)]
-        cu_seqlens, cu_images, images, image_of_row = self.metadata.split(sizes)
-        self.attention = attention_in_buckets(model, Segments.on_device(cu_seqlens, bucket.max_seqlen), bucket.patches)
-        self.images = Segments.on_device(cu_images, bucket.patches)
-        self.places = Places.on_device(images.view(-1, 3), image_of_row)
-
-        rows = min(bucket.max_seqlen, bucket.patches)
-        self._fill(Layout([(1, 1, rows)], [rows], rows))
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(2):
-                self._run()  # compiles kernels, checks backends, sets up cuBLAS
-            stream.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            # other threads may go on, pinning memory for the packs to come
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                self.outputs = self._run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-
-    def _run(self) -> Any:
-        images = self.images if hasattr(self.model, "head") else None
-        return self.model._features(self.pixel_values, self.places, self.attention, images)
-
-    def replay(self, pixel_values: Tensor, layout: Layout) -> ModelOutput:
-        total, images = len(pixel_values), len(layout.grids)
-        self.pixel_values[:total].copy_(pixel_values, non_blocking=True)
-        self._fill(layout)
-        self.graph.replay()
-        hidden_states = self.outputs.last_hidden_state[:total].clone()
-        if "pooler_output" not in self.outputs:
-            return TokenOutput(hidden_states)
-        return BaseModelOutputWithPooling(hidden_states, self.outputs.pooler_output[:images].clone())
-
-    def _fill(self, layout: Layout) -> None:
-        """Copies a pack's metadata into the graph's buffers, in one piece."""
-        if layout == self.layout:
-            return
-        self.layout = layout
-        self.copied.synchronize()  # the pinned buffer may still be on its way from the last call
-        cu_seqlens, cu_images, images, image_of_row = self.host_parts
-        lengths = np.array(layout.image_lengths)
-        ends = lengths.cumsum()
-        n, total = len(lengths), ends[-1]
-        cu_seqlens[1:] = total
-        cu_seqlens[1 : len(layout.lengths) + 1] = np.cumsum(layout.lengths)
-        cu_images[1:] = total
-        cu_images[1 : n + 1] = ends
-        images = images.reshape(-1, 3)
-        images[:n, 0] = ends - lengths
-        images[:n, 1:] = [(h, w) for _, h, w in layout.grids]
-        image_of_row[:total] = np.repeat(np.arange(n), lengths)
-        image_of_row[total:] = -1
-        self.metadata.copy_(self.host, non_blocking=True)
-        self.copied.record(torch.cuda.current_stream(self.metadata.device))
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -21,6 +21,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from siglip2_packed import weights
 from siglip2_packed.configuration import layer_index, patch_dim, read_config
 from siglip2_packed.files import find_file
+from siglip2_packed.graphs import Graphs
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.runtime.transfer import to_device
@@ -62,6 +63,8 @@ class SigLip2NaflexVisionTower(nn.Module):
             `mm_vision_select_feature` (only `"patch"`), and, as a tower that is trained is never delayed,
             `unfreeze_mm_vision_tower` and `mm_tunable_parts`.
         delay_load: read the configuration only; weights come with `load_model()` or a state dict that holds them.
+        cuda_graphs: have packs run in CUDA graphs, forward and backward, where that is possible; see
+            `graphs.CUDAGraphs`. Also read from `vision_tower_cfg`, as `mm_vision_cuda_graphs`.
 
     Built inside a VLM's `from_pretrained`, delayed or not, the tower has its weights from the VLM's checkpoint; only
     those that are not in there begin as `vision_tower`'s.
@@ -70,7 +73,13 @@ class SigLip2NaflexVisionTower(nn.Module):
         FileNotFoundError, ValueError: no usable checkpoint, a layer out of range, another `mm_vision_select_feature`.
     """
 
-    def __init__(self, vision_tower: str | os.PathLike, vision_tower_cfg: Any = None, delay_load: bool = False):
+    def __init__(
+        self,
+        vision_tower: str | os.PathLike,
+        vision_tower_cfg: Any = None,
+        delay_load: bool = False,
+        cuda_graphs: bool = False,
+    ):
         super().__init__()
         if isinstance(vision_tower_cfg, Mapping):
             vision_tower_cfg = SimpleNamespace(**vision_tower_cfg)
@@ -87,6 +96,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         self.image_processor = _read_processor(vision_tower, self.config)
         self.register_load_state_dict_pre_hook(_receive_weights)
         self._requires_grad: bool | None = None
+        self.cuda_graphs = cuda_graphs or bool(getattr(vision_tower_cfg, "mm_vision_cuda_graphs", False))
 
         tunable_parts = getattr(vision_tower_cfg, "mm_tunable_parts", None) or ""
         trained = getattr(vision_tower_cfg, "unfreeze_mm_vision_tower", False) or "mm_vision_tower" in tunable_parts
@@ -95,6 +105,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         if built_here.is_meta:
             config = Siglip2VisionConfig.from_dict({**self.config.to_dict(), "select_layer": self.select_layer})
             self.vision_tower: nn.Module = _AwaitingWeights(config, vision_tower)
+            self.vision_tower.graphs = Graphs() if self.cuda_graphs else None
         elif trained or not delay_load or hasattr(built_here, "ds_id"):  # the latter: DeepSpeed's zero.Init
             self.load_model()
 
@@ -107,7 +118,9 @@ class SigLip2NaflexVisionTower(nn.Module):
         if self.is_loaded:
             return
         ckpt, select_layer = self.vision_tower_name, self.select_layer
-        model = Siglip2PackedVisionModel.from_pretrained(ckpt, select_layer=select_layer, device_map=device_map)
+        model = Siglip2PackedVisionModel.from_pretrained(
+            ckpt, select_layer=select_layer, device_map=device_map, cuda_graphs=self.cuda_graphs
+        )
         if self._requires_grad is not None:
             model.requires_grad_(self._requires_grad)
         self.vision_tower = model.train(self.training)

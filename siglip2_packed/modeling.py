@@ -9,6 +9,7 @@ import copy
 import operator
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from siglip2_packed.checkpoints import CheckpointedModel, NoPoolingHead, strip_p
 from siglip2_packed.configuration import check_config, layer_index, patch_dim
 from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
-from siglip2_packed.encoder import Siglip2PackedEncoder
+from siglip2_packed.encoder import Siglip2PackedEncoder, join_projections
+from siglip2_packed.graphs import BUDGETS, Graphs
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import VarlenAttention, for_pack
 from siglip2_packed.ops.positions import Places
@@ -79,6 +81,8 @@ class Siglip2PackedVisionModel(CheckpointedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    graphs: Graphs | None = None
+    """Those that packs run in, if any."""
 
     def __init__(self, config: Siglip2VisionConfig):
         check_config(config)
@@ -155,20 +159,63 @@ class Siglip2PackedVisionModel(CheckpointedModel):
             output_hidden_states = bool(self.config.output_hidden_states)
         position_ids = None if position_ids is None else integers(position_ids, "position_ids")
         layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal, position_ids)
+        output = None
+        if self.graphs is not None and position_ids is None and not output_hidden_states:
+            output = self._replayed(self.graphs, pixel_values, layout)
+        if output is None:
+            output = self._launched(pixel_values, layout, position_ids, output_hidden_states)
+        watch(self, output)
+        watch_first_step(self, output)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def cuda_graphs_enable(self, budgets: Sequence[int] = BUDGETS) -> None:
+        """Packs run in CUDA graphs from now on, forward and backward, where that is possible: see `CUDAGraphs`.
+
+        Args:
+            budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
+        """
+        self.graphs = Graphs(budgets)
+        join_projections(self.encoder)
+
+    def cuda_graphs_disable(self) -> None:
+        self.graphs = None
+
+    @torch.compiler.disable
+    def features_of(self, graphs: Graphs, pixel_values: Tensor, grid_thw: Any, cu_seqlens, max_seqlen, temporal):
+        """As `forward`, by graphs that somebody else holds."""
+        layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
+        output = self._replayed(graphs, pixel_values, layout)
+        if output is None:
+            return self(pixel_values, grid_thw, cu_seqlens=cu_seqlens, temporal=temporal)
+        watch(self, output)
+        watch_first_step(self, output)
+        return output
+
+    @torch.compiler.disable
+    def _replayed(self, graphs: Graphs, pixel_values: Tensor, layout: Layout) -> ModelOutput | None:
+        """From a CUDA graph; None where there can be none."""
+        features = graphs.features(self, pixel_values, layout)
+        if features is None:
+            return None
+        hidden_states, pooled = features
+        return TokenOutput(hidden_states) if pooled is None else BaseModelOutputWithPooling(hidden_states, pooled)
+
+    @torch.compiler.disable(recursive=False)  # as the forward
+    def _launched(
+        self, pixel_values: Tensor, layout: Layout, position_ids: Tensor | None, output_hidden_states: bool
+    ) -> ModelOutput:
+        """Kernel by kernel."""
         device = pixel_values.device
         if device.type == "cpu":
             quantized.keep_layout(self)
-        output = self._features(
+        return self._features(
             pixel_values,
             Places(layout.grids, position_ids),
             self._attention(Segments(layout.lengths, device)),
             Segments(layout.image_lengths, device) if hasattr(self, "head") else None,
             output_hidden_states,
         )
-        watch(self, output)
-        watch_first_step(self, output)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any):
         """Recomputes every encoder layer in backward; non-reentrant (layers see to it): frozen inputs and DDP work."""

@@ -98,7 +98,7 @@ def _functions(shape: Shape) -> list[tuple[Function, tuple]]:
         (columns.COLUMN_SUMS, (3 * D,)),
         (columns.PRODUCT_OVER_ROWS, (F, D)),
         (pool.ATTENTION_POOL, (H, shape.K, True)),
-        (positions.ADD_POSITIONS, (G, D)),
+        (positions.ADD_POSITIONS, (G, D, True)),
         (float8.QUANTIZE_ROWS, (D, F)),
     ]
 
@@ -139,15 +139,17 @@ def plan(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: Sequen
         return names
 
     card = choice.card(device)
-    placed = choice.take(positions.ADD_POSITIONS, choice.rows(card, dtype), device, dtype, G, D)
-    pooled = [
-        choice.take(pool.ATTENTION_POOL, choice.pool(card, dtype, K), device, dtype, H, K, gradients)
-        for gradients in (False, True)
-    ]
+    placed, pooled = (
+        [choice.take(function, order, device, dtype, *sizes, gradients) for gradients in (False, True)]
+        for function, order, sizes in (
+            (positions.ADD_POSITIONS, choice.rows(card, dtype), (G, D)),
+            (pool.ATTENTION_POOL, choice.pool(card, dtype, K), (H, K)),
+        )
+    )
     inference, training = layer.for_inference(x, F), layer.for_training(x, F, gradients=True)
     return Plan(
-        {"positions": _module(placed), **attention(False), **_modules(inference), "pool": _module(pooled[0])},
-        {"positions": "eager", **attention(True), **_modules(training), "pool": _module(pooled[1])},
+        {"positions": _module(placed[0]), **attention(False), **_modules(inference), "pool": _module(pooled[0])},
+        {"positions": _module(placed[1]), **attention(True), **_modules(training), "pool": _module(pooled[1])},
     )
 
 

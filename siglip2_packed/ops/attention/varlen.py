@@ -134,13 +134,15 @@ def buckets_unmet(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
     return why_not(BUCKETS_BY, device, dtype, head_dim)
 
 
-def for_bucket(segments: Segments, rows: int, dtype: torch.dtype, heads: int, head_dim: int) -> VarlenAttention:
-    """Attention, without gradients, for segments that only the device knows, among so many rows.
+def for_bucket(
+    segments: Segments, rows: int, dtype: torch.dtype, heads: int, head_dim: int, gradients: bool
+) -> VarlenAttention:
+    """Attention for segments that only the device knows, among so many rows.
 
     Raises:
         Refused: it cannot run here, or was found wrong.
     """
-    reason = refusal(BUCKETS_BY, segments, rows, dtype, heads, head_dim, gradients=False)
+    reason = refusal(BUCKETS_BY, segments, rows, dtype, heads, head_dim, gradients)
     if reason is not None:
         raise Refused(f"attention in buckets cannot be had: {reason}")
     return VarlenAttention(segments, BUCKETS_BY)

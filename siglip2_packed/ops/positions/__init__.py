@@ -1,5 +1,5 @@
 """Positions: the table, resized to each image's grid, added to the patches. `eager` is the contract; `triton` computes
-them as it adds them.
+them as it adds them, and the table's gradient in one pass.
 """
 
 from __future__ import annotations
@@ -21,23 +21,30 @@ MODULES = {"eager": "siglip2_packed.ops.positions.eager", "triton": "siglip2_pac
 GRIDS = ((1, 13, 19), (1, 8, 32), (2, 2, 3), (1, 16, 16), (1, 7, 1), (1, 40, 2))
 
 
-def _cases(device: torch.device, dtype: torch.dtype, G: int, D: int) -> Iterator[tuple]:
+def _cases(device: torch.device, dtype: torch.dtype, G: int, D: int, gradients: bool) -> Iterator[tuple]:
     rows = sum(t * h * w for t, h, w in GRIDS)
-    yield random(device, dtype, rows, D), random(device, dtype, G * G, D, seed=1), Places(GRIDS)
+    grad = random(device, dtype, rows, D, seed=2) if gradients else None
+    yield random(device, dtype, rows, D), random(device, dtype, G * G, D, seed=1), Places(GRIDS), grad
 
 
-def _result(function: Callable, patches: Tensor, table: Tensor, places: Places) -> Results:
-    return {"patches": function(patches, table, places, patches.dtype)}
+def _added(function: Callable, patches: Tensor, table: Tensor, places: Places, grad: Tensor | None) -> Results:
+    if grad is None:
+        with torch.no_grad():
+            return {"out": function(patches, table, places, patches.dtype)}
+    inputs = [x.requires_grad_() for x in (patches, table)]
+    out = function(*inputs, places, patches.dtype)
+    return {"out": out.detach(), **dict(zip(("dpatches", "dtable"), torch.autograd.grad(out, inputs, grad)))}
 
 
-ADD_POSITIONS = Function("positions.add_positions", MODULES, _result, _cases)
+ADD_POSITIONS = Function("positions.add_positions", MODULES, _added, _cases)
 
 
 def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     """`[T, D]` patches plus their positions, of a table `[G·G, D]`; see `positions.eager`."""
     mixed = not patches.dtype == table.dtype == dtype
-    if torch.is_grad_enabled() or traced() or places.ids is not None or mixed:
+    if traced() or places.ids is not None or mixed:
         return ADD_POSITIONS.of("eager")(patches, table, places, dtype)  # type: ignore[no-any-return]
-    order = choice.rows(choice.card(patches.device), patches.dtype)
+    order, gradients = choice.rows(choice.card(patches.device), patches.dtype), torch.is_grad_enabled()
     G, D = int(table.shape[0] ** 0.5), table.shape[1]
-    return choice.take(ADD_POSITIONS, order, patches.device, patches.dtype, G, D)(patches, table, places, dtype)
+    add = choice.take(ADD_POSITIONS, order, patches.device, patches.dtype, G, D, gradients)
+    return add(patches, table, places, dtype)  # type: ignore[no-any-return]

@@ -33,7 +33,7 @@ class Places:
 
     @classmethod
     def on_device(cls, images: Tensor, image_of_row: Tensor) -> Places:
-        """Places that only the device knows, as `on` gives them; rows of no image have a negative number."""
+        """Places that only the device knows, as `on` gives them: images may be unused, all zeros, and rows of none."""
         self = cls.__new__(cls)
         self._grids, self.ids, self._known = None, None, (images, image_of_row)
         return self
@@ -44,19 +44,24 @@ class Places:
             raise Refused("only the device knows these grids, and the kernel that reads them there was refused")
         return self._grids
 
+    @property
+    def padded(self) -> bool:
+        """Whether there may be rows of no image."""
+        return self._known is not None
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First row, h and w of each image `[N, 3]`, and the image of each row `[T]`, int32, copied at once."""
+        """First row, t, h and w of each image `[N, 4]`, and the image of each row `[T]`, or -1; int32, copied at once."""
         if self._known is not None:
             return self._known
         n, both = len(self.grids), to_device(torch.from_numpy(_places(tuple(self.grids))), device)
-        return both[: 3 * n], both[3 * n :]
+        return both[: 4 * n].view(n, 4), both[4 * n :]
 
 
 @lru_cache(maxsize=8)
 def _places(grids: tuple[tuple[int, int, int], ...]) -> np.ndarray:
     t, h, w = np.array(grids, dtype=np.int64).reshape(-1, 3).T
     rows = t * h * w
-    images = np.stack([starts(rows), h, w], axis=1)
+    images = np.stack([starts(rows), t, h, w], axis=1)
     image_of_row = np.repeat(np.arange(len(grids)), rows)
     return np.concatenate([images.ravel(), image_of_row]).astype(np.int32)
 

@@ -1,0 +1,109 @@
+"""Is a model what it was when its graphs were captured? They read its weights where they lay, and call no module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from siglip2_packed import plain
+from siglip2_packed.attention import Siglip2PackedAttention
+from siglip2_packed.embeddings import Siglip2PackedEmbeddings, made_to_require_grad
+from siglip2_packed.encoder import GELU_TANH, Siglip2PackedEncoder, Siglip2PackedEncoderLayer, Siglip2PackedMLP
+from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
+
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+CALLS = {"forward", "_compiled_call_impl"}
+"""What a module has of its own only where calling it is not calling its class's forward."""
+KNOWN = {
+    Siglip2PackedEmbeddings, Siglip2PackedEncoder, Siglip2PackedEncoderLayer, Siglip2PackedAttention, Siglip2PackedMLP,
+    Siglip2PackedPoolingHead, PoolingAttention, GELU_TANH, nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList,
+    NonDynamicallyQuantizableLinear,
+}  # fmt: skip
+"""Modules that compute the same as long as their parts are the same."""
+
+
+class Snapshot:
+    """The parts of a model, and where its tensors lie: they are kept, and what else there comes to lie is seen."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self._parts = [(table, name, part) for m in modules for table in _tables(m) for name, part in table.items()]
+        tensors = [part for _, _, part in self._parts if part is not None and not isinstance(part, nn.Module)]
+        self._tensors = [(tensor, tensor.data_ptr(), tensor.detach()) for tensor in tensors]
+        self._hooks = [(table, len(table)) for m in modules for table in (vars(m)[name] for name in HOOKS)]
+        self._calls = [vars(m) for m in modules if m is not model]
+        self._parameters = list(model.parameters())
+        self._modules = modules[1:]
+        self._layers = [m for m in modules if isinstance(m, Siglip2PackedEncoderLayer)]
+        self._foreign = [m for m in modules[1:] if type(m) not in KNOWN]
+
+    def holds(self) -> bool:
+        """Whether every part is the one that it was, in the memory where it was, and nothing new hangs on it."""
+        return (
+            all(table.get(name) is part for table, name, part in self._parts)
+            and all(tensor.data_ptr() == place for tensor, place, _ in self._tensors)
+            and all(len(table) == count for table, count in self._hooks)
+            and all(map(CALLS.isdisjoint, self._calls))
+        )
+
+    def learns(self) -> bool:
+        return any(p.requires_grad for p in self._parameters)
+
+    def state(self) -> tuple:
+        """What changes how a model computes or learns, and no part of it: graphs are captured for each."""
+        return (
+            tuple([p.requires_grad for p in self._parameters]),
+            tuple([m.training for m in self._modules]),
+            tuple([layer.gradient_checkpointing for layer in self._layers]),
+            tuple([str([*_settings(m)]) for m in self._foreign]),
+        )
+
+
+def _tables(module: nn.Module) -> tuple[dict, ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a module that we do not know, an adapter say, which may tell what it computes."""
+    for name, value in vars(module).items():
+        if isinstance(value, (bool, int, float, str, list, tuple, dict)) and name not in INNER:
+            yield name, value
+
+
+INNER = {*HOOKS, "_modules", "_parameters", "_buffers", *vars(nn.Module())}
+
+
+def why_not(model: Any, learns: bool) -> str | None:
+    """Why graphs of this model, which learns or does not, would not do what calling it does; None if they would."""
+    for name, module in model.named_modules():
+        if name and not plain.unhooked(module) and not _harmless(module, model):
+            return f"hooks or a replaced forward on {name} have to run in each call"
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if type(tensor) not in plain.WHOLE:
+            return f"{name} is {type(tensor).__name__}, sharded or quantised"
+        if tensor._backward_hooks:
+            return f"a hook on the gradient of {name} has to run in each backward"
+    return _cannot_learn(model) if learns else None
+
+
+def _cannot_learn(model: Any) -> str | None:
+    """What is differentiated layer by layer."""
+    layers, ours = model.encoder.layers, (Siglip2PackedEncoder, Siglip2PackedEncoderLayer)
+    for part in (model.encoder, *layers):
+        if not isinstance(part, ours):
+            return f"{type(part).__name__} is in the place of an encoder or layer of ours"
+    again = any(layer.gradient_checkpointing and layer.training for layer in layers)
+    if again and any(isinstance(m, nn.Dropout) and m.p and m.training for m in model.modules()):
+        return "gradient checkpointing has to draw the same dropout twice"
+    return None
+
+
+def _harmless(module: nn.Module, model: Any) -> bool:
+    """The patch embedding with the one hook of `enable_input_require_grads`, which gradients do not need here."""
+    only = sum(len(vars(module)[table]) for table in HOOKS) == len(module._forward_hooks) == 1
+    own = CALLS.isdisjoint(vars(module)) and module is model.embeddings.patch_embedding
+    return only and own and made_to_require_grad(module)
