@@ -25,7 +25,7 @@ from siglip2_packed.buckets import Bucket, Metadata
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import VarlenAttention
-from siglip2_packed.ops.runtime.aside import Aside
+from siglip2_packed.ops.runtime.aside import Aside, Room
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched
@@ -46,6 +46,7 @@ class Ground:
         self.token = torch.empty(0, device=self.device)
         self._grad: Tensor | None = None
         self._step: Callable[[], Step | None] = lambda: None
+        self.loans: list[tuple[weakref.ref, int, list[nn.Parameter]]] = []
         self._lock = threading.RLock()
         self._left = torch.cuda.Event()
         self._left.record(torch.cuda.current_stream(self.device))
@@ -58,6 +59,22 @@ class Ground:
 
     def begin(self, step: Step) -> None:
         self._step = weakref.ref(step)
+
+    def reclaim(self) -> bool:
+        """Has the gradients of earlier steps that `.grad` still holds moved to memory of their own.
+
+        False: somebody holds them otherwise, so nothing may run here. (Memory that a tensor was given to another stream
+        for, by `record_stream`, is not told from free memory.)
+        """
+        for loan, address, parameters in self.loans:
+            if loan() is None:
+                continue
+            grads = [p.grad for p in parameters if p.grad is not None]
+            grads = [g for g in grads if g.untyped_storage().data_ptr() == address]
+            for grad in grads:
+                grad.data = grad.detach().clone()
+        self.loans = [loan for loan in self.loans if loan[0]() is not None]
+        return not self.loans
 
     def bytes(self) -> int:
         """Of the memory pool."""
@@ -215,26 +232,71 @@ def backward(runs: list[Run], grad: Tensor) -> tuple[Tensor | None, list[Tensor 
 
 
 class Part:
-    """Pieces whose backward is one graph."""
+    """Pieces whose backward is one graph, and where it leaves their gradients."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, parameters: list[nn.Parameter], gradients: list[Tensor]):
-        self._graph, self.parameters = graph, parameters
-        self._gradients = [alias(g) for g in gradients]
+    def __init__(self, ground: Ground, runs: list[Run], grad: Tensor):
+        """Empties `runs`; the pool keeps `dx` and gradients until they are settled."""
+        self._ground, self._graph = ground, torch.cuda.CUDAGraph()
+        learning = [p for run in runs for p in run.piece.parameters]
+        with ground.capture(self._graph):
+            room = Room.for_all([p for p in learning if p.dtype is grad.dtype], grad)
+            with ground.aside.gradients_in(room):
+                self.dx, gradients = backward(runs, grad)
+            """Of the first run's x, if it wants one."""
+            found = [(p, g) for p, g in zip(learning, gradients) if g is not None]
+            self._lots = _in_rooms(found, room)
+        self.parameters = [p for lot in self._lots for p in lot.parameters]
 
-    @classmethod
-    def captured(cls, ground: Ground, runs: list[Run], grad: Tensor) -> tuple[Part, Tensor | None]:
-        """And the gradient of the first run's x, if it wants one."""
-        parameters = [p for run in runs for p in run.piece.parameters]
-        graph = torch.cuda.CUDAGraph()
-        with ground.capture(graph):
-            dx, gradients = backward(runs, grad)
-            reached = [(p, g.contiguous()) for p, g in zip(parameters, gradients) if g is not None]
-        return cls(graph, [p for p, _ in reached], [g for _, g in reached]), dx
+    def settle(self) -> None:
+        self.dx = None
+        for lot in self._lots:
+            lot.flat = alias(lot.flat)
 
-    def gradients(self) -> Sequence[Tensor]:
-        """Those of `parameters`, in memory of their own."""
+    def gradients(self) -> list[Tensor]:
+        """Those of `parameters`: lent, see `Ground.reclaim`."""
         self._graph.replay()
-        return torch._foreach_mul(self._gradients, 1.0) if self._gradients else []
+        return [gradient for lot in self._lots for gradient in lot.lend(self._ground)]
+
+
+class Lot:
+    """Gradients side by side."""
+
+    def __init__(self, flat: Tensor, places: dict[int, nn.Parameter]):
+        self.flat, self.parameters = flat, [places[place] for place in sorted(places)]
+        self._pieces: list[Tensor] = []
+        self._are_gaps: list[bool] = []
+        end = 0
+        for place in sorted(places):
+            if place > end:
+                self._pieces.append(torch.empty(place - end, dtype=torch.uint8, device=flat.device))
+            self._are_gaps += [True] * (place > end) + [False]
+            self._pieces.append(places[place])
+            end = place + places[place].numel()
+
+    def lend(self, ground: Ground) -> list[Tensor]:
+        loan = Loan()
+        flat = alias(self.flat, holds=loan)
+        ground.loans.append((weakref.ref(loan), flat.data_ptr(), self.parameters))
+        pieces = torch._utils._unflatten_dense_tensors(flat, self._pieces)
+        return [piece for piece, is_gap in zip(pieces, self._are_gaps) if not is_gap]
+
+
+class Loan:
+    """Alive as long as anybody has gradients that were lent together."""
+
+
+def _in_rooms(found: list[tuple[nn.Parameter, Tensor]], room: Room) -> list[Lot]:
+    """Lots of all gradients: of those that are in the room, and of copies of the others."""
+    inside = {room.place(g): p for p, g in found if g.is_contiguous() and room.place(g) is not None}
+    lots = [Lot(room.flat, inside)] if inside else []
+    others = [(p, g) for p, g in found if not (g.is_contiguous() and room.place(g) is not None)]
+    for dtype in {g.dtype for _, g in others}:
+        alike = [(p, g) for p, g in others if g.dtype is dtype]
+        more = Room.for_all([g for _, g in alike], alike[0][1])
+        there = [more.take(*g.shape) for _, g in alike]
+        torch._foreach_copy_(there, [g for _, g in alike])
+        lots.append(Lot(more.flat, {more.place(x): p for x, (p, _) in zip(there, alike)}))
+    return lots
 
 
 class TrainingGraph:
@@ -266,17 +328,19 @@ class TrainingGraph:
         self.head: Part | None = None
         if pooled is not None and of_head:
             self._pooled_grad = torch.zeros(pooled.shape, dtype=pooled.dtype, device=ground.device)
-            self.head, dx = Part.captured(ground, of_head, self._pooled_grad)
-            self._from_head = None if dx is None else alias(dx)
+            self.head = Part(ground, of_head, self._pooled_grad)
+            self._from_head = None if self.head.dx is None else alias(self.head.dx)
         del features, pooled  # and activations, where they are no longer needed: the pool has them for what follows
         parts, grad = _cut(runs), self._grad
         del runs
         self.parts: list[Part] = []
         """The first of them first."""
         while parts:
-            part, dx = Part.captured(ground, parts.pop(), grad)
-            grad = grad if dx is None else dx
+            part = Part(ground, parts.pop(), grad)
+            grad = grad if part.dx is None else part.dx
             self.parts.insert(0, part)
+        for part in (*self.parts, *([] if self.head is None else [self.head])):
+            part.settle()
 
     def _run(self, pieces: list[Piece], heads: list[Piece]) -> tuple[list[Run], Tensor, list[Run], Tensor | None]:
         """Runs and result of the encoder, and of the head on top of it."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
-from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside
+from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_over_rows
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 
@@ -256,7 +256,7 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
     weights = biases = None, None, None
     with beside(dqkv, normed):
         if needs.q_weight or needs.k_weight or needs.v_weight:
-            weights = (dqkv.t() @ normed).chunk(3)
+            weights = product_over_rows(dqkv, normed).chunk(3)
         if needs.q_bias or needs.k_bias or needs.v_bias:
             biases = by.column_sums(dqkv).chunk(3)
     (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = weights, biases
@@ -279,7 +279,7 @@ def _project_mlp_backward(
     active = spare
     dwide, dfc1_bias = by.linear_gelu_backward(dout, second.fc2_weight, wide, active)
     with beside(dout, active):
-        dfc2_weight = dout.t() @ active if needs.fc2_weight else None
+        dfc2_weight = product_over_rows(dout, active) if needs.fc2_weight else None
     update = torch.empty_like(x) if is_beside() else _within(spare, x.shape)  # active is gone
     torch.addmm(second.out_bias, attended, second.out_weight.t(), out=update)
     dh = dwide @ second.fc1_weight  # after the norm, then before
@@ -289,7 +289,7 @@ def _project_mlp_backward(
     with beside(dwide, normed, dh, attended):
         dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None
         del normed, dwide
-        dout_weight = dh.t() @ attended if needs.out_weight else None
+        dout_weight = product_over_rows(dh, attended) if needs.out_weight else None
     gradients = ProjectMLP(
         out_weight=dout_weight,
         out_bias=dout_bias,

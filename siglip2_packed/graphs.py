@@ -104,6 +104,9 @@ class Graphs:
             if graph.ground.busy:
                 self._say("a forward whose backward is still to come has the graphs' memory")
                 return None
+            if not graph.ground.reclaim():
+                self._say("gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory")
+                return None
             self._graphs.move_to_end(key)
             features = graph(pixel_values, layout)
             if self._snapshot.holds():  # asked while the device works

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from siglip2_packed.ops.runtime import aside
+
 
 def column_sums(x: Tensor) -> Tensor:
     """`[T, C]` -> `[C]` in x's dtype, summed in float32 at least."""
@@ -15,4 +17,4 @@ def column_sums(x: Tensor) -> Tensor:
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b `[C, D]`, contiguous, of a `[T, C]` and b `[T, D]`."""
-    return a.t() @ b
+    return aside.product_over_rows(a, b)

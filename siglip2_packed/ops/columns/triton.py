@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from siglip2_packed.ops.runtime import aside
 from siglip2_packed.ops.runtime.fold import fold
 from siglip2_packed.ops.runtime.launch import ceil_div, device_of, launch, multiprocessors, next_power_of_2
 
@@ -27,14 +28,14 @@ def column_sums(x: Tensor) -> Tensor:
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
     """See `columns.eager`; as (bᵀ a)ᵀ, which cuBLAS does a quarter faster for C > D."""
-    return transposed(b.t() @ a)
+    return transposed(b.t() @ a, aside.gradient(a.dtype, a.shape[1], b.shape[1]))
 
 
-def transposed(x: Tensor) -> Tensor:
+def transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
     """A contiguous copy `[C, T]` of `[T, C]`; compiled for each shape, so for weights, not for rows."""
     T, C = x.shape
     x = x.contiguous()
-    out = torch.empty((C, T), dtype=x.dtype, device=x.device)
+    out = torch.empty((C, T), dtype=x.dtype, device=x.device) if out is None else out
     if x.numel():
         with device_of(x):
             grid = ceil_div(C, 64), ceil_div(T, 64), 1

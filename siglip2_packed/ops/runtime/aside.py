@@ -1,14 +1,15 @@
-"""Work on a second stream: for what backward makes and nothing in backward waits for, the gradients of weights.
+"""What backward makes and nothing in backward waits for, the gradients of weights: on a second stream, at a given place.
 
-Few rows leave most of a card idle; where launches cost nothing (a CUDA graph is captured), such products run beside the
-gradients of activations. Elsewhere everything runs in turn, on one stream.
+That is for backwards which a CUDA graph is captured of: forking costs nothing there, and gradients keep their places.
+Elsewhere everything runs in turn, on one stream, and gradients lie anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Aside:
 
     def __init__(self, stream: torch.cuda.Stream):
         self.stream = stream
+        self.room: Room | None = None
         self._read: list[Tensor] = []
         self._layers: list[tuple[torch.cuda.Event, list[Tensor]]] = []
 
@@ -46,11 +48,47 @@ class Aside:
             self._layers.clear()
 
     @contextlib.contextmanager
+    def gradients_in(self, room: Room) -> Iterator[None]:
+        """Within it, layers leave their gradients there, as long as there is room."""
+        self.room = room
+        yield
+        self.room = None
+        self.join()
+
+    @contextlib.contextmanager
     def beside(self, *read: Tensor) -> Iterator[None]:
         self._read += read
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
+
+
+class Room:
+    """Memory for gradients, one after another, in pieces of `PIECE` numbers, of 16 bytes at least."""
+
+    def __init__(self, flat: Tensor):
+        self.flat, self._taken = flat, 0
+
+    @classmethod
+    def for_all(cls, tensors: Sequence[Tensor], like: Tensor) -> Room:
+        """In the dtype of `like`, on its device."""
+        return cls(like.new_empty(sum(-(-x.numel() // PIECE) * PIECE for x in tensors)))
+
+    def take(self, *shape: int) -> Tensor | None:
+        """None: there is none left."""
+        first, size = self._taken, math.prod(shape)
+        if first + size > len(self.flat):
+            return None
+        self._taken += -(-size // PIECE) * PIECE
+        return self.flat[first : first + size].view(shape)
+
+    def place(self, x: Tensor) -> int | None:
+        """Where in `flat` x begins; None if it lies elsewhere."""
+        first = (x.data_ptr() - self.flat.data_ptr()) // x.element_size()
+        return first if 0 <= first < len(self.flat) and x.dtype is self.flat.dtype else None
+
+
+PIECE = 8
 
 
 class _Current(threading.local):
@@ -70,3 +108,15 @@ def beside(*read: Tensor) -> contextlib.AbstractContextManager:
 def is_beside() -> bool:
     """Whether what is read there must not be overwritten here."""
     return _current.aside is not None
+
+
+def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b `[C, D]` of a `[T, C]` and b `[T, D]`, where a captured backward wants its gradient of a weight."""
+    out = gradient(a.dtype, a.shape[1], b.shape[1])
+    return a.t() @ b if out is None else torch.mm(a.t(), b, out=out)
+
+
+def gradient(dtype: torch.dtype, *shape: int) -> Tensor | None:
+    """The place of a gradient; None: anywhere."""
+    room = None if _current.aside is None else _current.aside.room
+    return room.take(*shape) if room is not None and room.flat.dtype is dtype else None
