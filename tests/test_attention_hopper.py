@@ -1,8 +1,8 @@
 """The Hopper attention kernels: on such a card what they compute, elsewhere what the host does for them."""
 
 import importlib.util
+import inspect
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,34 +104,31 @@ def test_thread_blocks_draw_item_after_item_where_they_are_checked(forced, direc
 
 @pytest.fixture
 def launched(items, monkeypatch):
-    """What was launched, `(name, grid, arguments)`, by the names of the kernels' parameters; nothing runs."""
+    """What was launched, `(name, grid, arguments, boxes of tiles)`, by the names of parameters; nothing runs."""
     launches = []
 
-    def stand_in(kernel):
-        def warmup(*arguments, grid, num_warps, maxnreg):
-            assert (grid, num_warps) == ((1,), 4) and maxnreg % 8 == 0
-            return SimpleNamespace(name=kernel.fn.__name__, parameters=kernel.arg_names, checked=arguments)
+    class Launcher:
+        def __init__(self, kernel, arguments, tiles, *, num_warps, maxnreg):
+            assert num_warps == 4 and maxnreg % 8 == 0
+            self.kernel, self.tiles, self.checked = kernel.fn, tiles, arguments
 
-        return SimpleNamespace(warmup=warmup)
+        def __call__(self, grid, arguments):
+            assert len(self.checked) == len(arguments)
+            named = dict(zip(inspect.signature(self.kernel).parameters, arguments, strict=True))
+            boxes = {name: tile.box for name, tile in zip(named, self.tiles)}
+            launches.append((self.kernel.__name__, grid, named, boxes))
 
-    def run(compiled, grid, arguments):
-        named = dict(zip(compiled.parameters, arguments, strict=True))
-        assert len(compiled.checked) == len(arguments)
-        launches.append((compiled.name, grid, named))
-
-    for module, names in ((hopper_forward, ["forward_kernel"]), (hopper_backward, ["backward_q", "backward_kv"])):
-        for name in names:
-            monkeypatch.setattr(module, name, stand_in(getattr(module, name)))
-        monkeypatch.setattr(module, "_compiled", {})
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "_launchers", {})
         monkeypatch.setattr(module, "work_counter", items.work_counter)
-        monkeypatch.setattr(module, "run_compiled", run)
+        monkeypatch.setattr(module, "Launcher", Launcher)
     return launches
 
 
 @pytest.mark.parametrize("K", [64, 72])
 @pytest.mark.parametrize("WGS", [2, 3])
 def test_kernels_get_all_their_arguments(launched, K, WGS):
-    """Descriptors of the tensors where they lie, no copies; a counter a launch, shared by the two of a backward."""
+    """Tiles of the tensors where they lie, no copies; a counter a launch, shared by the two of a backward."""
     qkv, dqkv = torch.zeros(2, 500, 3, 5, K, dtype=torch.float16, device=DEVICE)
     grad, out = torch.zeros(2, 500, 5, K, dtype=torch.float16, device=DEVICE)
     lse, cu = torch.zeros(5, 500, device=DEVICE), offsets([300, 0, 200])
@@ -139,21 +136,18 @@ def test_kernels_get_all_their_arguments(launched, K, WGS):
     for _ in range(2):
         hopper_forward.forward(WGS, q, k, v, out, lse, cu, 300, 0.1)
         hopper_backward.backward(WGS, grad, q, k, v, out, lse, dq, dk, dv, cu, 300, 0.1)
-    assert [name for name, _, _ in launched] == ["forward_kernel", "backward_q", "backward_kv"] * 2
-    slots = [named["slot"] for _, _, named in launched]
+    assert [name for name, *_ in launched] == ["forward_kernel", "backward_q", "backward_kv"] * 2
+    slots = [named["slot"] for _, _, named, _ in launched]
     assert slots == [0, 1, 1, 2, 3, 3]
     tensors = {"q": q, "k": k, "v": v, "out": out, "grad": grad}
-    for (name, grid, named), items in zip(launched, [500 // (64 * WGS), 500 // (64 * WGS), 500 // 64] * 2):
+    for (name, grid, named, boxes), items in zip(launched, [500 // (64 * WGS), 500 // (64 * WGS), 500 // 64] * 2):
         described = [x for x in tensors if x in named and (name, x) != ("forward_kernel", "out")]
         assert described[:3] == ["q", "k", "v"]
         for x in described:
-            tail = named[f"{x}_tail" if f"{x}_tail" in named else f"{x}_t"]
-            assert (tail is None) == (K == 64)
-            for descriptor, lanes in ((named[x], 64), (tail, 16)):
-                if descriptor is not None:
-                    assert descriptor.base is tensors[x] or descriptor.base.data_ptr() == tensors[x].data_ptr()
-                    assert descriptor.shape == [500, 5, K] and descriptor.strides == list(tensors[x].stride())
-                    assert descriptor.block_shape == [64, 1, lanes]
+            tail = f"{x}_tail" if f"{x}_tail" in named else f"{x}_t"
+            assert named[x].data_ptr() == tensors[x].data_ptr() and named[x].stride() == tensors[x].stride()
+            assert named[tail] is (None if K == 64 else named[x])
+            assert (boxes[x], boxes[tail]) == ([64, 1, 64], [64, 1, 16])
         assert (named["T"], named["S"], named["H"], named["K"]) == (500, 3, 5, K)
         assert named["blocks"] == -(-300 // (64 if name == "backward_kv" else 64 * WGS))
         assert named["scale_log2"] == pytest.approx(0.1 / 0.6931471805599453)
@@ -163,7 +157,7 @@ def test_kernels_get_all_their_arguments(launched, K, WGS):
             assert named["scale"] == 0.1 and (named["sdt"], named["sdh"]) == (3 * 5 * K, K)
             delta = named["delta"]
             assert (delta.shape, delta.dtype, delta.is_contiguous()) == (lse.shape, torch.float32, True)
-    (_, _, of_q), (_, _, of_kv) = launched[1:3]
+    (_, _, of_q, _), (_, _, of_kv, _) = launched[1:3]
     assert of_q["delta"] is of_kv["delta"] and of_q["dq"] is dq and of_kv["dk"] is dk and of_kv["dv"] is dv
     assert launched[0][2]["out"] is out
 
@@ -196,11 +190,13 @@ def on_hopper(monkeypatch):
     launches = []
     for name, module in MODULES.items():
 
-        def run(compiled, grid, arguments, name=name, run=module.run_compiled):
-            launches.append(name)
-            run(compiled, grid, arguments)
+        class Launcher(module.Launcher):
+            def __call__(self, grid, arguments, name=name):
+                launches.append(name)
+                super().__call__(grid, arguments)
 
-        monkeypatch.setattr(module, "run_compiled", run)
+        monkeypatch.setattr(module, "_launchers", {})
+        monkeypatch.setattr(module, "Launcher", Launcher)
     with choice.forced(card=choice.card(DEVICE)._replace(multiprocessors=0)):
         yield launches
 

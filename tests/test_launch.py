@@ -19,7 +19,7 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "run_compiled", lambda kernel, grid, args: ran.append(kernel))
+    monkeypatch.setattr(launching, "run_compiled", lambda kernel, *args: ran.append(kernel))
     kernels = Kernel(), Kernel()
 
     def run(kernel, tensors, constants, **options):
@@ -77,3 +77,16 @@ def test_readable_rows_are_taken_as_they_lie():
     ):
         copy = readable(rows)
         assert copy is not rows and copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, rows)
+
+
+def test_tensors_that_are_not_on_one_cuda_device_are_refused(launched):
+    """Kernels get places in memory, which tell nothing of the device."""
+    x = torch.zeros(9)
+    with pytest.raises(ValueError, match="one device, got .'cpu', 'meta'."):
+        launched(0, (x, x.to("meta")), (8,))
+
+
+def test_launches_are_for_cuda_devices():
+    x = torch.zeros(9)
+    with pytest.raises(ValueError, match="CUDA devices"):
+        launching.run_compiled(None, (1, 1, 1), x.get_device(), (x.data_ptr(),))

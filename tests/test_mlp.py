@@ -4,7 +4,6 @@ card of compute capability 9.0.
 
 import importlib
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,9 +202,8 @@ def test_the_check_has_tile_after_tile_for_each_warpgroup(what, forced, monkeypa
     forced()
     grids = []
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(hopper, "run_compiled", lambda kernel, grid, arguments: grids.append(grid))
-    monkeypatch.setattr(hopper, "_compiled", {})
-    monkeypatch.setattr(hopper, "mlp_kernel", SimpleNamespace(warmup=lambda *args, **kwargs: "kernel"))
+    monkeypatch.setattr(hopper, "Launcher", lambda *_, **__: lambda grid, arguments: grids.append(grid))
+    monkeypatch.setattr(hopper, "_launchers", {})
     plan, device = hopper.PLANS[what], torch.device("cpu")
     for D, F in ((choice.PRODUCT_COLUMNS, choice.PRODUCT_COLUMNS), (1152, 4304)):
         verdict = FUNCTIONS[what].verdict("hopper", device, torch.float16, (D, F))

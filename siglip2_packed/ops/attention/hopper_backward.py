@@ -19,8 +19,6 @@ rows behind them in shared memory, because 0 * NaN is NaN. Rows beyond the segme
 own, and are not stored.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -31,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.attention.hopper_items import (
     ACC,
@@ -40,17 +37,18 @@ from siglip2_packed.ops.attention.hopper_items import (
     ROWS_TAIL,
     TILE,
     TILE_TAIL,
+    TILES,
     cut,
-    descriptors,
     read,
     tell,
     walk,
+    with_tails,
     work_counter,
     write,
 )
 from siglip2_packed.ops.runtime.base2 import LOG2_E
-from siglip2_packed.ops.runtime.hopper import UncheckedDescriptor, barrier, copy, in_reach
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, multiprocessors, run_compiled
+from siglip2_packed.ops.runtime.hopper import Launcher, barrier, copy, in_reach
+from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
 # WGS: tiles in flight (K = 64: four more), registers of consumers and of the launch; a thread block a multiprocessor
 RESOURCES_Q = {2: (12, 240, 168), 3: (10, 160, 128)}
@@ -624,25 +622,19 @@ def backward(
     # the second kernel begins after the first's end, so they share a work counter
     numbers_q = ceil_div(max_seqlen, 64 * WGS), slot, *layout, WGS, slots + 4 * more, registers
     numbers_kv = ceil_div(max_seqlen, 64), slot, *layout, stages + more
-
-    def arguments(kind) -> tuple[tuple, tuple]:
-        qkv, o, g = (descriptors(kind, *x) for x in ((q, k, v), (out,), (grad,)))
-        return (*qkv, *o, *g, dq, *common, *numbers_q), (*qkv, *g, dk, dv, *common, *numbers_kv)
-
-    items_q, items_kv = (H * (T // rows + S) for rows in (64 * WGS, 64))  # at most
+    of_q = *with_tails(q, k, v, out, grad), dq, *common, *numbers_q
+    of_kv = *with_tails(q, k, v, grad), dk, dv, *common, *numbers_kv
     key = q.device, q.dtype, *layout, WGS
-    with device_of(q):
-        if key not in _compiled:
-            of_q, of_kv = arguments(TensorDescriptor)
-            _compiled[key] = (
-                backward_q.warmup(*of_q, grid=(1,), num_warps=4, maxnreg=of_launch),
-                backward_kv.warmup(*of_kv, grid=(1,), num_warps=4, maxnreg=of_launch_kv),
-            )
-        kernel_q, kernel_kv = _compiled[key]
-        of_q, of_kv = arguments(UncheckedDescriptor)
-        blocks = multiprocessors(q.device)
-        run_compiled(kernel_q, (max(1, min(items_q, blocks)), 1, 1), of_q)
-        run_compiled(kernel_kv, (max(1, min(items_kv, resident * blocks)), 1, 1), of_kv)
+    launchers = _launchers.get(key)
+    if launchers is None:
+        launchers = _launchers[key] = (
+            Launcher(backward_q, of_q, TILES * 5, num_warps=4, maxnreg=of_launch),
+            Launcher(backward_kv, of_kv, TILES * 4, num_warps=4, maxnreg=of_launch_kv),
+        )
+    items_q, items_kv = H * (T // (64 * WGS) + S), H * (T // 64 + S)  # at most
+    blocks = multiprocessors(q.device)
+    launchers[0]((max(1, min(items_q, blocks)), 1, 1), of_q)
+    launchers[1]((max(1, min(items_kv, resident * blocks)), 1, 1), of_kv)
 
 
-_compiled: dict[tuple, Any] = {}
+_launchers: dict[tuple, tuple[Launcher, Launcher]] = {}

@@ -14,8 +14,6 @@ enters a product. In segments shorter than a tile V's rows behind the end are ze
 Results do not depend on the order of the items: they are deterministic.
 """
 
-from typing import Any
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -25,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.attention.hopper_items import (
     ACC,
@@ -34,17 +31,18 @@ from siglip2_packed.ops.attention.hopper_items import (
     ROWS_TAIL,
     TILE,
     TILE_TAIL,
+    TILES,
     cut,
-    descriptors,
     read,
     tell,
     walk,
+    with_tails,
     work_counter,
     write,
 )
 from siglip2_packed.ops.runtime.base2 import LOG2_E
-from siglip2_packed.ops.runtime.hopper import UncheckedDescriptor, barrier, copy, in_reach
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, multiprocessors, run_compiled
+from siglip2_packed.ops.runtime.hopper import Launcher, barrier, copy, in_reach
+from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
 # WGS: key tiles in flight (K = 64: one more), registers of consumers and of the launch, thread blocks a multiprocessor
 RESOURCES = {2: (3, 104, 80, 2), 3: (7, 160, 128, 1)}
@@ -296,18 +294,14 @@ def forward(
     S, blocks, (counters, slot) = len(cu_seqlens) - 1, ceil_div(max_seqlen, 64 * WGS), work_counter(q.device)
     ring, registers, of_launch, resident = RESOURCES[WGS]
     numbers = scale * LOG2_E, T, S, blocks, slot, H, K, WGS, ring + (K == 64), registers
-
-    def arguments(kind) -> tuple:
-        return *descriptors(kind, q, k, v), out, lse, cu_seqlens, counters, *numbers
-
-    items = H * (T // (64 * WGS) + S)  # at most
+    arguments = *with_tails(q, k, v), out, lse, cu_seqlens, counters, *numbers
     key = q.device, q.dtype, H, K, WGS
-    with device_of(q):
-        if key not in _compiled:
-            checked = arguments(TensorDescriptor)
-            _compiled[key] = forward_kernel.warmup(*checked, grid=(1,), num_warps=4, maxnreg=of_launch)
-        grid = max(1, min(items, resident * multiprocessors(q.device))), 1, 1
-        run_compiled(_compiled[key], grid, arguments(UncheckedDescriptor))
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = Launcher(forward_kernel, arguments, TILES * 3, num_warps=4, maxnreg=of_launch)
+        _launchers[key] = launcher
+    items = H * (T // (64 * WGS) + S)  # at most
+    launcher((max(1, min(items, resident * multiprocessors(q.device))), 1, 1), arguments)
 
 
-_compiled: dict[tuple, Any] = {}
+_launchers: dict[tuple, Launcher] = {}

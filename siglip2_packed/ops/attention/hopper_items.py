@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from siglip2_packed.ops.runtime.hopper import barrier
+from siglip2_packed.ops.runtime.hopper import Tiles, barrier
 from siglip2_packed.ops.runtime.tracing import capturing
 
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # as TMA writes it: [64 rows, 1 head, lanes]
@@ -118,11 +117,13 @@ def _counters(device: torch.device) -> Tensor:
     return zeros
 
 
-def descriptors(kind: type[TensorDescriptor], *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """Of each `[T, H, K]`, those of its tiles and of their tails, or None at K = 64."""
-    found: list[TensorDescriptor | None] = []
+TILES = Tiles([64, 1, 64], TILE.value), Tiles([64, 1, 16], TILE_TAIL.value)
+"""Of a tensor `[T, H, K]`, and their tails."""
+
+
+def with_tails(*tensors: Tensor) -> list[Tensor | None]:
+    """Each `[T, H, K]` twice, for its tiles and for their tails, or None at K = 64."""
+    found: list[Tensor | None] = []
     for x in tensors:
-        shape, strides = list(x.shape), list(x.stride())
-        found.append(kind(x, shape, strides, [64, 1, 64], TILE.value))
-        found.append(kind(x, shape, strides, [64, 1, 16], TILE_TAIL.value) if shape[-1] > 64 else None)
+        found += x, x if x.shape[2] > 64 else None
     return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from siglip2_packed.ops.attention import triton_kernels as kernels
 from siglip2_packed.ops.runtime.base2 import LOG2_E
 from siglip2_packed.ops.runtime.choice import Tile
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, launch, outer_strides, readable
+from siglip2_packed.ops.runtime.launch import ceil_div, launch, outer_strides, readable
 
 
 def forward(
@@ -35,15 +35,14 @@ def forward(
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
     q, k, v = map(readable, (q, k, v))
     blocks = max(1, ceil_div(max_seqlen, tile.M))
-    with device_of(q):
-        launch(
-            kernels.forward_kernel,
-            ((S + 1) * H * blocks, 1, 1),
-            (q, k, v, out, lse, cu_seqlens),
-            (scale * LOG2_E, T, S, blocks),
-            (H, *outer_strides(q, k, v, out), *lanes(K), tile.M, tile.N, tile.single, _precision(q.dtype)),
-            **_options(tile),
-        )
+    launch(
+        kernels.forward_kernel,
+        ((S + 1) * H * blocks, 1, 1),
+        (q, k, v, out, lse, cu_seqlens),
+        (scale * LOG2_E, T, S, blocks),
+        (H, *outer_strides(q, k, v, out), *lanes(K), tile.M, tile.N, tile.single, _precision(q.dtype)),
+        **_options(tile),
+    )
 
 
 def backward_short(
@@ -64,15 +63,14 @@ def backward_short(
     """Fills dq, dk and dv, which share strides, for segments of at most M rows: one tile each."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
     grad, q, k, v = map(readable, (grad, q, k, v))
-    with device_of(q):
-        launch(
-            kernels.backward_short_kernel,
-            ((S + 1) * H, 1, 1),
-            (q, k, v, grad, dq, dk, dv, lse, cu_seqlens),
-            (scale, scale * LOG2_E, T, S),
-            (H, *outer_strides(q, k, v, grad, dq), *lanes(K), tile.M, _precision(q.dtype)),
-            **_options(tile),
-        )
+    launch(
+        kernels.backward_short_kernel,
+        ((S + 1) * H, 1, 1),
+        (q, k, v, grad, dq, dk, dv, lse, cu_seqlens),
+        (scale, scale * LOG2_E, T, S),
+        (H, *outer_strides(q, k, v, grad, dq), *lanes(K), tile.M, _precision(q.dtype)),
+        **_options(tile),
+    )
 
 
 def backward(
@@ -95,25 +93,24 @@ def backward(
     grad, q, k, v, out = map(readable, (grad, q, k, v, out))
     delta, scales = torch.empty_like(lse), (scale, scale * LOG2_E)
     of_q, of_kv = tiles
-    with device_of(q):
-        blocks = max(1, ceil_div(max_seqlen, of_q.M))
-        launch(
-            kernels.backward_q_kernel,
-            ((S + 1) * H * blocks, 1, 1),
-            (q, k, v, out, grad, dq, lse, delta, cu_seqlens),
-            (*scales, T, S, blocks),
-            (H, *outer_strides(q, k, v, out, grad, dq), *lanes(K), of_q.M, of_q.N, _precision(q.dtype)),
-            **_options(of_q),
-        )
-        blocks = max(1, ceil_div(max_seqlen, of_kv.N))
-        launch(
-            kernels.backward_kv_kernel,
-            ((S + 1) * H * blocks, 1, 1),
-            (q, k, v, grad, dk, dv, lse, delta, cu_seqlens),
-            (*scales, T, S, blocks),
-            (H, *outer_strides(q, k, v, grad, dk), *lanes(K), of_kv.M, of_kv.N, _precision(q.dtype)),
-            **_options(of_kv),
-        )
+    blocks = max(1, ceil_div(max_seqlen, of_q.M))
+    launch(
+        kernels.backward_q_kernel,
+        ((S + 1) * H * blocks, 1, 1),
+        (q, k, v, out, grad, dq, lse, delta, cu_seqlens),
+        (*scales, T, S, blocks),
+        (H, *outer_strides(q, k, v, out, grad, dq), *lanes(K), of_q.M, of_q.N, _precision(q.dtype)),
+        **_options(of_q),
+    )
+    blocks = max(1, ceil_div(max_seqlen, of_kv.N))
+    launch(
+        kernels.backward_kv_kernel,
+        ((S + 1) * H * blocks, 1, 1),
+        (q, k, v, grad, dk, dv, lse, delta, cu_seqlens),
+        (*scales, T, S, blocks),
+        (H, *outer_strides(q, k, v, grad, dk), *lanes(K), of_kv.M, of_kv.N, _precision(q.dtype)),
+        **_options(of_kv),
+    )
 
 
 @functools.cache

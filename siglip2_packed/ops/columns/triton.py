@@ -10,7 +10,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.runtime import aside
 from siglip2_packed.ops.runtime.fold import fold
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, launch, multiprocessors, next_power_of_2
+from siglip2_packed.ops.runtime.launch import ceil_div, launch, multiprocessors, next_power_of_2
 
 
 def column_sums(x: Tensor) -> Tensor:
@@ -21,8 +21,7 @@ def column_sums(x: Tensor) -> Tensor:
     blocks = ceil_div(C, columns)
     groups = max(1, min(ceil_div(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, C), dtype=torch.float32, device=x.device)
-    with device_of(x):
-        launch(partial_sums_kernel, (blocks, groups, 1), (x, sums), (T,), (C, columns, 4), num_warps=4)
+    launch(partial_sums_kernel, (blocks, groups, 1), (x, sums), (T,), (C, columns, 4), num_warps=4)
     return fold(sums, x.dtype)
 
 
@@ -37,9 +36,8 @@ def transposed(x: Tensor, out: Tensor | None = None) -> Tensor:
     x = x.contiguous()
     out = torch.empty((C, T), dtype=x.dtype, device=x.device) if out is None else out
     if x.numel():
-        with device_of(x):
-            grid = ceil_div(C, 64), ceil_div(T, 64), 1
-            launch(transpose_kernel, grid, (x, out), (), (T, C, 64), num_warps=4)
+        grid = ceil_div(C, 64), ceil_div(T, 64), 1
+        launch(transpose_kernel, grid, (x, out), (), (T, C, 64), num_warps=4)
     return out
 
 

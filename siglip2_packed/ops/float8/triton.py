@@ -11,7 +11,7 @@ from torch import Tensor
 from siglip2_packed.ops.float8 import format
 from siglip2_packed.ops.runtime import gelu, rows
 from siglip2_packed.ops.runtime import launch as launching
-from siglip2_packed.ops.runtime.launch import device_of, launch
+from siglip2_packed.ops.runtime.launch import launch
 
 LARGEST = tl.constexpr(format.LARGEST)
 SLOPE_LOG2, CUBIC_LOG2 = tl.constexpr(gelu.SLOPE_LOG2), tl.constexpr(gelu.CUBIC_LOG2)
@@ -35,15 +35,14 @@ def quantize_rows(
     weight, bias, eps = norm or (x, x, 0.0)
     width, warps = rows.cut(C, at_once=8, most=36)
     if T:
-        with device_of(x):
-            launch(
-                quantize_kernel,
-                (T, 1, 1),
-                (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
-                (float(eps),),
-                (C, width, update is not None, norm is not None, gelu),
-                num_warps=warps,
-            )
+        launch(
+            quantize_kernel,
+            (T, 1, 1),
+            (x, product, row_scale, column_scale, shift, total, weight, bias, out, scale),
+            (float(eps),),
+            (C, width, update is not None, norm is not None, gelu),
+            num_warps=warps,
+        )
     return out, scale, total
 
 

@@ -17,7 +17,7 @@ memory. Each tile is read before it is written, so `active` may overwrite `wide`
 for each tile of rows: every result is deterministic.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from siglip2_packed.ops.runtime import gelu, hopper
 from siglip2_packed.ops.runtime.fold import fold
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, multiprocessors, run_compiled
+from siglip2_packed.ops.runtime.hopper import Launcher, Tiles
+from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
 EPILOGUES = {"gelu": 0, "keep": 1, "backward": 2}
 KEEP, BACKWARD = gl.constexpr(1), gl.constexpr(2)
@@ -384,24 +384,17 @@ def _launch(
     (T, D), F, plan = x.shape, active.shape[1], PLANS[epilogue]
     if weight.shape != ((D, F) if epilogue == "backward" else (F, D)):  # the copy engine would read zeros beyond
         raise ValueError(f"a weight {list(weight.shape)} does not take rows [{T}, {D}] to [{T}, {F}]")
-
-    def arguments(kind) -> tuple:
-        def tiles(y: Tensor | None, *box: int):
-            return None if y is None else kind(y, list(y.shape), list(y.stride()), list(box), TILE.value)
-
-        of_weight = tiles(weight, 64, plan.columns) if epilogue == "backward" else tiles(weight, plan.columns, 64)
-        outer = [tiles(y, plan.rows, 64) for y in (wide, active, dwide)]
-        return tiles(x, plan.rows, 64), of_weight, bias, *outer, sums, T, D, F, EPILOGUES[epilogue], *plan
-
+    arguments = x, weight, bias, wide, active, dwide, sums, T, D, F, EPILOGUES[epilogue], *plan
     key = x.device, x.dtype, D, F, epilogue
-    with device_of(x):
-        if key not in _compiled:
-            _compiled[key] = mlp_kernel.warmup(
-                *arguments(TensorDescriptor), grid=(1,), num_warps=4, maxnreg=MAX_REGISTERS
-            )
-        tiles_in_all = ceil_div(T, plan.rows) * ceil_div(F, plan.columns)
-        grid = min(tiles_in_all, blocks or multiprocessors(x.device)), 1, 1
-        run_compiled(_compiled[key], grid, arguments(hopper.UncheckedDescriptor))
+    launcher = _launchers.get(key)
+    if launcher is None:
+        rows = Tiles([plan.rows, 64], TILE.value)
+        of_weight = Tiles([64, plan.columns] if epilogue == "backward" else [plan.columns, 64], TILE.value)
+        tiles = rows, of_weight, None, rows, rows, rows
+        launcher = Launcher(mlp_kernel, arguments, tiles, num_warps=4, maxnreg=MAX_REGISTERS)
+        _launchers[key] = launcher
+    tiles_in_all = ceil_div(T, plan.rows) * ceil_div(F, plan.columns)
+    launcher((min(tiles_in_all, blocks or multiprocessors(x.device)), 1, 1), arguments)
 
 
-_compiled: dict[tuple, Any] = {}
+_launchers: dict[tuple, Launcher] = {}

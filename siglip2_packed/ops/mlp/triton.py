@@ -10,7 +10,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.runtime import gelu
 from siglip2_packed.ops.runtime.fold import fold
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, launch, multiprocessors
+from siglip2_packed.ops.runtime.launch import ceil_div, launch, multiprocessors
 
 SLOPE, CUBIC = tl.constexpr(gelu.SLOPE), tl.constexpr(gelu.CUBIC)
 
@@ -32,8 +32,7 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
     blocks = ceil_div(F, columns)
     groups = max(1, min(ceil_div(T, 16), 4 * multiprocessors(x.device) // blocks))
     sums = torch.empty((groups, F), dtype=torch.float32, device=x.device)
-    with device_of(x):
-        launch(backward_kernel, (blocks, groups, 1), (grad, x, out, sums), (T,), (F, columns, 4), num_warps=4)
+    launch(backward_kernel, (blocks, groups, 1), (grad, x, out, sums), (T,), (F, columns, 4), num_warps=4)
     return fold(sums, x.dtype)
 
 

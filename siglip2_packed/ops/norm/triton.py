@@ -12,7 +12,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.runtime import rows
 from siglip2_packed.ops.runtime.fold import fold
-from siglip2_packed.ops.runtime.launch import device_of, launch, multiprocessors
+from siglip2_packed.ops.runtime.launch import launch, multiprocessors
 
 
 def layer_norm(
@@ -60,15 +60,14 @@ def layer_norm_backward_(
     width, warps = _cut_for_training(D)
     stages = 3 if D * x.element_size() <= 6144 else 1  # rows under way take twelve times that of shared memory
     sums = torch.empty((programs, 2 if update is None else 4, D), dtype=torch.float32, device=x.device)
-    with device_of(x):
-        launch(
-            backward_kernel,
-            (programs, 1, 1),
-            (grad, residual, x, x if update is None else update, weight, bias, out, sums),
-            (T, float(eps)),
-            (D, width, update is not None, stages),
-            num_warps=warps,
-        )
+    launch(
+        backward_kernel,
+        (programs, 1, 1),
+        (grad, residual, x, x if update is None else update, weight, bias, out, sums),
+        (T, float(eps)),
+        (D, width, update is not None, stages),
+        num_warps=warps,
+    )
     return out, fold(sums.flatten(1), x.dtype).view(-1, D)
 
 
@@ -85,15 +84,14 @@ def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=
     tensors = [x if y is None else y.contiguous() for y in (x, update, add, carry, weight, bias, out, total)]
     inference = add is not None and update is None
     width, warps = rows.cut(D, at_once=8, most=36) if inference else _cut_for_training(D)
-    with device_of(x):
-        launch(
-            forward_kernel,
-            (T, 1, 1),
-            tuple(tensors),
-            (float(eps),),
-            (D, width, update is not None, add is not None, carry is not None),
-            num_warps=warps,
-        )
+    launch(
+        forward_kernel,
+        (T, 1, 1),
+        tuple(tensors),
+        (float(eps),),
+        (D, width, update is not None, add is not None, carry is not None),
+        num_warps=warps,
+    )
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from siglip2_packed.ops.positions.places import Places
-from siglip2_packed.ops.runtime.launch import ceil_div, device_of, launch, next_power_of_2
+from siglip2_packed.ops.runtime.launch import ceil_div, launch, next_power_of_2
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched, traced
 
@@ -51,15 +51,14 @@ def _add(patches: Tensor, table: Tensor, images: Tensor, image_of_row: Tensor) -
     patches, table = patches.contiguous(), table.contiguous()
     out = torch.empty_like(patches)
     if T:
-        with device_of(patches):
-            launch(
-                add_positions_kernel,
-                (T, 1, 1),
-                (patches, out, table, images, image_of_row),
-                (),
-                (int(table.shape[0] ** 0.5), D, next_power_of_2(D)),
-                num_warps=2 if D > 512 else 1,
-            )
+        launch(
+            add_positions_kernel,
+            (T, 1, 1),
+            (patches, out, table, images, image_of_row),
+            (),
+            (int(table.shape[0] ** 0.5), D, next_power_of_2(D)),
+            num_warps=2 if D > 512 else 1,
+        )
     return out
 
 
@@ -68,15 +67,14 @@ def table_gradient(grad: Tensor, images: Tensor, entries: int) -> Tensor:
     D, grad = grad.shape[1], grad.contiguous()
     out = torch.empty((entries, D), dtype=grad.dtype, device=grad.device)
     columns = min(128, next_power_of_2(D))
-    with device_of(grad):
-        launch(
-            table_gradient_kernel,
-            (entries, ceil_div(D, columns), 1),
-            (grad, out, images),
-            (len(images),),
-            (int(entries**0.5), D, columns, 4, 4),
-            num_warps=2,
-        )
+    launch(
+        table_gradient_kernel,
+        (entries, ceil_div(D, columns), 1),
+        (grad, out, images),
+        (len(images),),
+        (int(entries**0.5), D, columns, 4, 4),
+        num_warps=2,
+    )
     return out
 
 

@@ -1,13 +1,26 @@
-"""What kernels for Hopper (compute capability 9.0) share: Gluon's copy engine (TMA), under the names it has here.
+"""What kernels for Hopper (compute capability 9.0) share: Gluon's copy engine (TMA), under the names it has here, and
+launches that give kernels descriptors of tiles.
 
 Gluon came with Triton 3.6 and is not a settled language: importing this fails where it is another.
 """
 
+from __future__ import annotations
+
+import copy as copying
+import inspect
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
 import torch
 from torch import Tensor
+from triton.backends.nvidia import driver
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from siglip2_packed.ops.runtime.launch import device_of, run_compiled
 
 # renamed after Triton 3.6
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -18,11 +31,111 @@ store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_share
 def in_reach(x: Tensor) -> Tensor:
     """x itself if the copy engine can bring its rows, which begin at multiples of 16 bytes; else a contiguous copy."""
     *outer, inner = x.stride()
-    if inner == 1 and x.data_ptr() % 16 == 0 and 0 not in outer and sum([stride % 8 for stride in outer]) == 0:
+    if inner == 1 and x.data_ptr() % 16 == 0 and 0 not in outer and math.gcd(8, *outer) == 8:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-class UncheckedDescriptor(TensorDescriptor):
+class Tiles(NamedTuple):
+    """What the copy engine brings of a tensor at once, and how it lies in shared memory."""
+
+    box: list[int]
+    layout: Any
+
+
+class Launcher:
+    """A kernel compiled for arguments of one kind: `launcher(grid, arguments)`.
+
+    It is given tensors, all on one device; of those that the kernel takes tiles of it gets descriptors.
+
+    Args:
+        arguments: some that it may be launched with.
+        tiles: for each argument, from the first on, its tiles, or None.
+    """
+
+    def __init__(self, kernel: Any, arguments: Sequence, tiles: Sequence[Tiles | None], **options: int):
+        described = list(arguments)
+        self._kinds: list[Any] = [_PLACE if isinstance(x, Tensor) else None for x in arguments]
+        for i, (x, tile) in enumerate(zip(arguments, tiles)):
+            if x is not None and tile is not None:
+                described[i], self._kinds[i] = _described(TensorDescriptor, x, tile), tile
+        with device_of(arguments[0]):
+            compiled = kernel.warmup(*described, grid=(1,), **options)
+            past_encoding = _past_encoding(compiled)
+        self._compiled = past_encoding or compiled
+        if past_encoding:
+            metadata = iter(compiled.metadata.tensordesc_meta)
+            self._kinds = [Descriptors.of(next(metadata), x) if type(x) is Tiles else x for x in self._kinds]
+
+    def __call__(self, grid: tuple, arguments: Sequence) -> None:
+        device, given = arguments[0].get_device(), []
+        for x, kind in zip(arguments, self._kinds):
+            if x is None or kind is None:
+                given.append(x)
+            elif x.get_device() != device:
+                raise ValueError(f"a kernel's tensors must be on one device, got {arguments[0].device} and {x.device}")
+            elif kind is _PLACE:
+                given.append(x.data_ptr())
+            elif type(kind) is Descriptors:
+                given += kind[x.data_ptr(), x.shape, x.stride()]
+            else:
+                given.append(_described(_Unchecked, x, kind))
+        run_compiled(self._compiled, grid, device, given)
+
+
+class Descriptors(dict):
+    """What a launch takes for tiles of one kind, by `(place in memory, shape, strides)` of the tensor.
+
+    A descriptor holds nothing but these, dtype and box: one that is kept is right for whatever lies there.
+    """
+
+    kinds: ClassVar[dict[str, Descriptors]] = {}
+    MOST = 1 << 13
+
+    @classmethod
+    def of(cls, metadata: dict, tiles: Tiles) -> Descriptors:
+        """Those that are encoded alike are shared by all kernels."""
+        return cls.kinds.setdefault(repr(metadata), cls(metadata, tiles))
+
+    def __init__(self, metadata: dict, tiles: Tiles):
+        self.metadata, self.tiles = metadata, tiles
+
+    def __missing__(self, key: tuple) -> Sequence:
+        place, shape, strides = key
+        if len(self) >= self.MOST:
+            self.clear()
+        base: Any = SimpleNamespace(data_ptr=lambda: place)
+        descriptor = _Unchecked(base, list(shape), list(strides), *self.tiles)
+        self[key] = encoded = driver.make_tensordesc_arg(descriptor, self.metadata, *_LAUNCH)
+        return encoded
+
+
+class _Unchecked(TensorDescriptor):
     def __post_init__(self):
         """No checks of the arguments: they cost more than the rest of a launch."""
+
+
+_PLACE = object()
+
+_KNOWN = hasattr(driver, "make_tensordesc_arg")
+_LAUNCH = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2) if _KNOWN else []
+"""What Triton's encoding takes besides, from 3.7 on: the launch, which it does not look at."""
+
+
+def _described(kind: type[TensorDescriptor], x: Tensor, tiles: Tiles) -> TensorDescriptor:
+    return kind(x, list(x.shape), list(x.stride()), *tiles)
+
+
+def _past_encoding(compiled: Any) -> Any:
+    """The compiled kernel without Triton's step that encodes all descriptors anew; None if Triton has no such step.
+
+    That step wraps the launcher of `compiled.run`; Triton has not made it part of its interface (3.6 to 3.9 have it).
+    """
+    try:
+        run = copying.copy(compiled.run)
+        run.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]
+    except (AttributeError, KeyError, TypeError):
+        return None
+    if not _KNOWN or not compiled.metadata.tensordesc_meta:
+        return None
+    return SimpleNamespace(run=run, function=compiled.function, packed_metadata=compiled.packed_metadata)

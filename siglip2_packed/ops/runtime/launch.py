@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Sequence
+from operator import attrgetter, or_
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ def ceil_div(a: int, b: int) -> int:
 def readable(x: Tensor) -> Tensor:
     """x itself if its rows lie in pieces of 16 bytes from where it begins, else a contiguous copy."""
     *outer, inner = x.stride()
-    if inner == 1 and sum([stride % 8 for stride in outer]) == 0:
+    if inner == 1 and math.gcd(8, *outer) == 8:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -33,39 +36,53 @@ def outer_strides(*tensors: Tensor) -> list[int]:
 
 
 def device_of(x: Tensor):
-    """A context in which kernels launch on x's device; as good as free if it is the current one."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(x.device)
+    """A context in which kernels launch on x's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, constants: tuple, **options: int) -> None:
-    """`kernel[grid](*tensors, *numbers, *constants, **options)`, but looks only once for the compiled kernel that fits.
+    """`kernel[grid](*tensors, *numbers, *constants, **options)` on the tensors' device, looked for once.
 
-    The search costs the host more than all else in a launch. It is left out where what the search goes by is the same:
-    device, dtypes, alignment to 16 bytes, constants (constexprs, and integers that kernels are specialized on) and
-    options. Integers among `numbers` must be marked `do_not_specialize`.
+    The search for the compiled kernel that fits costs the host more than all else in a launch. It is left out where
+    what the search goes by is the same: devices, dtypes, alignment to 16 bytes, constants (constexprs, and integers
+    that kernels are specialized on) and options. Integers among `numbers` must be marked `do_not_specialize`.
+
+    Raises:
+        ValueError: the tensors are not all on one CUDA device.
     """
-    arguments = *tensors, *numbers, *constants
     if INTERPRETED:
-        kernel[grid](*arguments, **options)
+        kernel[grid](*tensors, *numbers, *constants, **options)
         return
-    key = id(kernel), tensors[0].get_device(), constants, *options.items(), *[x.dtype for x in tensors]
-    compiled = None if sum([x.data_ptr() % 16 for x in tensors]) else _compiled.get(key)
+    places = [*map(Tensor.data_ptr, tensors)]
+    aligned = functools.reduce(or_, places) % 16 == 0
+    key = id(kernel), constants, *options.items(), *map(Tensor.get_device, tensors), *map(_dtype, tensors)
+    compiled = _compiled.get(key) if aligned else None
     if compiled is None:
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        if not any(x.data_ptr() % 16 for x in tensors):
+        if len({x.device for x in tensors}) > 1:
+            raise ValueError(f"a kernel's tensors must be on one device, got {[str(x.device) for x in tensors]}")
+        with device_of(tensors[0]):
+            compiled = kernel.warmup(*tensors, *numbers, *constants, grid=grid, **options)
+        if aligned:
             _compiled[key] = compiled
-    run_compiled(compiled, grid, arguments)
+    run_compiled(compiled, grid, tensors[0].get_device(), (*places, *numbers, *constants))
 
 
-def run_compiled(compiled, grid: tuple, arguments: tuple) -> None:
-    """`compiled[grid](*arguments)` on the current device and stream, without what Triton does for launch hooks."""
-    driver = triton.runtime.driver.active
-    stream = driver.get_current_stream(driver.get_current_device())
+def run_compiled(compiled, grid: tuple, device: int, arguments: Sequence) -> None:
+    """`compiled[grid](*arguments)` on the device's current stream, without what Triton does for launch hooks.
+
+    Tensors among the arguments may be given by their places in memory, which Triton then does not look up.
+    """
+    if device < 0:
+        raise ValueError("kernels of our own run on CUDA devices, the tensors are not on one")
+    if device != torch._C._cuda_getDevice():
+        with torch.cuda.device(device):
+            run_compiled(compiled, grid, device, arguments)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
+_dtype = attrgetter("dtype")
 _compiled: dict[tuple, Any] = {}
 
 
