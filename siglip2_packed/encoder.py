@@ -6,6 +6,7 @@ Shapes: T rows, D hidden size, L layers.
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siglip2_packed import fused, plain
 from siglip2_packed.attention import Siglip2PackedAttention
-from siglip2_packed.fused import LayerWeights, NormQKV, ProjectMLP
+from siglip2_packed.fused import LayerWeights
 from siglip2_packed.ops.attention import VarlenAttention
 
 GELU_TANH = type(ACT2FN["gelu_pytorch_tanh"])
+KINDS = nn.LayerNorm, *[nn.Linear] * 4, nn.LayerNorm, *[nn.Linear] * 2
+"""Of the modules whose weights a layer computes with, in the order in which it does."""
 
 
 class Siglip2PackedMLP(nn.Module):
@@ -65,18 +68,17 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
         mlp: Any = modules["mlp"]
         if type(attention) is not Siglip2PackedAttention or type(mlp) is not Siglip2PackedMLP:
             return None
-        activation: Any = mlp._modules["activation_fn"]
-        if type(activation) is not GELU_TANH or not all(map(plain.unhooked, (attention, mlp, activation))):
+        activation, fc1, fc2 = _of_mlp(mlp._modules)
+        if type(activation) is not GELU_TANH or not plain.unhooked(attention, mlp, activation):
             return None
         norm1: Any = modules["layer_norm1"]
         norm2: Any = modules["layer_norm2"]
-        q, k, v, out = (attention._modules[name] for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-        first = plain.weights((norm1, nn.LayerNorm), (q, nn.Linear), (k, nn.Linear), (v, nn.Linear), dtype=dtype)
-        fc1, fc2 = mlp._modules["fc1"], mlp._modules["fc2"]
-        second = plain.weights((out, nn.Linear), (norm2, nn.LayerNorm), (fc1, nn.Linear), (fc2, nn.Linear), dtype=dtype)
-        if first is None or second is None:
+        q, k, v, out = _of_attention(attention._modules)
+        weights = plain.weights(*zip((norm1, q, k, v, out, norm2, fc1, fc2), KINDS), dtype=dtype)
+        if weights is None:
             return None
-        return LayerWeights(NormQKV(*first), ProjectMLP(*second), (norm1.eps, norm2.eps), attention.head_dim)
+        first, second = fused.parts(weights)
+        return LayerWeights(first, second, (norm1.eps, norm2.eps), attention.head_dim)
 
 
 class Siglip2PackedEncoder(nn.Module):
@@ -102,15 +104,21 @@ class Siglip2PackedEncoder(nn.Module):
         """What all layers compute with, where no gradients are wanted and calling the layers would do no more."""
         if plain.watched(hidden_states) or plain.learns(self.layers) or _wants_gradient(hidden_states):
             return None
+        if not plain.unhooked(*self.layers):
+            return None
         found: list[LayerWeights] = []
         for layer in self.layers:
-            if type(layer) is not Siglip2PackedEncoderLayer or not plain.unhooked(layer):
+            if type(layer) is not Siglip2PackedEncoderLayer:
                 return None
             weights = layer.plain_weights(hidden_states)
-            if weights is None or (found and len(weights.second.fc1_bias) != len(found[0].second.fc1_bias)):
+            if weights is None or (found and weights.second.fc1_bias.shape != found[0].second.fc1_bias.shape):
                 return None  # of another width, as pruned layers are
             found.append(weights)
         return found
+
+
+_of_attention = itemgetter("q_proj", "k_proj", "v_proj", "out_proj")
+_of_mlp = itemgetter("activation_fn", "fc1", "fc2")
 
 
 def _wants_gradient(x: Tensor) -> bool:

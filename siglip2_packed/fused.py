@@ -93,17 +93,51 @@ def infer(
     """
     x = hidden_states.clone()
     layer_norm, linear_gelu = for_inference(x, len(layers[0].second.fc1_bias) if layers else 0)
-    waiting = late = None  # the sum `[D]` of the biases before the last one, and the last
-    for first, second, (eps1, eps2), head_dim in layers:
-        normed, waiting = layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late)
-        qkv = F.linear(normed, *_joined(first)).unflatten(1, (3, -1, head_dim))
-        _add_product(x, attention.qkvpacked(qkv).flatten(1), second.out_weight)
-        normed, waiting = layer_norm(x, second.norm_weight, second.norm_bias, eps2, waiting, second.out_bias)
-        _add_product(x, linear_gelu(normed, second.fc1_weight, second.fc1_bias), second.fc2_weight)
-        late = second.fc2_bias
+    waiting, late = _infer_layers(layers, x, attention, layer_norm, linear_gelu)
     if norm is not None:
         return layer_norm(x, *norm, waiting, late)[0]
     return x if late is None else x.add_(waiting + late)
+
+
+def _infer_layers(layers, x, attention, layer_norm, linear_gelu):
+    """x after all layers, but for the sum `[D]` of the biases before the last one, and the last."""
+    waiting = late = shape = None
+    for first, second, (eps1, eps2), head_dim in layers:
+        weight, bias = _joined(first)
+        if shape != (weight.shape[0], second.fc1_bias.shape[0], head_dim):
+            shape = weight.shape[0], second.fc1_bias.shape[0], head_dim
+            space = _Workspace.of(x, *shape)
+            attend = attention.over(space.heads, space.attended)
+        normed, waiting = layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late, space.norm1)
+        torch.addmm(bias, normed, weight.t(), out=space.qkv)
+        _add_product(x, attend().flatten(1), second.out_weight)
+        normed, waiting = layer_norm(
+            x, second.norm_weight, second.norm_bias, eps2, waiting, second.out_bias, space.norm2
+        )
+        _add_product(x, linear_gelu(normed, second.fc1_weight, second.fc1_bias, space.wide), second.fc2_weight)
+        late = second.fc2_bias
+    return waiting, late
+
+
+class _Workspace(NamedTuple):
+    """Memory for what lies between a layer's products, made once for all layers; results share it by turns."""
+
+    norm1: tuple[Tensor, Tensor]  # [T, D], and [D] in float32 for the biases that wait
+    qkv: Tensor  # [T, 3 H K]
+    heads: Tensor  # [T, 3, H, K], the same
+    attended: Tensor  # [T, H, K]
+    norm2: tuple[Tensor, Tensor]
+    wide: Tensor  # [T, F]
+
+    @classmethod
+    def of(cls, x: Tensor, width: int, F: int, head_dim: int) -> _Workspace:
+        """For x `[T, D]`; width: that of q, k and v together."""
+        (T, D), H = x.shape, width // 3 // head_dim
+        narrow, wide = x.new_empty(T * max(D, H * head_dim)), x.new_empty(T * max(width, F))
+        sums = torch.empty((2, D), dtype=torch.float32, device=x.device)
+        normed, qkv = _within(narrow, (T, D)), _within(wide, (T, width))
+        heads, attended = qkv.view(T, 3, H, head_dim), _within(narrow, (T, H, head_dim))
+        return cls((normed, sums[0]), qkv, heads, attended, (normed, sums[1]), _within(wide, (T, F)))
 
 
 def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
@@ -136,7 +170,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, attention, by, eps, head_dim, *weights):
-        first, second = _parts(weights)
+        first, second = parts(weights)
         qkv = _norm_qkv(by, x, first, eps[0]).view(len(x), 3, -1, head_dim)
         out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
         result, wide = _project_mlp(by, x, out.view(x.shape), second, eps[1])
@@ -155,7 +189,7 @@ class _Layer(torch.autograd.Function):
     def _backward(ctx, dout):
         x, qkv, out, lse, wide, *weights = ctx.saved_tensors
         _, _, _, _, _, *needed = ctx.needs_input_grad
-        (first, second), (needs_first, needs_second) = _parts(weights), _parts(needed)
+        (first, second), (needs_first, needs_second) = parts(weights), parts(needed)
         by, spare, (eps1, eps2) = for_gradient(ctx.by, dout), _spare(wide), ctx.eps
         attended = out.view(x.shape)
         dh, dattended, dsecond = _project_mlp_backward(by, needs_second, dout, x, attended, wide, spare, second, eps2)
@@ -213,7 +247,7 @@ class _ProjectMLP(torch.autograd.Function):
         return dx, dattended, None, None, *dsecond
 
 
-def _parts(values: Sequence) -> tuple[NormQKV, ProjectMLP]:
+def parts(values: Sequence) -> tuple[NormQKV, ProjectMLP]:
     """What belongs to the first and to the second part, of values that were given one after another."""
     end = len(NormQKV._fields)
     return NormQKV(*values[:end]), ProjectMLP(*values[end:])

@@ -6,6 +6,7 @@ follows the calls themselves.
 
 from __future__ import annotations
 
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from siglip2_packed.ops.runtime.tracing import traced
 
-WHOLE = (nn.Parameter, Tensor)
+WHOLE = frozenset((nn.Parameter, Tensor))
 """Types of weights that are neither sharded nor quantised."""
 
 
@@ -28,31 +29,34 @@ def watched(x: Tensor) -> bool:
     )
 
 
-def unhooked(module: nn.Module) -> bool:
-    """Whether calling a module is calling its class's forward."""
-    state = module.__dict__
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or module._compiled_call_impl is not None
-    )
+def unhooked(*modules: nn.Module) -> bool:
+    """Whether calling each module is calling its class's forward."""
+    for module in modules:
+        state = module.__dict__
+        if any(_hooks(state)) or "forward" in state or module._compiled_call_impl is not None:
+            return False
+    return True
 
 
-def weights(*modules: tuple[Any, Any], dtype: torch.dtype) -> list[Tensor] | None:
+_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def weights(*pairs: tuple[Any, Any], dtype: torch.dtype) -> list[Tensor] | None:
     """weight and bias of each unhooked (module, its kind) in turn; None unless all are whole tensors of the dtype."""
-    found: list[Tensor] = []
-    for module, kind in modules:
+    found: list[Any] = []
+    for module, kind in pairs:
         # FSDP1 lays views over the parameters; in a checkpoint's recomputation it takes the parameters away as well
-        if type(module) is not kind or not unhooked(module) or "weight" in module.__dict__:
+        if type(module) is not kind or "weight" in module.__dict__:
             return None
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        if type(weight) not in WHOLE or type(bias) not in WHOLE or weight.dtype is not dtype or bias.dtype is not dtype:
-            return None
-        found += weight, bias
-    return found
+        parameters = module._parameters
+        found += parameters.get("weight"), parameters.get("bias")
+    if not WHOLE.issuperset(map(type, found)) or {*map(_dtype, found)} != {dtype}:
+        return None
+    modules, _ = zip(*pairs)
+    return found if unhooked(*modules) else None
+
+
+_dtype = attrgetter("dtype")
 
 
 def learns(*modules: nn.Module) -> bool:

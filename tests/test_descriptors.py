@@ -120,7 +120,7 @@ def test_descriptors_that_are_kept_do_not_grow_without_end(triton, launch, monke
 
 def test_without_triton_s_step_descriptors_are_triton_s_to_encode(triton, launch, monkeypatch):
     """Where it is another than those of 3.6 to 3.9."""
-    monkeypatch.setattr(hopper, "_past_encoding", lambda compiled: None)
+    monkeypatch.setattr(hopper, "_past_encoding", lambda run: None)
     x = rows(13)
     launch(x, x, x)
     launch(x, x, x)

@@ -1,5 +1,7 @@
 """How kernels are launched: which compiled one, and from which memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,11 +17,11 @@ def launched(monkeypatch):
     class Kernel:
         def warmup(self, *args, grid, **options):
             compiled.append(args)
-            return len(compiled)
+            return SimpleNamespace(run=len(compiled), function=None, packed_metadata=None)
 
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "run_compiled", lambda kernel, *args: ran.append(kernel))
+    monkeypatch.setattr(launching, "run_compiled", lambda kernel, *args: ran.append(kernel.run))
     kernels = Kernel(), Kernel()
 
     def run(kernel, tensors, constants, **options):

@@ -129,5 +129,6 @@ def _options(tile: Tile) -> dict[str, int]:
     return options if tile.registers is None else options | {"maxnreg": tile.registers}
 
 
+@functools.cache
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -5,6 +5,9 @@ Shapes: T rows, S segments, H heads, K head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -62,6 +65,24 @@ class VarlenAttention:
         if self.written_out and qkv.shape[0] and not (traced() or torch.is_grad_enabled()):
             return self.forward(qkv)[0]
         return self(*qkv.unbind(1))
+
+    def over(self, qkv: Tensor, place: Tensor) -> Callable[[], Tensor]:
+        """`qkvpacked` without gradients, called again and again as `[T, 3, H, K]` is filled anew.
+
+        The result may be put into `place` `[T, H, K]`, contiguous.
+        """
+        q, k, v = qkv.unbind(1)
+        kernels = None if traced() or not self.written_out else self._for(q, packed=True, gradients=False)
+        if kernels is None:
+            return partial(self, q, k, v)
+        (T, H, K), segments = q.shape, self.segments
+        lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
+
+        def run() -> Tensor:
+            kernels.forward(q, k, v, place, lse, segments.cu_seqlens, segments.max_seqlen, K**-0.5)
+            return place
+
+        return run
 
     def forward(self, qkv: Tensor, gradients: bool = False) -> tuple[Tensor, Tensor]:
         """`[T, 3, H, K]` -> `[T, H, K]` and the base-2 log-sum-exp `[H, T]`, which `backward` takes."""

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x weightᵀ + bias), x `[T, D]`, weight `[F, D]` -> `[T, F]`."""
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, place: Tensor | None = None) -> Tensor:
+    """gelu(x weightᵀ + bias), x `[T, D]`, weight `[F, D]` -> `[T, F]`, contiguous, which may be put into `place`."""
     if x.is_cuda and x.dtype != torch.float64:  # in the product's epilogue, by cuBLASLt
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=place)
     return gelu(F.linear(x, weight, bias))
 
 

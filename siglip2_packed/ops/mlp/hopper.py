@@ -344,9 +344,9 @@ def mlp_kernel(
     )
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, blocks: int = 0) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, place: Tensor | None = None, blocks: int = 0) -> Tensor:
     """See `mlp.eager`. Runs on one thread block a multiprocessor, where no other number of `blocks` is asked for."""
-    active = x.new_empty(len(x), len(weight))
+    active = x.new_empty(len(x), len(weight)) if place is None else place
     _launch("gelu", x, weight, bias, None, active, None, None, blocks)
     return active
 

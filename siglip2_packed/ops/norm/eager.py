@@ -13,13 +13,20 @@ from torch import Tensor
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, waiting: Tensor | None = None, late: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    waiting: Tensor | None = None,
+    late: Tensor | None = None,
+    place: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """LayerNorm of x + (waiting + late), statistics in float32 at least.
 
     Args:
         x: `[T, D]`.
         waiting, late: `[D]`, or None; `waiting` in float32 at least, not without `late`.
+        place: `[T, D]` like x and `[D]` in float32, contiguous, where the results may be put.
 
     Returns:
         `[T, D]` in x's dtype; waiting + late `[D]` in float32 at least, None if both are.

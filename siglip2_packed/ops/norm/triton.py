@@ -16,16 +16,22 @@ from siglip2_packed.ops.runtime.launch import launch, multiprocessors
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, waiting: Tensor | None = None, late: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    waiting: Tensor | None = None,
+    late: Tensor | None = None,
+    place: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `norm.eager`; with `late` x + (waiting + late) is not rounded before it is normalised."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if place is None else place[0]
     if late is None:
         _launch(x, weight, bias, eps, out)
         return out, None
     if x.shape[0] == 0:
         return out, late.to(torch.float32, copy=True) if waiting is None else waiting + late
-    total = torch.empty(late.shape, dtype=torch.float32, device=x.device)
+    total = torch.empty(late.shape, dtype=torch.float32, device=x.device) if place is None else place[1]
     _launch(x, weight, bias, eps, out, add=late, carry=waiting, total=total)
     return out, total
 
@@ -81,13 +87,21 @@ def _launch(x, weight, bias, eps, out, update=None, add=None, carry=None, total=
     if T == 0:
         return
     x = x.contiguous()
-    tensors = [x if y is None else y.contiguous() for y in (x, update, add, carry, weight, bias, out, total)]
     inference = add is not None and update is None
     width, warps = rows.cut(D, at_once=8, most=36) if inference else _cut_for_training(D)
     launch(
         forward_kernel,
         (T, 1, 1),
-        tuple(tensors),
+        (
+            x,
+            x if update is None else update.contiguous(),
+            x if add is None else add.contiguous(),
+            x if carry is None else carry.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            out,
+            x if total is None else total,
+        ),
         (float(eps),),
         (D, width, update is not None, add is not None, carry is not None),
         num_warps=warps,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy as copying
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from siglip2_packed.ops.runtime.launch import device_of, run_compiled
+from siglip2_packed.ops.runtime.launch import Compiled, device_of, run_compiled
 
 # renamed after Triton 3.6
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -61,9 +61,10 @@ class Launcher:
                 described[i], self._kinds[i] = _described(TensorDescriptor, x, tile), tile
         with device_of(arguments[0]):
             compiled = kernel.warmup(*described, grid=(1,), **options)
-            past_encoding = _past_encoding(compiled)
-        self._compiled = past_encoding or compiled
-        if past_encoding:
+            self._compiled = Compiled.of(compiled)
+        past_encoding = _past_encoding(self._compiled.run)
+        if past_encoding and compiled.metadata.tensordesc_meta:
+            self._compiled = self._compiled._replace(run=past_encoding)
             metadata = iter(compiled.metadata.tensordesc_meta)
             self._kinds = [Descriptors.of(next(metadata), x) if type(x) is Tiles else x for x in self._kinds]
 
@@ -126,16 +127,14 @@ def _described(kind: type[TensorDescriptor], x: Tensor, tiles: Tiles) -> TensorD
     return kind(x, list(x.shape), list(x.stride()), *tiles)
 
 
-def _past_encoding(compiled: Any) -> Any:
-    """The compiled kernel without Triton's step that encodes all descriptors anew; None if Triton has no such step.
+def _past_encoding(run: Callable) -> Callable | None:
+    """Triton's launcher of a kernel without the step that encodes all descriptors anew; None if there is no such step.
 
-    That step wraps the launcher of `compiled.run`; Triton has not made it part of its interface (3.6 to 3.9 have it).
+    That step is a function around the launcher, which is no part of Triton's interface (3.6 to 3.9 have it).
     """
+    past = copying.copy(run)
     try:
-        run = copying.copy(compiled.run)
-        run.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]
+        past.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]  # type: ignore[attr-defined]
     except (AttributeError, KeyError, TypeError):
         return None
-    if not _KNOWN or not compiled.metadata.tensordesc_meta:
-        return None
-    return SimpleNamespace(run=run, function=compiled.function, packed_metadata=compiled.packed_metadata)
+    return past if _KNOWN else None

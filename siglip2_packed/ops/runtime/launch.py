@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -61,14 +61,26 @@ def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, con
         if len({x.device for x in tensors}) > 1:
             raise ValueError(f"a kernel's tensors must be on one device, got {[str(x.device) for x in tensors]}")
         with device_of(tensors[0]):
-            compiled = kernel.warmup(*tensors, *numbers, *constants, grid=grid, **options)
+            compiled = Compiled.of(kernel.warmup(*tensors, *numbers, *constants, grid=grid, **options))
         if aligned:
             _compiled[key] = compiled
     run_compiled(compiled, grid, tensors[0].get_device(), (*places, *numbers, *constants))
 
 
-def run_compiled(compiled, grid: tuple, device: int, arguments: Sequence) -> None:
-    """`compiled[grid](*arguments)` on the device's current stream, without what Triton does for launch hooks.
+class Compiled(NamedTuple):
+    """A compiled kernel, loaded on the current device."""
+
+    run: Callable
+    function: int
+    packed_metadata: tuple
+
+    @classmethod
+    def of(cls, compiled: Any) -> Compiled:
+        return cls(compiled.run, compiled.function, compiled.packed_metadata)
+
+
+def run_compiled(compiled: Compiled, grid: tuple, device: int, arguments: Sequence) -> None:
+    """Runs it on the device's current stream, without what Triton does for launch hooks.
 
     Tensors among the arguments may be given by their places in memory, which Triton then does not look up.
     """
@@ -79,11 +91,12 @@ def run_compiled(compiled, grid: tuple, device: int, arguments: Sequence) -> Non
             run_compiled(compiled, grid, device, arguments)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    run, function, metadata = compiled
+    run(*grid, stream, function, metadata, None, None, None, *arguments)
 
 
 _dtype = attrgetter("dtype")
-_compiled: dict[tuple, Any] = {}
+_compiled: dict[tuple, Compiled] = {}
 
 
 @functools.cache
