@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.runtime.aside import beside
+from siglip2_packed.ops.runtime.aside import beside, gradient
 from siglip2_packed.ops.runtime.launch import ceil_div, launch
 
 
@@ -16,7 +16,9 @@ def fold(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """Partial sums `[G, C]` in float32 -> `[C]` in `dtype`."""
     G, C = sums.shape
     with beside(sums):
-        out = torch.empty(C, dtype=dtype, device=sums.device)
+        out = gradient(dtype, C)
+        if out is None:
+            out = torch.empty(C, dtype=dtype, device=sums.device)
         launch(fold_kernel, (ceil_div(C, 16), 1, 1), (sums, out), (G,), (C, 16, 256), num_warps=4)
     return out
 
