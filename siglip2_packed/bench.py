@@ -56,16 +56,30 @@ def measure(
     `exact` is the float32 reference. False: an answer, or a time, was refused.
     """
     ready, right = check(rows, exact, workload, packed, providers, dtype)
-    device, card = packed["pixel_values"].device, rows.common["card"]
+    return time_in_turn(rows, config, workload, packed, ready, modes, dtype, rounds) and right
+
+
+def time_in_turn(
+    rows: Rows,
+    config: Siglip2VisionConfig,
+    workload: str,
+    packed: PackedPatches,
+    ready: dict[str, tuple[Packed, Any]],
+    modes: Sequence[str],
+    dtype: torch.dtype,
+    rounds: int,
+) -> bool:
+    """Times providers, each with its inputs, on a pack; prints and keeps the rows. False: a time was refused."""
+    device, card, right = packed["pixel_values"].device, rows.common["card"], True
     images_thw = [tuple(grid) for grid in packed["grid_thw"].tolist()]
     total, images = sum(t * h * w for t, h, w in images_thw), len(images_thw)
     flops, attention = forward_flops(config, images_thw), attention_flops(config, images_thw)
-    name = dtype_name(dtype)
+    name, gradient = dtype_name(dtype), seeded_gradient(packed, config.hidden_size, dtype)
     for mode in modes:
         steps = {}
         for key, (provider, inputs) in ready.items():
             if mode == "forward" or provider.trains:
-                steps[key] = step(provider, inputs, mode)
+                steps[key] = step(provider, inputs, mode, provider.tokens_of(gradient, packed))
             else:
                 rows.leave_out(key, workload, mode, name, "does not train")
         times = steady_milliseconds(steps, rounds, device, 3, f"{workload} {mode}: timing ")
@@ -76,8 +90,7 @@ def measure(
             try:
                 check_rate(work, min(samples), card, name, key.endswith("fp8"))
             except ValueError as error:
-                print(f"{workload:11} {mode:8} {key:26} refused: {error}")
-                rows.leave_out(key, workload, mode, name, f"refused: {error}")
+                refuse(rows, key, workload, mode, name, str(error))
                 right = False
                 continue
             rows.add(key, workload, mode, name, "time", samples, "ms")
@@ -92,7 +105,7 @@ def measure(
                     floor = statistics.median(chain) + attention / ATTENTION_TFLOPS / 1e9
                     rows.add(key, workload, mode, name, "over_floor", [x / floor for x in samples], "")
                 rows.add(key, workload, mode, name, "mfu", [work / x / peak / 1e12 for x in seconds], "")
-            if device.type == "cuda":
+            if device.type == "cuda" and not ready[key][0].replays:
                 memory = peak_memory(ready[key][0], steps[key])
                 rows.add(key, workload, mode, name, "peak_memory", memory / 2**30, "GiB")
         for key in steps:
@@ -114,12 +127,7 @@ def check(
     Raises:
         ValueError: features of the reference that would pass anything: not finite, or all the same.
     """
-    say(f"{workload}: the float32 reference")
-    expected = reference(exact, packed)
-    if not expected.isfinite().all() or (expected == expected.flatten()[0]).all():
-        raise ValueError(
-            f"{workload}: the reference's features are not finite or all the same: nothing to compare with"
-        )
+    expected = expected_features(exact, workload, packed)
     name, right = dtype_name(dtype), True
     ready: dict[str, tuple[Packed, Any]] = {}
     for key, provider in providers.items():
@@ -129,14 +137,7 @@ def check(
             if key != "gemm_chain":
                 with torch.no_grad():
                     out = provider.rows(provider.tokens(inputs), packed).float()
-                error = relative_error(out, expected)
-                cosine = F.cosine_similarity(out.double(), expected.double(), dim=-1).min().item()
-                rows.add(key, workload, "forward", name, "relative_error", error, "")
-                rows.add(key, workload, "forward", name, "min_cosine", cosine, "")
-                if not (error <= BOUND[dtype] or (key.endswith("fp8") and cosine > 0.99)):
-                    reason = f"refused: relative error {error:.1e}, min cosine {cosine:.4f}"
-                    print(f"{workload:11} {key:26} {reason}")
-                    rows.leave_out(key, workload, "forward", name, reason)
+                if not features_are_right(rows, key, workload, "forward", out, expected, dtype):
                     right = False
                     continue
             ready[key] = provider, inputs
@@ -145,10 +146,40 @@ def check(
     return ready, right
 
 
+def expected_features(exact: Padded, workload: str, packed: PackedPatches, gradient: Tensor | None = None) -> Tensor:
+    """`reference`, which must not be features that would pass anything."""
+    say(f"{workload}: the float32 reference")
+    expected = reference(exact, packed, gradient)
+    if not expected.isfinite().all() or (expected == expected.flatten()[0]).all():
+        raise ValueError(
+            f"{workload}: the reference's features are not finite or all the same: nothing to compare with"
+        )
+    return expected
+
+
+def features_are_right(
+    rows: Rows, provider: str, workload: str, mode: str, out: Tensor, expected: Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether features `[T, D]` are the reference's; keeps error and cosine, and says what is refused."""
+    name, error = dtype_name(dtype), relative_error(out, expected)
+    cosine = F.cosine_similarity(out.double(), expected.double(), dim=-1).min().item()
+    rows.add(provider, workload, mode, name, "relative_error", error, "")
+    rows.add(provider, workload, mode, name, "min_cosine", cosine, "")
+    if error <= BOUND[dtype] or (provider.endswith("fp8") and cosine > 0.99):
+        return True
+    refuse(rows, provider, workload, mode, name, f"relative error {error:.1e}, min cosine {cosine:.4f}")
+    return False
+
+
+def refuse(rows: Rows, provider: str, workload: str, mode: str, dtype: str, reason: str) -> None:
+    print(f"{workload:11} {mode:8} {provider:34} refused: {reason}", flush=True)
+    rows.leave_out(provider, workload, mode, dtype, f"refused: {reason}")
+
+
 def cannot_run(rows: Rows, provider: str, workload: str, dtype: str, error: object) -> None:
     """Says why there is no number."""
     reason = f"cannot run: {one_line(error)}"
-    print(f"{workload:11} {provider:26} {reason}", flush=True)
+    print(f"{workload:11} {provider:34} {reason}", flush=True)
     rows.leave_out(provider, workload, "forward", dtype, reason)
 
 
@@ -170,24 +201,39 @@ def patch_flops(config: Siglip2VisionConfig, total: int) -> int:
     return 2 * total * config.patch_size**2 * config.num_channels * config.hidden_size
 
 
-def reference(exact: Padded, packed: PackedPatches) -> Tensor:
-    """Token features `[T, D]` of transformers in float32, TF32 off, one image at a time."""
+def reference(exact: Padded, packed: PackedPatches, gradient: Tensor | None = None) -> Tensor:
+    """Token features `[T, D]` of transformers in float32, TF32 off, one image at a time.
+
+    With a gradient `[T, D]` of them, `exact.model`'s parameters have theirs afterwards.
+    """
     device = packed["pixel_values"].device
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
+    exact.model.zero_grad()
     try:
-        outputs = []
+        outputs: list[Tensor] = []
         for grid, image in zip(packed["grid_thw"].tolist(), unpack(packed["pixel_values"], packed["grid_thw"])):
             one = PackedPatches(image.float().cpu(), [tuple(grid)]).to(device)
-            with torch.no_grad():
-                outputs.append(exact.rows(exact.tokens(exact.inputs(one)), one))
+            with torch.set_grad_enabled(gradient is not None):
+                out = exact.rows(exact.tokens(exact.inputs(one)), one)
+            if gradient is not None:
+                begin = sum(map(len, outputs))
+                out.backward(gradient[begin : begin + len(out)].float())
+            outputs.append(out.detach())
         return torch.cat(outputs)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def step(provider: Packed, inputs: Any, mode: str) -> Callable[[], object]:
-    """One forward, or one forward and backward with fresh gradients."""
+def seeded_gradient(packed: PackedPatches, width: int, dtype: torch.dtype) -> Tensor:
+    """`[T, D]`, of the features: the same for every provider."""
+    device = packed["pixel_values"].device
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(len(packed["pixel_values"]), width, generator=generator, device=device).to(dtype)
+
+
+def step(provider: Packed, inputs: Any, mode: str, gradient: Tensor) -> Callable[[], Tensor]:
+    """One forward, or one forward and backward with fresh gradients, given that of the tokens; returns the tokens."""
     if mode == "forward":
 
         def forward():
@@ -195,15 +241,13 @@ def step(provider: Packed, inputs: Any, mode: str) -> Callable[[], object]:
                 return provider.tokens(inputs)
 
         return forward
-    grad: list[Tensor] = []
 
     def train():
         for parameter in provider.model.parameters():
             parameter.grad = None
         out = provider.tokens(inputs)
-        if not grad:
-            grad.append(torch.randn_like(out))
-        out.backward(grad[0])
+        out.backward(gradient)
+        return out.detach()
 
     return train
 
@@ -283,7 +327,7 @@ def line(rows: Rows, workload: str, mode: str, provider: str) -> str:
     parts = [text.format(x) for metric, text in units.items() for x in values(rows, workload, mode, provider, metric)]
     parts += [f"error {x:.1e}" for x in values(rows, workload, "forward", provider, "relative_error")]
     parts += [f"min cosine {x:.5f}" for x in values(rows, workload, "forward", provider, "min_cosine")]
-    return f"{workload:11} {mode:8} {provider:26} {'  '.join(parts)}"
+    return f"{workload:11} {mode:8} {provider:34} {'  '.join(parts)}"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Siglip2VisionModel
 
 from siglip2_packed.graphs import BUDGETS, CUDAGraphs
@@ -23,9 +24,11 @@ from siglip2_packed.workloads import FIELDS
 
 
 class Packed:
-    """Ours. `tokens` is what is timed; `rows` brings its result to `[T, D]` for the comparison."""
+    """Ours. `tokens` is what is timed; `rows` brings its result to `[T, D]` for the comparison, `tokens_of` is back."""
 
     trains = True
+    replays = False
+    """CUDA graphs, which hold memory of their own."""
     model: Any
 
     def __init__(self, config, state, device, dtype):
@@ -42,6 +45,9 @@ class Packed:
     def rows(self, tokens: Tensor, packed: PackedPatches) -> Tensor:
         return tokens
 
+    def tokens_of(self, rows: Tensor, packed: PackedPatches) -> Tensor:
+        return rows
+
 
 class Compiled(Packed):
     def __init__(self, *args):
@@ -51,7 +57,7 @@ class Compiled(Packed):
 
 
 class Graphs(Packed):
-    trains = False
+    replays = True
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -68,6 +74,8 @@ class Graphs(Packed):
 
 class Float8(Graphs):
     """Its kernels are done before a slow host has launched them: graphs here too, of the pack's own size."""
+
+    trains = False
 
     def __init__(self, *args):
         from siglip2_packed.fp8 import quantize_fp8
@@ -98,8 +106,101 @@ class Padded(Packed):
         return {key: value.to(device) for key, value in padded.items()}
 
     def rows(self, tokens, packed):
-        lengths = [h * w for t, h, w in packed["grid_thw"].tolist() for _ in range(t)]
-        return torch.cat([image[:length] for image, length in zip(tokens, lengths)])
+        return torch.cat([image[:length] for image, length in zip(tokens, frame_lengths(packed))])
+
+    def tokens_of(self, rows, packed):
+        return pad_sequence(rows.split(frame_lengths(packed)), batch_first=True)
+
+
+class PaddedGraphs(Padded):
+    """Its encoder replayed from CUDA graphs of the pack's own sizes and mask, captured at the first call of each mode.
+
+    Embeddings and the last norm run as ever. In training the graphs are `torch.cuda.make_graphed_callables`'s, whose
+    gradients lie in buffers that the next step writes: right for a step whose `.grad` began as None, not to add up.
+    """
+
+    replays = True
+
+    def __init__(self, config, state, device, dtype):
+        if torch.device(device).type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, not {device}")
+        super().__init__(config, state, device, dtype)
+        self.vision = getattr(self.model, "vision_model", self.model)
+
+    def inputs(self, packed):
+        inputs = super().inputs(packed)
+        self.mask, self.graphs = self._mask(inputs), {}
+        return inputs
+
+    def tokens(self, inputs):
+        hidden_states = self.vision.embeddings(inputs["pixel_values"], inputs["spatial_shapes"])
+        return self.vision.post_layernorm(self.encode(hidden_states))
+
+    def encode(self, hidden_states: Tensor) -> Tensor:
+        trains = torch.is_grad_enabled()
+        if trains not in self.graphs:
+            sample = hidden_states.detach().clone().requires_grad_(trains)
+            capture = torch.cuda.make_graphed_callables if trains else _replayed
+            self.graphs[trains] = capture(_MaskedEncoder(self.vision.encoder, self.mask), (sample,))
+        return self.graphs[trains](hidden_states)
+
+    def _mask(self, inputs: Any) -> Tensor | None:
+        """As the model makes it for its encoder."""
+        calls: list[dict] = []
+        hook = self.vision.encoder.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+        )
+        with hook, torch.no_grad():
+            self.model(**inputs)
+        return calls[0]["attention_mask"]
+
+
+class PaddedReduceOverhead(PaddedGraphs):
+    """Its encoder under `torch.compile(mode="reduce-overhead")`, compiled for the pack's own sizes and mask."""
+
+    def inputs(self, packed):
+        torch.compiler.reset()  # or the fifth pack would run as it is, for too many recompilations
+        inputs = super().inputs(packed)
+        encoder = _MaskedEncoder(self.vision.encoder, self.mask)
+        self.compiled = torch.compile(encoder, mode="reduce-overhead", dynamic=False)
+        return inputs
+
+    def encode(self, hidden_states):
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(hidden_states)
+
+
+class _MaskedEncoder(torch.nn.Module):
+    """transformers' encoder as a module of one tensor."""
+
+    def __init__(self, encoder: torch.nn.Module, mask: Tensor | None):
+        super().__init__()
+        self.encoder = encoder
+        self.register_buffer("mask", mask)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.encoder(inputs_embeds=hidden_states, attention_mask=self.mask).last_hidden_state
+
+
+def _replayed(function, sample: tuple[Tensor]):
+    """Its forward in a CUDA graph; what it returns is written anew by the next call."""
+    (static,) = sample
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function(static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = function(static)
+
+    def replay(hidden_states: Tensor) -> Tensor:
+        static.copy_(hidden_states)
+        graph.replay()
+        return out
+
+    return replay
 
 
 class Timm(Padded):
@@ -194,12 +295,18 @@ PROVIDERS: dict[str, type[Packed]] = {
     "siglip2_packed:cudagraph": Graphs,
     "siglip2_packed:fp8": Float8,
     "transformers_sdpa_padded": Padded,
+    "transformers_sdpa_padded:cudagraph": PaddedGraphs,
+    "transformers_sdpa_padded:compile": PaddedReduceOverhead,
     "timm_naflexvit": Timm,
     "transformers_cosmos3_edge": Cosmos3Edge,
     "seed_padded": SeedPadded,
     "gemm_chain": GemmChain,
 }
 """By the names of `workloads.PROVIDERS`."""
+
+
+def frame_lengths(packed: PackedPatches) -> list[int]:
+    return [h * w for t, h, w in packed["grid_thw"].tolist() for _ in range(t)]
 
 
 def _timm_state(state: dict[str, Tensor], config) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ def test_products_in_float8_may_be_twice_as_fast():
 
 @pytest.mark.parametrize("fault", [0.0, 1.5, float("nan")])
 def test_a_reference_that_would_pass_anything_is_refused(tmp_path, monkeypatch, capsys, fault):
-    monkeypatch.setattr(bench, "reference", lambda exact, packed: torch.full((492, 64), fault))
+    monkeypatch.setattr(bench, "reference", lambda *_: torch.full((492, 64), fault))
     assert cli.main(["bench", *TINY, "--providers", "siglip2_packed"]) == 2
     assert "nothing to compare with" in capsys.readouterr().err
 
@@ -134,7 +134,7 @@ def test_a_forwards_floor_is_its_products_and_attention(monkeypatch):
     for name in names:
         monkeypatch.setattr(bench.PROVIDERS[name], "tokens", lambda self, inputs: torch.zeros(1))
         monkeypatch.setattr(bench.PROVIDERS[name], "inputs", lambda self, packed: None)
-    monkeypatch.setattr(bench, "reference", lambda exact, packed: torch.tensor([[1.0, 2.0]]))
+    monkeypatch.setattr(bench, "reference", lambda *_: torch.tensor([[1.0, 2.0]]))
     monkeypatch.setattr(bench.PROVIDERS["siglip2_packed"], "rows", lambda *_: torch.tensor([[1.0, 2.0]]))
     monkeypatch.setattr(bench, "steady_milliseconds", lambda steps, *_: {name: [40.0, 39.0, 90.0] for name in steps})
     providers = {name: bench.PROVIDERS[name](config, state, "cpu", torch.bfloat16) for name in names}
