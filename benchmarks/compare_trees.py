@@ -2,6 +2,7 @@
 
     python benchmarks/compare_trees.py bits --old cfe958a       # CPU; about two minutes on two cores
     python benchmarks/compare_trees.py speed --old DIR          # CUDA; rows to results/compare_trees_<card>.csv
+    python benchmarks/compare_trees.py speed --old DIR --workloads pack1x256    # also old, beside new in CUDA graphs
     python benchmarks/compare_trees.py host --old DIR           # CUDA; fails if a count has grown
     python benchmarks/compare_trees.py start --old DIR          # CUDA; cold and warm Triton cache, fresh processes
 
@@ -33,7 +34,7 @@ from transformers.utils import logging
 
 from siglip2_packed import measure
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
-from siglip2_packed.workloads import WORKLOADS, grids
+from siglip2_packed.workloads import SMALL_PACKS, WORKLOADS, grids
 
 OURS = "siglip2_packed"
 CASES = ("inference", "training", "token features", "select_layer=-2", "checkpointing", "last layer trained")
@@ -170,9 +171,10 @@ def same_answers(a: Worker, b: Worker) -> str:
 
 def speed(args: argparse.Namespace) -> int:
     rows = Rows("compare_trees", args)
-    cases = [(workload, mode) for workload in args.workloads for mode in ("forward", "train")]
+    cases = [(workload, mode, mode) for workload in args.workloads for mode in ("forward", "train")]
     if args.device == "cuda":
-        cases.append(("single256", "cudagraph"))
+        cases.append(("single256", "cudagraph", "cudagraph"))
+        cases += [(workload, "train", "cudagraph_train") for workload in args.workloads if workload in SMALL_PACKS]
     with (
         trees(args) as (old, new),
         checkpoint(args.shape, args.layers) as ckpt,
@@ -181,10 +183,10 @@ def speed(args: argparse.Namespace) -> int:
     ):
         for worker in (a, b):
             loaded(worker, ckpt, args)
-        print(f"{'workload':11} {'step':9} {'old':>9} {'new':>9} ms  new/old (p20 to p80 of rounds)     between trees")
-        for workload, step in cases:
-            for worker in (a, b):
-                worker.ask("prepare", grids=grids(workload), mode=step)
+        print(f"{'workload':11} {'step':15} {'old':>9} {'new':>9} ms  new/old (p20 to p80 of rounds)     between trees")
+        for workload, before, step in cases:
+            a.ask("prepare", grids=grids(workload), mode=before)
+            b.ask("prepare", grids=grids(workload), mode=step)
             answers = same_answers(a, b)
             for worker in (a, b):
                 worker.ask("settle")
@@ -195,16 +197,17 @@ def speed(args: argparse.Namespace) -> int:
                     block = worker.ask("sample")
                     times[worker.tree] += block
                     medians[worker.tree].append(statistics.median(block))
-            variant, mode = (":cudagraph", "forward") if step == "cudagraph" else ("", step)
-            for tree in (old, new):
+            variant = ":cudagraph" if step.startswith("cudagraph") else ""
+            mode = "train" if step.endswith("train") else "forward"
+            for tree in (old, new) if before == step else (new,):  # training as it is has its rows
                 rows.add_for(tree, variant, workload, mode, "time", times[tree], "ms")
             ratios = [y / x for x, y in zip(medians[old], medians[new])]
             rows.add_for(new, variant, workload, mode, "ratio", ratios, "x")
             rows.write(rows.path)  # after every case: a run that is stopped has kept its rows
-            before, after = (statistics.median(times[tree]) for tree in (old, new))
+            theirs, ours = (statistics.median(times[tree]) for tree in (old, new))
             low, high = (float(rows.rows[-1][x]) for x in ("p20", "p80"))
-            line = f"{before:9.3f} {after:9.3f}     {after / before:.3f} ({low:.3f} to {high:.3f})"
-            print(f"{workload:11} {step:9} {line:56} {answers}", flush=True)
+            line = f"{theirs:9.3f} {ours:9.3f}     {ours / theirs:.3f} ({low:.3f} to {high:.3f})"
+            print(f"{workload:11} {step:15} {line:56} {answers}", flush=True)
     print(f"{len(rows.rows)} rows -> {rows.path}")
     return 0
 

@@ -132,7 +132,8 @@ def make_pack(model, grids: list) -> PackedPatches:
 
 
 class Step:
-    """The loaded model and the step to run: `mode` is forward, train (forward and backward) or cudagraph."""
+    """The loaded model and the step to run: `mode` is forward, train (forward and backward) or either in CUDA graphs,
+    cudagraph and cudagraph_train."""
 
     model: Siglip2PackedVisionModel
     mode: str
@@ -147,7 +148,7 @@ class Step:
     def prepare(self, grids: list, mode: str) -> None:
         self.drop_gradients()
         self.mode = mode
-        self.graphs = CUDAGraphs(self.model) if mode == "cudagraph" else None
+        self.call = CUDAGraphs(self.model) if mode.startswith("cudagraph") else self.model
         packed = make_pack(self.model, grids)
         self.grad = normal((len(packed["pixel_values"]), self.model.config.hidden_size), 1).to(packed["pixel_values"])
         self.inputs = dict(packed)
@@ -157,13 +158,11 @@ class Step:
 
     def __call__(self) -> torch.Tensor:
         """Token features."""
-        if self.graphs is not None:
-            return self.graphs(**self.inputs)["last_hidden_state"]
-        if self.mode == "forward":
+        if self.mode in ("forward", "cudagraph"):
             with torch.no_grad():
-                return self.model(**self.inputs).last_hidden_state
+                return self.call(**self.inputs)["last_hidden_state"]
         self.drop_gradients()
-        out = self.model(**self.inputs).last_hidden_state
+        out = self.call(**self.inputs)["last_hidden_state"]
         out.backward(self.grad)
         return out
 

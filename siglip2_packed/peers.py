@@ -125,7 +125,10 @@ class PaddedGraphs(Padded):
         if torch.device(device).type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, not {device}")
         super().__init__(config, state, device, dtype)
-        self.vision = getattr(self.model, "vision_model", self.model)
+
+    @property
+    def vision(self) -> Any:
+        return getattr(self.model, "vision_model", self.model)
 
     def inputs(self, packed):
         inputs = super().inputs(packed)
