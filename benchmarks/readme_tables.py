@@ -3,6 +3,7 @@
 python benchmarks/readme_tables.py
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -114,6 +115,7 @@ ENCODERS = {
 }
 VARIANTS = {
     "siglip2_packed:cudagraph": "CUDA graphs",
+    "transformers_sdpa_padded:cudagraph": "transformers' encoder in CUDA graphs",
     "siglip2_packed:compile": "compiled",
     "siglip2_packed:fp8": "fp8 in CUDA graphs",
 }
@@ -163,6 +165,91 @@ def encoder_table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+SMALL = {
+    "siglip2_packed": "packed",
+    "siglip2_packed:cudagraph": "packed, CUDA graphs",
+    "transformers_sdpa_padded": "transformers",
+    "transformers_sdpa_padded:cudagraph": "transformers, CUDA graphs",
+    "transformers_sdpa_padded:compile": "transformers, reduce-overhead",
+}
+
+
+def small_packs_times(path: Path) -> pd.DataFrame:
+    """Medians in ms; index (workload, mode) as they were run, a column a provider."""
+    rows = pd.read_csv(path)
+    rows = rows[rows.metric == "time"]
+    times = rows.pivot(index=["workload", "mode"], columns="provider", values="p50").reindex(columns=list(SMALL))
+    return times.loc[
+        [key for key in itertools.product(rows.workload.unique(), ("forward", "train")) if key in times.index]
+    ]
+
+
+def small_packs() -> str:
+    """With the picture; nothing where nothing was measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("small_packs_*.csv")):
+        rows, times = pd.read_csv(path), small_packs_times(path)
+        first, ours, theirs = rows.iloc[0], list(SMALL)[:2], list(SMALL)[2:4]
+        ratios = [(x, y) for x, y in itertools.product(ours, theirs)]
+        lines = [
+            f"{first.card}, so400m, {first['dtype']}, token features, ms of a step (median); random: s of all packs, "
+            f"captures included; torch {first.torch}, triton {first.triton}, transformers {first.transformers}, "
+            f"{first.date}",
+            "",
+            f"| pack | {' | '.join(SMALL.values())} | {' | '.join(f'{SMALL[x]} over {SMALL[y]}' for x, y in ratios)} |",
+            "|---" * (len(SMALL) + len(ratios) + 1) + "|",
+        ]
+        for (workload, mode), row in times.iterrows():
+            scale = 1e3 if workload == "random" else 1
+            cells = [decimals(row[key] / scale) for key in SMALL]
+            cells += ["" if pd.isna(row[x] + row[y]) else f"{row[y] / row[x]:.2f}x" for x, y in ratios]
+            lines.append(f"| {workload}, {mode} | {' | '.join(cells)} |")
+        captures = (
+            rows[(rows.metric == "capture_time") & (rows.workload != "random")].groupby("provider", sort=False).p50
+        )
+        if len(captures):
+            texts = [f"{SMALL[key]} {x.min():.1f} to {x.max():.1f} s" for key, x in captures]
+            lines += ["", f"Captures and compilation, beside these times: {'; '.join(texts)}."]
+        parts += ["\n".join(lines), f"![small packs](benchmarks/results/{path.stem}.png)"]
+    return "\n\n".join(parts)
+
+
+def decimals(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:.{2 if value < 10 else 1}f}"
+
+
+def plot_small_packs() -> None:
+    """Bars of a colour an encoder; above ours in graphs how many times as fast as transformers it is."""
+    import matplotlib.pyplot as plt
+
+    for path in sorted(RESULTS.glob("small_packs_*.csv")):
+        times = small_packs_times(path).drop(index="random", level=0, errors="ignore")
+        times = times.dropna(axis="columns", how="all")
+        figure, axes = plt.subplots(2, 1, figsize=(10, 8), layout="constrained")
+        for axis, mode in zip(axes, ("forward", "train")):
+            table = times.xs(mode, level="mode")
+            over = table["transformers_sdpa_padded"] / table["siglip2_packed:cudagraph"]
+            bars(axis, table, mode, "siglip2_packed:cudagraph", over)
+            axis.set(ylabel="ms a step", yscale="log")
+        figure.legend(axes[0].containers, [SMALL[name] for name in times], loc="outside lower center", ncols=5)
+        card = path.stem.split("_")[-1].upper()
+        figure.suptitle(f"Small packs, SigLIP2 so400m, bf16, {card}; above the bars: CUDA graphs over transformers")
+        figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
+def bars(axis, table: pd.DataFrame, mode: str, provider: str, over: pd.Series) -> None:
+    """A group a workload; above the provider's bars how many times as fast it is."""
+    table.plot.bar(ax=axis, rot=0, width=0.8, legend=False)
+    labels = [f"{x:.2g}x" if pd.notna(x) else "" for x in over]
+    axis.bar_label(axis.containers[list(table).index(provider)], labels=labels, fontsize=8)
+    axis.set_title("forward" if mode == "forward" else "train: forward and backward", loc="left")
+    axis.set(xlabel="")
+    axis.set_xticks(range(len(table)), [explained(name) for name in table.index], fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.margins(y=0.1)
+
+
 def plot_encoder() -> None:
     """Bars of a colour an encoder, in both panels; above ours how many times as fast as transformers it is."""
     import matplotlib.pyplot as plt
@@ -176,16 +263,8 @@ def plot_encoder() -> None:
         for axis, mode in zip(axes, ("forward", "train")):
             speed = rows[rows["mode"] == mode].pivot(index="workload", columns="provider", values="p50") / 1e3
             speed = speed.reindex(index=workloads, columns=providers)
-            speed.plot.bar(ax=axis, rot=0, width=0.8, legend=False)
-            over = speed["siglip2_packed"] / speed["transformers_sdpa_padded"]
-            labels = [f"{x:.2g}x" if pd.notna(x) else "" for x in over]
-            axis.bar_label(axis.containers[0], labels=labels, fontsize=8)
-            axis.set_title("forward" if mode == "forward" else "train: forward and backward", loc="left")
-            axis.set(xlabel="", ylabel="thousand patches/s, padding not counted")
-            axis.set_xticks(range(len(workloads)), [explained(name) for name in workloads], fontsize=8)
-            axis.grid(axis="y", alpha=0.3)
-            axis.set_axisbelow(True)
-            axis.margins(y=0.1)
+            bars(axis, speed, mode, "siglip2_packed", speed["siglip2_packed"] / speed["transformers_sdpa_padded"])
+            axis.set(ylabel="thousand patches/s, padding not counted")
         figure.legend(axes[0].containers, [ENCODERS[name] for name in providers], loc="outside lower center", ncols=5)
         card = path.stem.split("_")[-1].upper()
         figure.suptitle(f"SigLIP2 so400m encoder, bf16, {card}; above the bars: packed over transformers")
@@ -195,6 +274,9 @@ def plot_encoder() -> None:
 def explained(name: str) -> str:
     """A workload, its images, their patches and shapes."""
     workload = WORKLOADS[name]
+    if "grids" in workload:
+        sizes = [h * w for _, h, w in workload["grids"]]
+        return f"{name}\n{len(sizes)} image{'s' * (len(sizes) > 1)}\n{sum(sizes):,} patches"
     images, budgets, frames = workload["images"], workload["budgets"], workload.get("frames", 1)
     what = f"{images} image{'s' * (images > 1)}" if frames == 1 else f"{images} videos, {frames} frames"
     patches = f"{min(budgets):,} to {max(budgets):,}" if len(budgets) > 1 else f"{budgets[0]:,}"
@@ -213,9 +295,10 @@ def train_tower() -> str:
         rows = pd.read_csv(path)
         for (provider, workload), values in rows.groupby(["provider", "workload"], sort=False):
             value = values.set_index("metric")["p50"].to_dict()
-            shape, _, budget, *_, ranks = workload.split("_")
+            shape, _, budget, *extra, ranks = workload.split("_")
             engine = provider.removeprefix("siglip2_packed:")
             step = f"{shape}, {budget.removeprefix('budget')} patches a rank, {engine}, {values.dtype.iloc[0]}"
+            step += ", checkpointing" * ("checkpointing" in extra) + ", CUDA graphs" * ("graphs" in extra)
             share = {name: f"{value[name]:.2f}" if name in value else "" for name in ("mfu", "scaling_efficiency")}
             memory = f"{value['peak_memory']:.1f}" if "peak_memory" in value else ""
             lines.append(
@@ -257,6 +340,7 @@ def bulk() -> str:
 TABLES = {
     "attention": attention,
     "encoder": encoder,
+    "small_packs": small_packs,
     "cpu_encoder": cpu_encoder,
     "train_tower": train_tower,
     "bulk": bulk,
@@ -275,3 +359,4 @@ if __name__ == "__main__":
     path.write_text(render(path.read_text()))
     plot_attention()
     plot_encoder()
+    plot_small_packs()

@@ -58,8 +58,10 @@ def check(
         bench.say(f"{workload}: checking {key}")
         try:
             inputs, dout = provider.inputs(packed), provider.tokens_of(gradient, packed)
-            for mode in modes:
+            for i, mode in enumerate(modes):
                 tokens, seconds = captured(bench.step(provider, inputs, mode, dout))
+                if (graphs := held(provider)) and graphs[0] <= i:
+                    raise RuntimeError("ran without CUDA graphs; why is in the log")
                 if provider.replays:
                     rows.add(key, workload, mode, name, "capture_time", seconds, "s")
                     print(f"{workload:11} {mode:8} {key:34} captured in {seconds:.2f} s", flush=True)
@@ -84,9 +86,10 @@ def gradients_are_right(
     if bad:
         reason = f"{len(bad)} gradients missing or not finite: {min(bad)}"
     else:
-        pairs = [(found[x].double(), expected[x].double()) for x in expected]
-        difference = sum((ours - theirs).square().sum() for ours, theirs in pairs)
-        error = (difference / sum(theirs.square().sum() for _, theirs in pairs)).sqrt().item()
+        pairs = ((found[x].double(), expected[x].double()) for x in expected)
+        squares = [((ours - theirs).square().sum(), theirs.square().sum()) for ours, theirs in pairs]
+        difference, whole = map(sum, zip(*squares))
+        error = (difference / whole).sqrt().item()
         rows.add(provider, workload, "train", bench.dtype_name(dtype), "gradient_error", error, "")
         print(f"{workload:11} {'train':8} {provider:34} gradients' error {error:.1e}", flush=True)
         if error <= bench.BOUND[dtype]:
@@ -160,20 +163,19 @@ def random(
                 times[key] += seconds(steps(provider, packs[begin : begin + block], mode))
         for key, provider in fresh.items():
             rows.add(key, "random", mode, name, "time", 1e3 * times[key], "ms")
-            graphs = held(rows, key, mode, name, provider)
-            print(f"{'random':11} {mode:8} {key:34} {times[key]:9.2f} s for {count} packs{graphs}", flush=True)
+            print(f"{'random':11} {mode:8} {key:34} {times[key]:9.2f} s for {count} packs", flush=True)
+            if graphs := held(provider):
+                number, gib = graphs[0], graphs[1] / 2**30
+                rows.add(key, "random", mode, name, "graphs", number, "")
+                rows.add(key, "random", mode, name, "graphs_held", gib, "GiB")
+                print(f"{'random':11} {mode:8} {key:34} {number} graphs hold {gib:.2f} GiB", flush=True)
     return right
 
 
-def held(rows: Rows, key: str, mode: str, dtype: str, provider: Packed) -> str:
-    """Number and memory of the graphs that a provider holds, where it knows."""
+def held(provider: Packed) -> tuple[int, int] | None:
+    """How many graphs a provider holds, and their bytes; None where it does not say."""
     graphs = getattr(provider, "graphs", None)
-    if not hasattr(graphs, "held"):
-        return ""
-    number, size = graphs.held()
-    rows.add(key, "random", mode, dtype, "graphs", number, "")
-    rows.add(key, "random", mode, dtype, "graphs_held", size / 2**30, "GiB")
-    return f", {number} graphs of {size / 2**30:.2f} GiB"
+    return graphs.held() if hasattr(graphs, "held") else None
 
 
 def ratios(rows: Rows, workloads: Sequence[str], modes: Sequence[str]) -> Iterator[str]:

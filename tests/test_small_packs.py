@@ -145,12 +145,31 @@ def test_capture_is_what_the_first_steps_take_beyond_a_later_one(monkeypatch):
     assert small_packs.captured(step) == (4.5, 3.5)
 
 
-def test_graphs_held_are_rows_where_the_provider_knows():
-    rows = bench.Rows("small_packs", "a card")
-    known = SimpleNamespace(graphs=SimpleNamespace(held=lambda: (7, 3 * 2**29)))
-    assert small_packs.held(rows, "siglip2_packed:cudagraph", "train", "bfloat16", known) == ", 7 graphs of 1.50 GiB"
-    assert small_packs.held(rows, "siglip2_packed", "train", "bfloat16", SimpleNamespace()) == ""
-    assert [(row["metric"], row["p50"]) for row in rows.rows] == [("graphs", "7"), ("graphs_held", "1.5")]
+def held(number):
+    """Ours with a graph's count, as it would be on a GPU."""
+
+    class Held(peers.Packed):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.graphs = SimpleNamespace(held=lambda: (number, number * 2**28))
+
+    return Held
+
+
+@needs_cpu
+def test_graphs_that_are_held_are_rows_and_none_are_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(small_packs, "WARM_PACKS", 1)
+    monkeypatch.setitem(bench.PROVIDERS, "siglip2_packed:cudagraph", held(6))
+    monkeypatch.setitem(bench.PROVIDERS, "siglip2_packed", held(1))
+    flags = ["--workloads", "random", "--packs", "1"]
+    code, rows = run(tmp_path, *flags, "--providers", "siglip2_packed", "siglip2_packed:cudagraph")
+    found = {row["metric"]: row["p50"] for row in rows if row["provider"] == "siglip2_packed:cudagraph"}
+    timed = {(row["provider"], row["mode"]) for row in rows if row["metric"] == "time"}
+    assert code == 0 and (found["graphs"], found["graphs_held"]) == ("6", "1.5")
+    assert "6 graphs hold 1.50 GiB" in capsys.readouterr().out
+    assert ("siglip2_packed", "forward") in timed and ("siglip2_packed", "train") not in timed  # one for two modes
+    (row,) = [row for row in rows if row["metric"] == "not_run"]
+    assert row["unit"] == "cannot run: ran without CUDA graphs; why is in the log"
 
 
 @pytest.mark.parametrize("flag", ["--rounds", "--packs"])
@@ -161,6 +180,45 @@ def test_nothing_to_time_is_an_error(flag, capsys):
 
 
 # what is timed in CUDA graphs, here without them
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(small_packs.__file__).parent))
+    yield pytest.importorskip("readme_tables")
+    sys.modules.pop("readme_tables")
+
+
+def test_table_and_picture_are_of_the_rows(tmp_path, monkeypatch, tables):
+    figures = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.small_packs() == ""
+    tables.plot_small_packs()
+    rows = bench.Rows("small_packs", "NVIDIA H200")
+    for i, workload in enumerate((*workloads.SMALL_PACKS, "random")):
+        some = small_packs.PROVIDERS if workload != "random" else small_packs.RANDOM
+        for j, (provider, mode) in enumerate((x, y) for x in some for y in ("forward", "train")):
+            scale = 1e3 if workload == "random" else 1
+            rows.add(provider, workload, mode, "bfloat16", "time", (3 + i + 2 * j) * scale, "ms")
+            rows.add(provider, workload, mode, "bfloat16", "capture_time", 1 + i + j, "s")
+    rows.leave_out(small_packs.PROVIDERS[3], "random", "forward", "bfloat16", "takes one pack")
+    rows.write(tmp_path / "small_packs_h200.csv")
+    table = tables.small_packs()
+    assert "| pack1x256, forward | 3.00 | 7.00 | 11.0 | 15.0 | 19.0 | 3.67x | 5.00x | 1.57x | 2.14x |" in table
+    assert "| random, train | 10.0 | 14.0 | 18.0 |  |  | 1.80x |  | 1.29x |  |" in table
+    assert "packed, CUDA graphs 3.0 to 8.0 s" in table
+    assert table.endswith("![small packs](benchmarks/results/small_packs_h200.png)")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    tables.plot_small_packs()
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(tables.SMALL.values())
+    forward = figure.axes[0]
+    assert [text.get_text() for text in forward.texts] == ["1.6x", "1.5x", "1.4x", "1.4x", "1.4x"]
+    labels = [label.get_text().splitlines() for label in forward.get_xticklabels()]
+    assert labels[3] == ["pack4096", "4 images", "4,096 patches"] and labels[4][1] == "1 image"
 
 
 class GraphsOnCPU(peers.PaddedGraphs):
