@@ -3,6 +3,7 @@ r"""Tower, projector and a small causal LM trained on captioned images, on one d
     torchrun --nproc-per-node 1 benchmarks/train_tower.py       # so400m, bfloat16, on one GPU
     torchrun --nproc-per-node 2 benchmarks/train_tower.py       # then on two: prints the scaling efficiency too
     torchrun --nproc-per-node 2 benchmarks/train_tower.py --budget 65536 --workers 14   # work enough for a slow host
+    torchrun --nproc-per-node 2 benchmarks/train_tower.py --budget 4096 --engine ddp --cuda-graphs   # LLaVA's shape
 
     export OMP_NUM_THREADS=1                                    # on a CPU, with one rank and then two, a minute each
     torchrun --nproc-per-node 2 benchmarks/train_tower.py --shape tiny --dtype float32 --lr 5e-3 \
@@ -57,10 +58,10 @@ COUNTED = "steps", "patches", "tokens", "images", "flops"
 class Captioner(nn.Module):
     """LLaVA in small: tower, a projector of two layers, causal LM."""
 
-    def __init__(self, ckpt, shape: str):
+    def __init__(self, ckpt, shape: str, cuda_graphs: bool = False):
         super().__init__()
         width, layers, heads = LM[shape]
-        self.tower = SigLip2NaflexVisionTower(ckpt)
+        self.tower = SigLip2NaflexVisionTower(ckpt, cuda_graphs=cuda_graphs)
         self.projector = nn.Sequential(nn.Linear(self.tower.hidden_size, width), nn.GELU(), nn.Linear(width, width))
         size = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, vocab_size=VOCABULARY)
         heads = dict(num_attention_heads=heads, num_key_value_heads=heads)
@@ -221,6 +222,7 @@ def main(argv=None) -> None:
     parser.add_argument("--engine", choices=["fsdp", "ddp"], default="fsdp", help="FSDP2, or DDP and autocast (fsdp)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="to compute in (bfloat16)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in backward")
+    parser.add_argument("--cuda-graphs", action="store_true", help="the tower in CUDA graphs, forward and backward")
     parser.add_argument("--steps", type=int, default=300, help="training steps (300)")
     parser.add_argument("--warmup", type=int, default=20, help="first steps, left out of the timings (20)")
     parser.add_argument("--every", type=int, default=10, help="steps between two lines, each a sample (10)")
@@ -250,7 +252,7 @@ def main(argv=None) -> None:
             save_random_checkpoint(folder, args.shape)
         dist.barrier()
         torch.manual_seed(0)
-        captioner = Captioner(folder, args.shape).to(device).train()
+        captioner = Captioner(folder, args.shape, args.cuda_graphs).to(device).train()
     model = parallelize(captioner, args.engine, getattr(torch, args.dtype), args.checkpointing)
     processor = captioner.tower.image_processor
     processor.max_num_patches = args.max_num_patches
@@ -266,7 +268,7 @@ def main(argv=None) -> None:
     say(f"names of crops not trained on: {learnt(names, unseen.chance())}")
 
     if dist.get_rank() == 0:
-        extra = "_checkpointing" if args.checkpointing else ""
+        extra = "_checkpointing" * args.checkpointing + "_graphs" * args.cuda_graphs
         workload = f"{args.shape}_max{args.max_num_patches}_budget{args.budget}{extra}_ranks{ranks}"
         add = functools.partial(rows.add, f"siglip2_packed:{args.engine}", workload, "train", args.dtype)
         add("time", 1e3 / rates["steps"], "ms")

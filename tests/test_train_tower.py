@@ -59,11 +59,11 @@ def test_loss_falls(tmp_path):
 
 def test_two_ranks_in_bfloat16(ranks, tmp_path):
     out = tmp_path / "rows.csv"
-    few = "--steps 4 --every 2 --warmup 2 --unseen 12 --checkpointing --out".split()
+    few = "--steps 4 --every 2 --warmup 2 --unseen 12 --checkpointing --cuda-graphs --out".split()
     ranks(train_tower.main, [*TINY, *few, str(out)])
     rows, found = read(out)
     assert rows[0]["provider"] == "siglip2_packed:fsdp" and rows[0]["dtype"] == "bfloat16"
-    assert rows[0]["workload"] == "tiny_max48_budget256_checkpointing_ranks2"
+    assert rows[0]["workload"] == "tiny_max48_budget256_checkpointing_graphs_ranks2"
     assert 5 < found["loss_first"] < 6  # of 258 tokens: log 258 = 5.55
     assert found["patches_per_s"] * found["time"] / 1e3 == pytest.approx(2 * 220, rel=0.35)
 
