@@ -36,7 +36,7 @@ OURS, PEER = "siglip2_packed", "transformers_sdpa_padded"
 PROVIDERS = (OURS, f"{OURS}:cudagraph", PEER, f"{PEER}:cudagraph", f"{PEER}:compile")
 RANDOM = PROVIDERS[:3]
 """Those made for packs of any sizes."""
-BLOCKS, WARM_PACKS = 5, 24
+BLOCKS, WARM_PACKS = 5, 48
 
 
 def check(
