@@ -247,6 +247,10 @@ class Part:
             self._lots = _in_rooms(found, room)
         self.parameters = [p for lot in self._lots for p in lot.parameters]
 
+    def versions(self) -> list[int]:
+        """Of the parameters, which change with every change in place."""
+        return [p._version for p in self.parameters]
+
     def settle(self) -> None:
         self.dx = None
         for lot in self._lots:
@@ -273,6 +277,14 @@ class Lot:
             self._pieces.append(places[place])
             end = place + places[place].numel()
 
+    @classmethod
+    def of_copies(cls, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Lot:
+        room = Room.for_all(gradients, gradients[0])
+        copies: list[Any] = [room.take(*g.shape) for g in gradients]
+        torch._foreach_copy_(copies, gradients)
+        ends = itertools.accumulate(map(room.size, gradients), initial=0)
+        return cls(room.flat, dict(zip(ends, parameters)))
+
     def lend(self, ground: Ground) -> list[Tensor]:
         loan = Loan()
         flat = alias(self.flat, holds=loan)
@@ -287,15 +299,18 @@ class Loan:
 
 def _in_rooms(found: list[tuple[nn.Parameter, Tensor]], room: Room) -> list[Lot]:
     """Lots of all gradients: of those that are in the room, and of copies of the others."""
-    inside = {room.place(g): p for p, g in found if g.is_contiguous() and room.place(g) is not None}
-    lots = [Lot(room.flat, inside)] if inside else []
-    others = [(p, g) for p, g in found if not (g.is_contiguous() and room.place(g) is not None)]
-    for dtype in {g.dtype for _, g in others}:
-        alike = [(p, g) for p, g in others if g.dtype is dtype]
-        more = Room.for_all([g for _, g in alike], alike[0][1])
-        there = [more.take(*g.shape) for _, g in alike]
-        torch._foreach_copy_(there, [g for _, g in alike])
-        lots.append(Lot(more.flat, {more.place(x): p for x, (p, _) in zip(there, alike)}))
+    places: dict[int, nn.Parameter] = {}
+    others: dict[torch.dtype, list[tuple[nn.Parameter, Tensor]]] = {}
+    for parameter, gradient in found:
+        place = room.place(gradient)
+        if place is None:
+            others.setdefault(gradient.dtype, []).append((parameter, gradient))
+        else:
+            places[place] = parameter
+    lots = [Lot(room.flat, places)] if places else []
+    for alike in others.values():
+        gradients = [g for _, g in alike]
+        lots.append(Lot.of_copies([p for p, _ in alike], gradients))
     return lots
 
 
@@ -385,6 +400,7 @@ class Step:
         self._graph = graph
         self._left = len(graph.parts)
         self._head_left = graph.head is not None
+        self._versions = {part: part.versions() for part in (*graph.parts, graph.head) if part is not None}
 
     @property
     def open(self) -> bool:
@@ -396,6 +412,7 @@ class Step:
         graph = self._graph
         if number != self._left - 1:
             raise RuntimeError(AGAIN)
+        self._check(graph.parts[number])
         with graph.ground.in_turn():
             if number == len(graph.parts) - 1:
                 graph._grad[: len(grad)].copy_(grad)
@@ -408,12 +425,17 @@ class Step:
         graph, head = self._graph, self._graph.head
         if head is None or not self._head_left or self._left < len(graph.parts):
             raise RuntimeError(AGAIN)
+        self._check(head)
         self._head_left = False
         with graph.ground.in_turn():
             graph._pooled_grad[: len(grad)].copy_(grad)
             graph._pooled_grad[len(grad) :].zero_()
             gradients = head.gradients()
             return None if graph._from_head is None else graph._from_head.clone(), gradients
+
+    def _check(self, part: Part) -> None:
+        if part.versions() != self._versions[part]:
+            raise RuntimeError("a parameter was modified by an inplace operation between forward and its backward")
 
 
 AGAIN = (
@@ -428,7 +450,6 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, result: list[Tensor], run: Callable, x: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.rows = run, 0 if x is None else len(x)
-        ctx.save_for_backward(*parameters)
         return result.pop()
 
     @staticmethod
@@ -436,6 +457,5 @@ class _Backward(torch.autograd.Function):
     def backward(ctx, grad):
         if batched(grad):
             raise RuntimeError("is_grads_batched: CUDA graphs take one gradient at a time; run the model without them")
-        ctx.saved_tensors  # noqa: B018 (raises if one has been changed in place since)
         dx, gradients = ctx.run(grad)
         return None, None, dx[: ctx.rows] if ctx.needs_input_grad[2] else None, *gradients

@@ -287,6 +287,8 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
     normed, (dnorm_weight, dnorm_bias) = by.layer_norm_backward_(
         grad, dx, x, None, first.norm_weight, first.norm_bias, eps, place
     )
+    weights: Sequence[Tensor | None]
+    biases: Sequence[Tensor | None]
     weights = biases = None, None, None
     with beside(dqkv, normed):
         if needs.q_weight or needs.k_weight or needs.v_weight:

@@ -8,6 +8,7 @@ Shapes: N images, T patches, P patch_dim, D hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import OrderedDict
@@ -85,7 +86,8 @@ class Graphs:
         if _has_any_global_hook():
             self._say("hooks of all modules have to run in each call")
             return None
-        with self._lock, torch.cuda.device(pixel_values.device if pixel_values.is_cuda else None):
+        on_device = torch.cuda.device(model.device) if model.device.type == "cuda" else contextlib.nullcontext()
+        with self._lock, on_device:
             return self._features(model, pixel_values, layout, bucket)
 
     def _features(

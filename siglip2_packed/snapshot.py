@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from siglip2_packed import plain
@@ -31,10 +32,13 @@ class Snapshot:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self._parts = [(table, name, part) for m in modules for table in _tables(m) for name, part in table.items()]
-        tensors = [part for _, _, part in self._parts if part is not None and not isinstance(part, nn.Module)]
-        self._tensors = [(tensor, tensor.data_ptr(), tensor.detach()) for tensor in tensors]
-        self._hooks = [(table, len(table)) for m in modules for table in (vars(m)[name] for name in HOOKS)]
+        held = [(table, name, part) for m in modules for table in _tables(m) for name, part in table.items()]
+        self._tables, self._names, self._parts = zip(*held)
+        self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._places = [x.data_ptr() for x in self._tensors]
+        self._memory = [x.detach() for x in self._tensors]
+        self._hooks = [vars(m)[name] for m in modules for name in HOOKS]
+        self._counts = [len(table) for table in self._hooks]
         self._calls = [vars(m) for m in modules if m is not model]
         self._parameters = list(model.parameters())
         self._modules = modules[1:]
@@ -44,23 +48,28 @@ class Snapshot:
     def holds(self) -> bool:
         """Whether every part is the one that it was, in the memory where it was, and nothing new hangs on it."""
         return (
-            all(table.get(name) is part for table, name, part in self._parts)
-            and all(tensor.data_ptr() == place for tensor, place, _ in self._tensors)
-            and all(len(table) == count for table, count in self._hooks)
+            all(map(operator.is_, map(dict.get, self._tables, self._names), self._parts))
+            and [*map(Tensor.data_ptr, self._tensors)] == self._places
+            and [*map(len, self._hooks)] == self._counts
             and all(map(CALLS.isdisjoint, self._calls))
         )
 
     def learns(self) -> bool:
-        return any(p.requires_grad for p in self._parameters)
+        return any(map(_requires_grad, self._parameters))
 
     def state(self) -> tuple:
         """What changes how a model computes or learns, and no part of it: graphs are captured for each."""
         return (
-            tuple([p.requires_grad for p in self._parameters]),
-            tuple([m.training for m in self._modules]),
-            tuple([layer.gradient_checkpointing for layer in self._layers]),
+            tuple(map(_requires_grad, self._parameters)),
+            tuple(map(_training, self._modules)),
+            tuple(map(_gradient_checkpointing, self._layers)),
             tuple([str([*_settings(m)]) for m in self._foreign]),
         )
+
+
+_requires_grad = operator.attrgetter("requires_grad")
+_training = operator.attrgetter("training")
+_gradient_checkpointing = operator.attrgetter("gradient_checkpointing")
 
 
 def _tables(module: nn.Module) -> tuple[dict, ...]:

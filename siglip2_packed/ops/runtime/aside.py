@@ -1,4 +1,4 @@
-"""What backward makes and nothing in backward waits for, the gradients of weights: on a second stream, at a given place.
+"""Gradients of weights, which backward makes and does not wait for: on a second stream, at a given place in memory.
 
 That is for backwards which a CUDA graph is captured of: forking costs nothing there, and gradients keep their places.
 Elsewhere everything runs in turn, on one stream, and gradients lie anywhere.
@@ -72,7 +72,12 @@ class Room:
     @classmethod
     def for_all(cls, tensors: Sequence[Tensor], like: Tensor) -> Room:
         """In the dtype of `like`, on its device."""
-        return cls(like.new_empty(sum(-(-x.numel() // PIECE) * PIECE for x in tensors)))
+        return cls(like.new_empty(sum(map(cls.size, tensors))))
+
+    @staticmethod
+    def size(x: Tensor) -> int:
+        """Numbers that x takes."""
+        return -(-x.numel() // PIECE) * PIECE
 
     def take(self, *shape: int) -> Tensor | None:
         """None: there is none left."""
@@ -83,9 +88,10 @@ class Room:
         return self.flat[first : first + size].view(shape)
 
     def place(self, x: Tensor) -> int | None:
-        """Where in `flat` x begins; None if it lies elsewhere."""
+        """Where in `flat` x, contiguous, begins; None if it lies elsewhere."""
         first = (x.data_ptr() - self.flat.data_ptr()) // x.element_size()
-        return first if 0 <= first < len(self.flat) and x.dtype is self.flat.dtype else None
+        inside = 0 <= first < len(self.flat) and x.dtype is self.flat.dtype and x.is_contiguous()
+        return first if inside else None
 
 
 PIECE = 8
