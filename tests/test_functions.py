@@ -23,7 +23,8 @@ FUNCTIONS = [
     (mlp.LINEAR_GELU_BACKWARD, (72, 200)),
     (columns.COLUMN_SUMS, (216,)),
     (columns.PRODUCT_OVER_ROWS, (200, 72)),
-    (positions.ADD_POSITIONS, (4, 24)),
+    (positions.ADD_POSITIONS, (4, 24, False)),
+    (positions.ADD_POSITIONS, (4, 24, True)),
     (pool.ATTENTION_POOL, (2, 16, False)),
     (pool.ATTENTION_POOL, (2, 16, True)),
     (float8.QUANTIZE_ROWS, (72, 200)),
@@ -45,7 +46,7 @@ RESULTS = {
     "mlp.linear_gelu_backward": {"dwide", "sums", "active"},
     "columns.column_sums": {"result"},
     "columns.product_over_rows": {"result"},
-    "positions.add_positions": {"patches"},
+    "positions.add_positions": {"out", "dpatches", "dtable"},
     "pool.attention_pool": {"out", "dq", "dk", "dv"},
     "float8.quantize_rows": {"rows", "scale", "total"},
 }
@@ -120,14 +121,16 @@ def unwritten(x):
 FAULTS = {"scaled": scaled, "unwritten": unwritten}
 ARGUMENTS = {"grad": 0, "active": 2}
 """Results that take the place of an argument, by its number in a case."""
+DIFFERENTIATED = {pool.ATTENTION_POOL: ("q", "k", "v"), positions.ADD_POSITIONS: ("patches", "table")}
+"""Arguments whose gradients are results, the first ones of a case."""
 NUMBERS = {(float8.QUANTIZE_ROWS, 0): "5.0e-01", (pool.ATTENTION_POOL, "v"): "6.8e-02"}
 """Of a result that is scaled, where it is not by 5%, or has elements beyond 32 of its rms."""
 
 
 def places_of_results(function, sizes):
     """Where a function leaves its results: what it returns (a number), arguments it overwrites or differentiates."""
-    if function is pool.ATTENTION_POOL:
-        return [0, "q", "k", "v"] if sizes[-1] else [0]
+    if function in DIFFERENTIATED:
+        return [0, *DIFFERENTIATED[function]] if sizes[-1] else [0]
     return {
         "norm.layer_norm": [0, 1] if sizes[-1] else [0],
         "norm.add_layer_norm": [0, 1],
@@ -144,8 +147,8 @@ def planted(function, place, fault):
 
     @functools.wraps(right)
     def wrong(*args, **kwargs):
-        if place in ("q", "k", "v"):
-            i = "qkv".index(place)
+        if place in DIFFERENTIATED.get(function, ()):
+            i = DIFFERENTIATED[function].index(place)
             return right(*args[:i], Skewed.apply(args[i], fault), *args[i + 1 :])
         out = right(*args, **kwargs)
         if place in ("grad", "active"):

@@ -13,6 +13,7 @@ from siglip2_packed import Siglip2PackedVisionModel
 from siglip2_packed.measure import relative_error
 from siglip2_packed.ops import positions
 from siglip2_packed.ops.positions import ADD_POSITIONS, Places, add_positions, eager
+from siglip2_packed.ops.positions import triton as kernels
 from siglip2_packed.ops.positions.eager import resize_positions
 from siglip2_packed.ops.runtime.check import Refused
 
@@ -141,7 +142,7 @@ def test_rows_of_no_image_become_zeros_where_only_the_device_knows(device):
     x, table = draw(device, torch.float32, (FEW_ROWS + 3, 72), (16, 72))
     x[FEW_ROWS:] = float("nan")
     images, image_of_row = Places(FEW).on(torch.device(device))
-    places = Places.on_device(images.view(-1, 3), F.pad(image_of_row, (0, 3), value=-1))
+    places = Places.on_device(images, F.pad(image_of_row, (0, 3), value=-1))
     out = ADD_POSITIONS.of("triton")(x, table, places, torch.float32)
     assert (out[:FEW_ROWS] - exactly(x[:FEW_ROWS], table, FEW)).abs().max() <= 1e-5
     assert (out[FEW_ROWS:] == 0).all()
@@ -151,14 +152,14 @@ def test_rows_of_no_image_become_zeros_where_only_the_device_knows(device):
 
 def test_places_of_rows():
     images, image_of_row = Places([(2, 1, 2), (1, 3, 1)]).on(torch.device("cpu"))
-    assert images.tolist() == [0, 1, 2, 4, 3, 1] and image_of_row.tolist() == [0] * 4 + [1] * 3
+    assert images.tolist() == [[0, 2, 1, 2], [4, 1, 3, 1]] and image_of_row.tolist() == [0] * 4 + [1] * 3
     assert images.dtype == image_of_row.dtype == torch.int32
-    assert [x.shape for x in Places([]).on(torch.device("cpu"))] == [(0,), (0,)]
+    assert [x.shape for x in Places([]).on(torch.device("cpu"))] == [(0, 4), (0,)]
 
 
 @INTERPRETED
 def test_a_kernel_adds_what_nobody_follows(trusted, monkeypatch):
-    """Gradients, modes, rows out of order and a stream of another dtype are the torch path's, whatever is forced."""
+    """Modes, transforms, rows out of order and a stream of another dtype are the torch path's, whatever is forced."""
     trusted(positions=["triton"])
     kernel = positions.ADD_POSITIONS.of("triton")
     ran, grids = [], [(1, 3, 4)]
@@ -181,7 +182,158 @@ def test_a_kernel_adds_what_nobody_follows(trusted, monkeypatch):
         assert calls(x.bfloat16(), weight, Places(grids)) == 0
         with FlopCounterMode(display=False):
             assert calls(x, weight, Places(grids)) == 0
-    assert calls(x, weight, Places(grids)) == 0
+    assert calls(x, weight, Places(grids)) == 1
+    ran.clear()
+    torch.func.grad(lambda x: add_positions(x, weight, Places(grids), torch.float32).sum())(x)
+    assert not ran
+
+
+# Their gradients, by every implementation
+
+GRADIENT_BOUND = ADD_BOUND | {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # summed in float32, rounded once
+
+
+def exact_gradient(grad, entries, grids):
+    """Of the table, in float64."""
+    table = torch.zeros(entries, grad.shape[1], dtype=torch.float64, requires_grad=True)
+    resized = [kernels_ref.resize_positions(table, h, w) for t, h, w in grids for _ in range(t)]
+    return torch.autograd.grad(torch.cat(resized), table, grad.double().cpu())[0].to(grad.device)
+
+
+def differentiable(device, dtype, rows, entries, columns):
+    """Patches and table, both learning, and the gradient of their sum."""
+    x, table, grad = draw(device, dtype, (rows, columns), (entries, columns), (rows, columns))
+    return x.requires_grad_(), table.requires_grad_(), grad
+
+
+def padded(grids, images, rows, device):
+    """Places of a pack within buffers of more images and rows, as a CUDA graph's: those that are unused lie last."""
+    known, image_of_row = Places(grids).on(torch.device(device))
+    image_of_row = F.pad(image_of_row, (0, rows - len(image_of_row)), value=-1)
+    return Places.on_device(F.pad(known, (0, 0, 0, images - len(known))), image_of_row)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "dtype"), IN_DTYPES)
+def test_gradients(name, dtype, device):
+    x, table, grad = differentiable(device, dtype, FEW_ROWS, 16, 72)
+    out = ADD_POSITIONS.of(name)(x, table, Places(FEW), dtype)
+    dx, dtable = torch.autograd.grad(out, (x, table), grad)
+    assert torch.equal(dx, grad) and dtable.dtype == dtype
+    assert relative_error(dtable, exact_gradient(grad, 16, FEW)) <= GRADIENT_BOUND[dtype]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("side", "D"), [(3, 200), *[pytest.param(16, D, marks=pytest.mark.gpu) for D in (72, 768, 1152)]]
+)
+def test_gradient_of_the_table_of_a_pack(side, D, device):
+    """Every entry, also at the table's edges: of larger images, smaller ones, sides of 1, and frames."""
+    grids = [*PACK, (1, 1, 256), (1, 256, 1), (3, 2, 5)]
+    (grad,) = draw(device, torch.float32, (sum(t * h * w for t, h, w in grids), D))
+    images, _ = Places(grids).on(torch.device(device))
+    dtable = kernels.table_gradient(grad, images, side * side)
+    exact = exact_gradient(grad, side * side, grids)
+    assert ((dtable - exact).norm(dim=1) <= 1e-6 * exact.norm(dim=1)).all()  # NaN fails
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_of_rows_of_no_image_reaches_a_gradient(device):
+    """Nor do images without rows change one bit."""
+    rows = FEW_ROWS + 5
+    x, table, grad = differentiable(device, torch.float32, rows, 16, 72)
+    expected = kernels.table_gradient(grad[:FEW_ROWS], Places(FEW).on(torch.device(device))[0], 16)
+    grad[FEW_ROWS:] = float("nan")
+    for images in (5, 8, 13):
+        out = ADD_POSITIONS.of("triton")(x, table, padded(FEW, images, rows, device), torch.float32)
+        dx, dtable = torch.autograd.grad(out, (x, table), grad)
+        assert torch.equal(dtable, expected)
+        assert torch.equal(dx[:FEW_ROWS], grad[:FEW_ROWS]) and (dx[FEW_ROWS:] == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_gradients_that_are_asked_for(device, monkeypatch):
+    made, gradient = [], kernels.table_gradient
+    monkeypatch.setattr(kernels, "table_gradient", lambda *args: made.append(1) or gradient(*args))
+    x, table, grad = differentiable(device, torch.float32, FEW_ROWS, 16, 72)
+    add = functools.partial(ADD_POSITIONS.of("triton"), places=Places(FEW), dtype=torch.float32)
+    add(x, table.detach()).backward(grad)
+    assert torch.equal(x.grad, grad) and not made
+    add(x.detach(), table).backward(grad)
+    assert torch.equal(x.grad, grad) and made and relative_error(table.grad, exact_gradient(grad, 16, FEW)) <= 1e-6
+    assert not add(x.detach(), table.detach()).requires_grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_in_any_form(device):
+    """Expanded or strided; for an empty pack, which stays attached."""
+    x, table, grad = differentiable(device, torch.float32, FEW_ROWS, 16, 72)
+    add = ADD_POSITIONS.of("triton")
+    out = add(x, table, Places(FEW), torch.float32)
+    for given in (grad[:, :1].expand(-1, 72), torch.cat((grad, grad), 1)[:, 72:]):
+        _, dtable = torch.autograd.grad(out, (x, table), given, retain_graph=True)
+        assert relative_error(dtable, exact_gradient(given, 16, FEW)) <= 1e-6
+    add(x[:0], table, Places([]), torch.float32).sum().backward()
+    assert (table.grad == 0).all() and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 5])
+def test_a_batch_of_gradients_and_one_that_is_followed(rows, device):
+    x, table, grad = differentiable(device, torch.float32, rows, 16, 72)
+    places = Places(FEW) if rows == FEW_ROWS else padded(FEW, 8, rows, device)
+    out = ADD_POSITIONS.of("triton")(x, table, places, torch.float32)
+    gradients = functools.partial(torch.autograd.grad, out, (x, table), retain_graph=True)
+    grads = torch.stack((grad, 2 * grad - 1))
+    one_by_one = [torch.stack(both) for both in zip(*map(gradients, grads))]
+    for batched, single in zip(gradients(grads, is_grads_batched=True), one_by_one):
+        assert torch.equal(batched, single)
+    with FlopCounterMode(display=False):
+        for followed, single in zip(gradients(grad), one_by_one):
+            assert torch.equal(followed, single[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_are_refused(device):
+    x, table, _ = differentiable(device, torch.float32, FEW_ROWS, 16, 72)
+    out = ADD_POSITIONS.of("triton")(x, table, Places(FEW), torch.float32)
+    (dtable,) = torch.autograd.grad(out.square().sum(), table, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dtable.square().sum().backward()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_serves_other_packs():
+    """Neither forward nor backward copies anything from the host."""
+    rows, images, device = 200, 8, torch.device("cuda")
+    x, table, grad = differentiable(device, torch.bfloat16, rows, 16, 72)
+    known, image_of_row = padded(FEW, images, rows, device).on(device)
+
+    def step():
+        out = ADD_POSITIONS.of("triton")(x, table, Places.on_device(known, image_of_row), torch.bfloat16)
+        return out.detach(), *torch.autograd.grad(out, (x, table), grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, dx, dtable = step()
+    for grids in ([(1, 13, 14)], FEW, [(2, 3, 5)] * 6):
+        of_pack = padded(grids, images, rows, device).on(device)
+        known.copy_(of_pack[0])
+        image_of_row.copy_(of_pack[1])
+        graph.replay()
+        total = sum(t * h * w for t, h, w in grids)
+        exact = exactly(x[:total].detach(), table.detach(), grids)
+        assert relative_error(out[:total], exact) <= ADD_BOUND[torch.bfloat16]
+        assert torch.equal(dx[:total], grad[:total]) and (dx[total:] == 0).all() and (out[total:] == 0).all()
+        assert relative_error(dtable, exact_gradient(grad[:total], 16, grids)) <= GRADIENT_BOUND[torch.bfloat16]
 
 
 @pytest.mark.parametrize("gradients", [False, True])

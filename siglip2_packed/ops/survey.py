@@ -138,18 +138,17 @@ def plan(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: Sequen
             names |= zip(("attention.forward", "attention.backward"), map(_name, chosen.launches))
         return names
 
+    def both(function: Function, order: choice.Order, *sizes: int) -> list[str]:
+        taken = [choice.take(function, order, device, dtype, *sizes, gradients) for gradients in (False, True)]
+        return list(map(_module, taken))
+
     card = choice.card(device)
-    placed, pooled = (
-        [choice.take(function, order, device, dtype, *sizes, gradients) for gradients in (False, True)]
-        for function, order, sizes in (
-            (positions.ADD_POSITIONS, choice.rows(card, dtype), (G, D)),
-            (pool.ATTENTION_POOL, choice.pool(card, dtype, K), (H, K)),
-        )
-    )
+    placed = both(positions.ADD_POSITIONS, choice.rows(card, dtype), G, D)
+    pooled = both(pool.ATTENTION_POOL, choice.pool(card, dtype, K), H, K)
     inference, training = layer.for_inference(x, F), layer.for_training(x, F, gradients=True)
     return Plan(
-        {"positions": _module(placed[0]), **attention(False), **_modules(inference), "pool": _module(pooled[0])},
-        {"positions": _module(placed[1]), **attention(True), **_modules(training), "pool": _module(pooled[1])},
+        {"positions": placed[0], **attention(False), **_modules(inference), "pool": pooled[0]},
+        {"positions": placed[1], **attention(True), **_modules(training), "pool": pooled[1]},
     )
 
 

@@ -50,7 +50,7 @@ class Places:
         return self._known is not None
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """First row, t, h, w of each image `[N, 4]` and the image of each row `[T]`, or -1; int32, copied at once."""
+        """First row, t, h and w of each image `[N, 4]`, the image of each row `[T]` or -1; int32, copied at once."""
         if self._known is not None:
             return self._known
         n, both = len(self.grids), to_device(torch.from_numpy(_places(tuple(self.grids))), device)

@@ -149,12 +149,14 @@ def table_gradient_kernel(
         taps = t * height * width
         for start in range(0, tl.max(taps, 0), TAPS):
             tap = start + lanes % TAPS
-            y = y_first + tap // width % height
-            x = x_first + tap % width
+            line = ((tap + 0.5) * (1.0 / width)).to(tl.int32)  # tap // width
+            frame = ((line + 0.5) * (1.0 / height)).to(tl.int32)  # line // height
+            y = y_first + line - frame * height
+            x = x_first + tap - line * width
             _, _, y_centre, y_reach, y_total = _taps(y, h, SIDE)
             _, _, x_centre, x_reach, x_total = _taps(x, w, SIDE)
             weight = _weight(i, h, y_centre, y_reach, y_total) * _weight(j, w, x_centre, x_reach, x_total)
-            row = first + (tap // (height * width) * h + y) * w + x
+            row = first + (frame * h + y) * w + x
             at = row.to(tl.int64)[:, None] * D + columns[None, :]
             mask = (tap < taps)[:, None] & (columns < D)[None, :]
             total += weight[:, None] * tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
@@ -171,7 +173,7 @@ def _taps(index, target, SIDE: tl.constexpr):
     centre = (2 * index + 1) * SIDE
     reach = 2 * tl.maximum(target, SIDE)
     first, last = _within(reach, centre, target, SIDE)
-    middle = (centre + target) // (2 * target)  # the first entry beyond the centre
+    middle = tl.floor((centre + target) * (0.5 / target)).to(tl.int32)  # the first entry beyond the centre
     squares = 2 * middle * middle - first * first - last * last
     total = (last - first) * reach + (first + last - 2 * middle) * centre + squares * target
     return first, last, centre, reach, total
@@ -179,10 +181,13 @@ def _taps(index, target, SIDE: tl.constexpr):
 
 @triton.jit
 def _within(reach, centre, step, count):
-    """First and last of `count` points, at step, 3 · step, ..., that lie nearer to `centre` than `reach`."""
-    first = (tl.maximum(centre - reach - step, -2 * step) + 2 * step) // (2 * step)
-    last = tl.minimum((centre + reach + step - 1) // (2 * step), count)
-    return first, last
+    """First and last of `count` points, at step, 3 · step, ..., that lie nearer to `centre` than `reach`.
+
+    Integers are divided slowly; so a point at `reach` itself, whose weight is zero, may be among them.
+    """
+    first = tl.floor((centre - reach + step) * (0.5 / step)).to(tl.int32)
+    last = tl.ceil((centre + reach - step) * (0.5 / step)).to(tl.int32)
+    return tl.maximum(first, 0), tl.minimum(last, count)
 
 
 @triton.jit
