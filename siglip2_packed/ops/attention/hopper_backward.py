@@ -612,7 +612,7 @@ def backward(
     scale: float,
 ) -> None:
     """Fills dq, WGS * 64 queries at a time, then dk and dv. The three share strides; their heads lie side by side."""
-    grad, q, k, v, out = map(in_reach, (grad, q, k, v, out))
+    grad, q, k, v, out = in_reach(grad, q, k, v, out)
     T, H, K = q.shape
     S, delta, (counters, slot) = len(cu_seqlens) - 1, torch.empty_like(lse), work_counter(q.device)
     (slots, registers, of_launch), (stages, of_launch_kv, resident) = RESOURCES_Q[WGS], RESOURCES_KV

@@ -289,7 +289,7 @@ def forward(
     scale: float,
 ) -> None:
     """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32, WGS * 64 queries at a time."""
-    q, k, v = map(in_reach, (q, k, v))
+    q, k, v = in_reach(q, k, v)
     T, H, K = q.shape
     S, blocks, (counters, slot) = len(cu_seqlens) - 1, ceil_div(max_seqlen, 64 * WGS), work_counter(q.device)
     ring, registers, of_launch, resident = RESOURCES[WGS]

@@ -33,7 +33,7 @@ def forward(
 ) -> None:
     """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
-    q, k, v = map(readable, (q, k, v))
+    q, k, v = readable(q, k, v)
     blocks = max(1, ceil_div(max_seqlen, tile.M))
     launch(
         kernels.forward_kernel,
@@ -62,7 +62,7 @@ def backward_short(
 ) -> None:
     """Fills dq, dk and dv, which share strides, for segments of at most M rows: one tile each."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
-    grad, q, k, v = map(readable, (grad, q, k, v))
+    grad, q, k, v = readable(grad, q, k, v)
     launch(
         kernels.backward_short_kernel,
         ((S + 1) * H, 1, 1),
@@ -90,7 +90,7 @@ def backward(
 ) -> None:
     """Fills dq, then dk and dv, which share strides."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
-    grad, q, k, v, out = map(readable, (grad, q, k, v, out))
+    grad, q, k, v, out = readable(grad, q, k, v, out)
     delta, scales = torch.empty_like(lse), (scale, scale * LOG2_E)
     of_q, of_kv = tiles
     blocks = max(1, ceil_div(max_seqlen, of_q.M))

@@ -379,8 +379,8 @@ def _launch(
     sums: Tensor | None,
     blocks: int,
 ) -> None:
-    x, weight = hopper.in_reach(x), hopper.in_reach(weight)
-    bias = bias if bias is None else hopper.in_reach(bias)
+    x, weight = hopper.in_reach(x, weight)
+    bias = bias if bias is None else hopper.in_reach(bias)[0]
     (T, D), F, plan = x.shape, active.shape[1], PLANS[epilogue]
     if weight.shape != ((D, F) if epilogue == "backward" else (F, D)):  # the copy engine would read zeros beyond
         raise ValueError(f"a weight {list(weight.shape)} does not take rows [{T}, {D}] to [{T}, {F}]")

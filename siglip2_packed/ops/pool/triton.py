@@ -186,7 +186,7 @@ def _pool(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> 
     lse = torch.empty((N, H), dtype=torch.float32, device=v.device)
     if N == 0:
         return out, lse
-    k, v = readable(k), readable(v)
+    k, v = readable(k, v)
     with device_of(k):
         pool_kernel[(N * H,)](
             q.contiguous(),
@@ -216,7 +216,7 @@ def _pool_backward(
     dq = torch.empty((N, H, K), dtype=torch.float32, device=k.device)
     if T == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), dk, dv
-    k, v = readable(k), readable(v)
+    k, v = readable(k, v)
     with device_of(k):
         pool_backward_kernel[((N + 1) * H,)](
             q.contiguous(),

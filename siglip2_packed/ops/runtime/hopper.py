@@ -6,7 +6,6 @@ Gluon came with Triton 3.6 and is not a settled language: importing this fails w
 
 from __future__ import annotations
 
-import copy as copying
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -28,12 +27,14 @@ copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
-def in_reach(x: Tensor) -> Tensor:
-    """x itself if the copy engine can bring its rows, which begin at multiples of 16 bytes; else a contiguous copy."""
-    *outer, inner = x.stride()
-    if inner == 1 and x.data_ptr() % 16 == 0 and 0 not in outer and math.gcd(8, *outer) == 8:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def in_reach(*tensors: Tensor) -> list[Tensor]:
+    """Each itself if the copy engine brings its rows, which begin at multiples of 16 bytes, else a contiguous copy."""
+    found = []
+    for x in tensors:
+        *outer, inner = x.stride()
+        reached = inner == 1 and x.data_ptr() % 16 == 0 and 0 not in outer and math.gcd(8, *outer) == 8
+        found.append(x if reached else x.clone(memory_format=torch.contiguous_format))
+    return found
 
 
 class Tiles(NamedTuple):
@@ -62,9 +63,9 @@ class Launcher:
         with device_of(arguments[0]):
             compiled = kernel.warmup(*described, grid=(1,), **options)
             self._compiled = Compiled.of(compiled)
-        past_encoding = _past_encoding(self._compiled.run)
-        if past_encoding and compiled.metadata.tensordesc_meta:
-            self._compiled = self._compiled._replace(run=past_encoding)
+        past_encoding = _past_encoding(self._compiled.launch)
+        if past_encoding is not None and compiled.metadata.tensordesc_meta:
+            self._compiled = self._compiled._replace(launch=past_encoding)
             metadata = iter(compiled.metadata.tensordesc_meta)
             self._kinds = [Descriptors.of(next(metadata), x) if type(x) is Tiles else x for x in self._kinds]
 
@@ -81,7 +82,7 @@ class Launcher:
                 given += kind[x.data_ptr(), x.shape, x.stride()]
             else:
                 given.append(_described(_Unchecked, x, kind))
-        run_compiled(self._compiled, grid, device, given)
+        run_compiled(self._compiled, grid, device, tuple(given))
 
 
 class Descriptors(dict):
@@ -127,14 +128,11 @@ def _described(kind: type[TensorDescriptor], x: Tensor, tiles: Tiles) -> TensorD
     return kind(x, list(x.shape), list(x.stride()), *tiles)
 
 
-def _past_encoding(run: Callable) -> Callable | None:
-    """Triton's launcher of a kernel without the step that encodes all descriptors anew; None if there is no such step.
+def _past_encoding(launch: Callable) -> Callable | None:
+    """What launches a kernel behind Triton's step that encodes all descriptors anew; None if there is no such step.
 
-    That step is a function around the launcher, which is no part of Triton's interface (3.6 to 3.9 have it).
+    That step is a function around the launching one, which is no part of Triton's interface (3.6 to 3.9 have it).
     """
-    past = copying.copy(run)
-    try:
-        past.launch = inspect.getclosurevars(run.launch).nonlocals["launcher"]  # type: ignore[attr-defined]
-    except (AttributeError, KeyError, TypeError):
+    if not _KNOWN or not inspect.isfunction(launch):
         return None
-    return past if _KNOWN else None
+    return inspect.getclosurevars(launch).nonlocals.get("launcher")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
 
@@ -22,12 +23,14 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def readable(x: Tensor) -> Tensor:
-    """x itself if its rows lie in pieces of 16 bytes from where it begins, else a contiguous copy."""
-    *outer, inner = x.stride()
-    if inner == 1 and math.gcd(8, *outer) == 8:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+def readable(*tensors: Tensor) -> list[Tensor]:
+    """Each itself if its rows lie in pieces of 16 bytes from where it begins, else a contiguous copy."""
+    found = []
+    for x in tensors:
+        *outer, inner = x.stride()
+        whole = inner == 1 and math.gcd(8, *outer) == 8
+        found.append(x if whole else x.clone(memory_format=torch.contiguous_format))
+    return found
 
 
 def outer_strides(*tensors: Tensor) -> list[int]:
@@ -68,19 +71,36 @@ def launch(kernel, grid: tuple, tensors: tuple[Tensor, ...], numbers: tuple, con
 
 
 class Compiled(NamedTuple):
-    """A compiled kernel, loaded on the current device."""
+    """A compiled kernel, loaded on the current device: `launch(*grid, stream, *fixed, *arguments)`."""
 
-    run: Callable
-    function: int
-    packed_metadata: tuple
+    launch: Callable
+    fixed: tuple
+    spread: bool = True
+    """Or `launch(*grid, stream, *fixed, arguments)`."""
 
     @classmethod
     def of(cls, compiled: Any) -> Compiled:
-        return cls(compiled.run, compiled.function, compiled.packed_metadata)
+        """By Triton's function in C if possible, which its launcher calls with the same `fixed` each time."""
+        run = compiled.run
+        fixed = compiled.function, compiled.packed_metadata, None, None, None
+        try:
+            noting, noted = copy.copy(run), []
+            noting.launch = lambda *given: noted.extend(given)
+            if run.global_scratch_size == run.profile_scratch_size == 0:
+                noting(*_GRID_AND_STREAM, *fixed, _ARGUMENT)
+            *first, last = noted
+        except (AttributeError, TypeError, ValueError):  # another Triton than those of 3.5 to 3.9
+            return cls(run, fixed)
+        if tuple(first[:4]) != _GRID_AND_STREAM or last not in (_ARGUMENT, (_ARGUMENT,)):
+            return cls(run, fixed)
+        return cls(run.launch, tuple(first[4:]), spread=last == _ARGUMENT)
 
 
-def run_compiled(compiled: Compiled, grid: tuple, device: int, arguments: Sequence) -> None:
-    """Runs it on the device's current stream, without what Triton does for launch hooks.
+_GRID_AND_STREAM, _ARGUMENT = ("x", "y", "z", "stream"), "argument"
+
+
+def run_compiled(compiled: Compiled, grid: tuple, device: int, arguments: tuple) -> None:
+    """Launches it on the device's current stream, without what Triton does for launch hooks.
 
     Tensors among the arguments may be given by their places in memory, which Triton then does not look up.
     """
@@ -91,8 +111,11 @@ def run_compiled(compiled: Compiled, grid: tuple, device: int, arguments: Sequen
             run_compiled(compiled, grid, device, arguments)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    run, function, metadata = compiled
-    run(*grid, stream, function, metadata, None, None, None, *arguments)
+    launch, fixed, spread = compiled
+    if spread:
+        launch(*grid, stream, *fixed, *arguments)
+    else:
+        launch(*grid, stream, *fixed, arguments)
 
 
 _dtype = attrgetter("dtype")
