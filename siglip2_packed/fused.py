@@ -26,6 +26,7 @@ from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_
 from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_over_rows
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
+from siglip2_packed.ops.runtime.tracing import transformed
 
 _weight_gradients: ContextVar[Aside | None] = ContextVar("weight_gradients", default=None)
 
@@ -143,8 +144,8 @@ class _Workspace(NamedTuple):
 def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
     first, second, eps, head_dim = weights
-    by = for_training(hidden_states, len(second.fc1_bias), torch.is_grad_enabled())
-    if attention.written_out and len(hidden_states):
+    by = for_training(hidden_states, second.fc1_bias.shape[0], torch.is_grad_enabled())
+    if attention.written_out and hidden_states.shape[0]:
         return _Layer.apply(hidden_states, attention, by, eps, head_dim, *first, *second)
     x, qkv = _NormQKV.apply(hidden_states, by, eps[0], *first)
     attended = attention.qkvpacked(qkv.unflatten(1, (3, -1, head_dim))).flatten(1)
@@ -157,7 +158,7 @@ def _without_autocast(backward: Any) -> Any:
     @functools.wraps(backward)
     def run(ctx, grad, *grads):
         device = grad.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not (torch._C._is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return backward(ctx, grad, *grads)
         with torch.autocast(device, enabled=False):
             return backward(ctx, grad, *grads)
@@ -168,10 +169,16 @@ def _without_autocast(backward: Any) -> Any:
 class _Layer(torch.autograd.Function):
     """All of a layer around our own attention: one function costs the host less than three."""
 
+    @classmethod
+    def apply(cls, *args):
+        """torch's, which looks at every argument for what a function transform has left, only where there is one."""
+        torchs: Any = super() if transformed() else super(torch.autograd.Function, cls)
+        return torchs.apply(*args)
+
     @staticmethod
     def forward(ctx, x, attention, by, eps, head_dim, *weights):
         first, second = parts(weights)
-        qkv = _norm_qkv(by, x, first, eps[0]).view(len(x), 3, -1, head_dim)
+        qkv = _norm_qkv(by, x, first, eps[0]).view(x.shape[0], 3, -1, head_dim)
         out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
         result, wide = _project_mlp(by, x, out.view(x.shape), second, eps[1])
         ctx.save_for_backward(x, qkv, out, lse, wide, *_used_backward(first), *_used_backward(second))

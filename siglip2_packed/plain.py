@@ -24,7 +24,7 @@ def watched(x: Tensor) -> bool:
     device = x.device.type
     return (
         traced()
-        or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+        or (torch._C._is_autocast_available(device) and torch.is_autocast_enabled(device))
         or _has_any_global_hook()
     )
 

@@ -47,12 +47,13 @@ def for_inference(x: Tensor, F: int) -> Inference:
 
 def for_training(x: Tensor, F: int, gradients: bool) -> Training:
     """For x `[T, D]`."""
-    (T, D), device, dtype, card = x.shape, x.device, x.dtype, choice.card(x.device)
-    rows = choice.rows(card, dtype)
-    product, sums = choice.product_with_gelu(card, dtype, T, D, F), choice.sums(card, dtype, T)
-    key = device, dtype, D, F, rows, product, sums, gradients
+    (T, D), device, dtype = x.shape, x.device, x.dtype
+    key = device, dtype, T, D, F, gradients
     found = _training.get(key)
     if found is None:
+        card = choice.card(device)
+        rows, sums = choice.rows(card, dtype), choice.sums(card, dtype, T)
+        product = choice.product_with_gelu(card, dtype, T, D, F)
         found = Training(
             take(norm.LAYER_NORM, rows, device, dtype, D, False),
             take(norm.ADD_LAYER_NORM, rows, device, dtype, D),
@@ -65,12 +66,16 @@ def for_training(x: Tensor, F: int, gradients: bool) -> Training:
                 column_sums=take(columns.COLUMN_SUMS, sums, device, dtype, 3 * D),
                 product_over_rows=take(columns.PRODUCT_OVER_ROWS, sums, device, dtype, F, D),
             )
+        if len(_training) >= MOST:
+            _training.clear()
         if checkable(device):  # else some may have had no check yet
             _training[key] = found
     return found
 
 
 _training: dict[tuple, Training] = choice.remember()
+MOST = 1024
+"""Kinds of rows whose functions are remembered."""
 
 
 def for_gradient(chosen: Training, grad: Tensor) -> Training:

@@ -26,7 +26,9 @@ def gelu_backward_(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
 
     All contiguous.
     """
-    assert all(y.is_contiguous() for y in (grad, x, out))
+    assert grad.is_contiguous()
+    assert x.is_contiguous()
+    assert out.is_contiguous()
     T, F = x.shape
     columns = 1024
     blocks = ceil_div(F, columns)

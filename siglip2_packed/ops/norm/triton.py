@@ -5,6 +5,8 @@ Rows are read once, in float32, whatever the dtype; the time is that of reading 
 Shapes: T rows, D columns in blocks of W, G programs of a backward.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -40,7 +42,8 @@ def add_layer_norm(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See `norm.eager`."""
-    out, total = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(out)
     _launch(x, weight, bias, eps, out, update=update, add=shift, total=total)
     return out, total
 
@@ -59,7 +62,7 @@ def layer_norm_backward_(
     assert grad.is_contiguous()
     assert place is None or place.is_contiguous()
     T, D = x.shape
-    residual, x, weight, bias = (y.contiguous() for y in (residual, x, weight, bias))
+    residual, x, weight, bias = residual.contiguous(), x.contiguous(), weight.contiguous(), bias.contiguous()
     out = torch.empty_like(x) if place is None else place
     update = None if update is None else update.contiguous()
     programs = min(max(1, T), 4 * multiprocessors(x.device))
@@ -77,6 +80,7 @@ def layer_norm_backward_(
     return out, fold(sums.flatten(1), x.dtype).view(-1, D)
 
 
+@functools.cache
 def _cut_for_training(D: int) -> tuple[int, int]:
     """One for forward and backward, where the forward's output is made again: to the bit, as sums go the same way."""
     return rows.cut(D, at_once=4, most=20)

@@ -22,7 +22,7 @@ def transformed() -> bool:
 
 def batched(x: Tensor) -> bool:
     """Whether x is one of torch.func.vmap's tensors, or of `is_grads_batched=True`: no kernel has its memory."""
-    return any(is_batched(x) for is_batched in BATCHED)
+    return True in [is_batched(x) for is_batched in BATCHED]
 
 
 def capturing(device: torch.device) -> bool:
