@@ -26,6 +26,7 @@ from siglip2_packed.configuration import patch_dim
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.runtime.aside import Aside, Room
+from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched
@@ -266,16 +267,8 @@ class Lot:
     """Gradients side by side."""
 
     def __init__(self, flat: Tensor, places: dict[int, nn.Parameter]):
-        self.flat, self.parameters = flat, [places[place] for place in sorted(places)]
-        self._pieces: list[Tensor] = []
-        self._are_gaps: list[bool] = []
-        end = 0
-        for place in sorted(places):
-            if place > end:
-                self._pieces.append(torch.empty(place - end, dtype=torch.uint8, device=flat.device))
-            self._are_gaps += [True] * (place > end) + [False]
-            self._pieces.append(places[place])
-            end = place + places[place].numel()
+        self.flat, self.parameters = flat, list(places.values())
+        self._strided = [(p.shape, _contiguous(p), place) for place, p in places.items()]
 
     @classmethod
     def of_copies(cls, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Lot:
@@ -289,8 +282,11 @@ class Lot:
         loan = Loan()
         flat = alias(self.flat, holds=loan)
         ground.loans.append((weakref.ref(loan), flat.data_ptr(), self.parameters))
-        pieces = torch._utils._unflatten_dense_tensors(flat, self._pieces)
-        return [piece for piece, is_gap in zip(pieces, self._are_gaps) if not is_gap]
+        return [torch.as_strided(flat, *strided) for strided in self._strided]
+
+
+def _contiguous(x: Tensor) -> tuple[int, ...]:
+    return torch.empty(x.shape, device="meta").stride()
 
 
 class Loan:
@@ -444,7 +440,7 @@ AGAIN = (
 )
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(Function):
     """A result that is there already, of x and parameters, whose gradients are made by `run`."""
 
     @staticmethod

@@ -24,9 +24,9 @@ from torch import Tensor
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
 from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_over_rows
+from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
-from siglip2_packed.ops.runtime.tracing import transformed
 
 _weight_gradients: ContextVar[Aside | None] = ContextVar("weight_gradients", default=None)
 
@@ -166,14 +166,8 @@ def _without_autocast(backward: Any) -> Any:
     return run
 
 
-class _Layer(torch.autograd.Function):
+class _Layer(Function):
     """All of a layer around our own attention: one function costs the host less than three."""
-
-    @classmethod
-    def apply(cls, *args):
-        """torch's, which looks at every argument for what a function transform has left, only where there is one."""
-        torchs: Any = super() if transformed() else super(torch.autograd.Function, cls)
-        return torchs.apply(*args)
 
     @staticmethod
     def forward(ctx, x, attention, by, eps, head_dim, *weights):
