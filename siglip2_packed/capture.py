@@ -31,7 +31,7 @@ from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched
 
-LAYERS_OF_A_PART = 4
+LAYERS_OF_A_PART = 5
 """Their gradients reach autograd together; what waits for them (DDP's averaging) runs beside the parts to come."""
 
 
@@ -213,12 +213,19 @@ def forward(pieces: Sequence[Piece], x: Tensor, learns: bool = False) -> tuple[l
     return runs, x.detach()
 
 
-def backward(runs: list[Run], grad: Tensor) -> tuple[Tensor | None, list[Tensor | None]]:
+class Found(NamedTuple):
+    """Gradients of a piece's parameters, and where most of them are."""
+
+    gradients: list[tuple[nn.Parameter, Tensor]]
+    room: Room
+
+
+def backward(runs: list[Run], grad: Tensor, aside: Aside) -> tuple[Tensor | None, list[Found]]:
     """From the gradient of the last run's result: that of the first one's x, if it wants one, and of all parameters.
 
     Empties `runs`, whose activations are not kept longer than they are needed.
     """
-    gradients: list[Tensor | None] = []
+    found: list[Found] = []
     dx: Tensor | None = grad
     while runs:
         piece, x, out = runs.pop()
@@ -226,10 +233,12 @@ def backward(runs: list[Run], grad: Tensor) -> tuple[Tensor | None, list[Tensor 
             with torch.enable_grad():
                 out = piece.run(x)
         wanted = [x, *piece.parameters] if x.requires_grad else piece.parameters
-        found = torch.autograd.grad(out, wanted, dx, allow_unused=True)
-        dx, *rest = found if x.requires_grad else (None, *found)
-        gradients[:0] = rest
-    return dx, gradients
+        room = Room(piece.parameters, grad)
+        with aside.gradients_in(room):
+            gradients = torch.autograd.grad(out, wanted, dx, allow_unused=True)
+        dx, *rest = gradients if x.requires_grad else (None, *gradients)
+        found.append(Found([(p, g) for p, g in zip(piece.parameters, rest) if g is not None], room))
+    return dx, found
 
 
 class Part:
@@ -238,14 +247,11 @@ class Part:
     def __init__(self, ground: Ground, runs: list[Run], grad: Tensor):
         """Empties `runs`; the pool keeps `dx` and gradients until they are settled."""
         self._ground, self._graph = ground, torch.cuda.CUDAGraph()
-        learning = [p for run in runs for p in run.piece.parameters]
         with ground.capture(self._graph):
-            room = Room.for_all([p for p in learning if p.dtype is grad.dtype], grad)
-            with ground.aside.gradients_in(room):
-                self.dx, gradients = backward(runs, grad)
+            self.dx, found = backward(runs, grad, ground.aside)
             """Of the first run's x, if it wants one."""
-            found = [(p, g) for p, g in zip(learning, gradients) if g is not None]
-            self._lots = _in_rooms(found, room)
+            ground.aside.join()
+            self._lots = _lots(found)
         self.parameters = [p for lot in self._lots for p in lot.parameters]
 
     def versions(self) -> list[int]:
@@ -271,10 +277,10 @@ class Lot:
         self._strided = [(p.shape, _contiguous(p), place) for place, p in places.items()]
 
     @classmethod
-    def of_copies(cls, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Lot:
-        room = Room.for_all(gradients, gradients[0])
-        copies: list[Any] = [room.take(*g.shape) for g in gradients]
-        torch._foreach_copy_(copies, gradients)
+    def of_copies(cls, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Lot:
+        room = Room(gradients, gradients[0])
+        copies: list[Any] = [room.take(g.dtype, *g.shape) for g in gradients]
+        torch._foreach_copy_(copies, list(gradients))
         ends = itertools.accumulate(map(room.size, gradients), initial=0)
         return cls(room.flat, dict(zip(ends, parameters)))
 
@@ -293,21 +299,21 @@ class Loan:
     """Alive as long as anybody has gradients that were lent together."""
 
 
-def _in_rooms(found: list[tuple[nn.Parameter, Tensor]], room: Room) -> list[Lot]:
-    """Lots of all gradients: of those that are in the room, and of copies of the others."""
-    places: dict[int, nn.Parameter] = {}
+def _lots(found: list[Found]) -> list[Lot]:
+    """Of the gradients in each room, and of copies of those that are in none."""
+    lots: list[Lot] = []
     others: dict[torch.dtype, list[tuple[nn.Parameter, Tensor]]] = {}
-    for parameter, gradient in found:
-        place = room.place(gradient)
-        if place is None:
-            others.setdefault(gradient.dtype, []).append((parameter, gradient))
-        else:
-            places[place] = parameter
-    lots = [Lot(room.flat, places)] if places else []
-    for alike in others.values():
-        gradients = [g for _, g in alike]
-        lots.append(Lot.of_copies([p for p, _ in alike], gradients))
-    return lots
+    for gradients, room in found:
+        places: dict[int, nn.Parameter] = {}
+        for parameter, gradient in gradients:
+            place = room.place(gradient)
+            if place is None:
+                others.setdefault(gradient.dtype, []).append((parameter, gradient))
+            else:
+                places[place] = parameter
+        if places:
+            lots.append(Lot(room.flat, places))
+    return lots + [Lot.of_copies(*zip(*alike)) for alike in others.values()]
 
 
 class TrainingGraph:
@@ -328,7 +334,7 @@ class TrainingGraph:
         runs, features, of_head, pooled = self._run(pieces, heads)  # compiles kernels, checks backends, sets up cuBLAS
         for kept in (of_head, runs):
             if kept:
-                backward(kept, torch.zeros_like(kept[-1].out))
+                backward(kept, torch.zeros_like(kept[-1].out), ground.aside)
         del runs, features, of_head, pooled, kept
 
         self._forward = torch.cuda.CUDAGraph()

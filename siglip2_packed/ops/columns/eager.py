@@ -5,6 +5,7 @@ Nothing here is differentiable. Shapes: T rows, C and D columns.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from siglip2_packed.ops.runtime import aside
@@ -12,7 +13,8 @@ from siglip2_packed.ops.runtime import aside
 
 def column_sums(x: Tensor) -> Tensor:
     """`[T, C]` -> `[C]` in x's dtype, summed in float32 at least."""
-    return x.sum(0)
+    out = aside.gradient(x.dtype, x.shape[1])
+    return x.sum(0) if out is None else torch.sum(x, 0, out=out)
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Elsewhere everything runs in turn, on one stream, and gradients lie anywhere.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -51,9 +52,10 @@ class Aside:
     def gradients_in(self, room: Room) -> Iterator[None]:
         """Within it, layers leave their gradients there, as long as there is room."""
         self.room = room
-        yield
-        self.room = None
-        self.join()
+        try:
+            yield
+        finally:
+            self.room = None
 
     @contextlib.contextmanager
     def beside(self, *read: Tensor) -> Iterator[None]:
@@ -66,32 +68,33 @@ class Aside:
 class Room:
     """Memory for gradients, one after another, in pieces of `PIECE` numbers, of 16 bytes at least."""
 
-    def __init__(self, flat: Tensor):
-        self.flat, self._taken = flat, 0
-
-    @classmethod
-    def for_all(cls, tensors: Sequence[Tensor], like: Tensor) -> Room:
-        """In the dtype of `like`, on its device."""
-        return cls(like.new_empty(sum(map(cls.size, tensors))))
+    def __init__(self, tensors: Sequence[Tensor], like: Tensor):
+        """For as many numbers as the tensors have, in the dtype of `like`, on its device."""
+        self._numbers, self._taken, self._like = sum(map(self.size, tensors)), 0, like
 
     @staticmethod
     def size(x: Tensor) -> int:
         """Numbers that x takes."""
         return -(-x.numel() // PIECE) * PIECE
 
-    def take(self, *shape: int) -> Tensor | None:
-        """None: there is none left."""
+    @functools.cached_property
+    def flat(self) -> Tensor:
+        return self._like.new_empty(self._numbers)
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor | None:
+        """None: there is none left, or of another dtype."""
         first, size = self._taken, math.prod(shape)
-        if first + size > len(self.flat):
+        if first + size > self._numbers or dtype is not self._like.dtype:
             return None
         self._taken += -(-size // PIECE) * PIECE
         return self.flat[first : first + size].view(shape)
 
     def place(self, x: Tensor) -> int | None:
         """Where in `flat` x, contiguous, begins; None if it lies elsewhere."""
+        if not self._taken or x.dtype is not self._like.dtype or not x.is_contiguous():
+            return None
         first = (x.data_ptr() - self.flat.data_ptr()) // x.element_size()
-        inside = 0 <= first < len(self.flat) and x.dtype is self.flat.dtype and x.is_contiguous()
-        return first if inside else None
+        return first if 0 <= first < self._numbers else None
 
 
 PIECE = 8
@@ -125,4 +128,4 @@ def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
 def gradient(dtype: torch.dtype, *shape: int) -> Tensor | None:
     """The place of a gradient; None: anywhere."""
     room = None if _current.aside is None else _current.aside.room
-    return room.take(*shape) if room is not None and room.flat.dtype is dtype else None
+    return None if room is None else room.take(dtype, *shape)
