@@ -279,6 +279,7 @@ class Lot:
     @classmethod
     def of_copies(cls, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Lot:
         room = Room(gradients, gradients[0])
+        room.make()
         copies: list[Any] = [room.take(g.dtype, *g.shape) for g in gradients]
         torch._foreach_copy_(copies, list(gradients))
         ends = itertools.accumulate(map(room.size, gradients), initial=0)

@@ -7,7 +7,6 @@ Elsewhere everything runs in turn, on one stream, and gradients lie anywhere.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,8 @@ class Aside:
     @contextlib.contextmanager
     def layer(self) -> Iterator[None]:
         """Within it, in this thread, `beside` is on this stream."""
+        if self.room is not None:
+            self.room.make()  # of this stream's memory, which activations leave
         self.stream.wait_stream(torch.cuda.current_stream())
         _current.aside = self
         try:
@@ -71,30 +72,30 @@ class Room:
     def __init__(self, tensors: Sequence[Tensor], like: Tensor):
         """For as many numbers as the tensors have, in the dtype of `like`, on its device."""
         self._numbers, self._taken, self._like = sum(map(self.size, tensors)), 0, like
+        self.flat: Tensor = like.new_empty(0)
 
     @staticmethod
     def size(x: Tensor) -> int:
         """Numbers that x takes."""
         return -(-x.numel() // PIECE) * PIECE
 
-    @functools.cached_property
-    def flat(self) -> Tensor:
-        return self._like.new_empty(self._numbers)
+    def make(self) -> None:
+        self.flat = self._like.new_empty(self._numbers)
 
     def take(self, dtype: torch.dtype, *shape: int) -> Tensor | None:
         """None: there is none left, or of another dtype."""
         first, size = self._taken, math.prod(shape)
-        if first + size > self._numbers or dtype is not self._like.dtype:
+        if first + size > len(self.flat) or dtype is not self._like.dtype:
             return None
         self._taken += -(-size // PIECE) * PIECE
         return self.flat[first : first + size].view(shape)
 
     def place(self, x: Tensor) -> int | None:
         """Where in `flat` x, contiguous, begins; None if it lies elsewhere."""
-        if not self._taken or x.dtype is not self._like.dtype or not x.is_contiguous():
+        if x.dtype is not self._like.dtype or not x.is_contiguous():
             return None
         first = (x.data_ptr() - self.flat.data_ptr()) // x.element_size()
-        return first if 0 <= first < self._numbers else None
+        return first if 0 <= first < len(self.flat) else None
 
 
 PIECE = 8
