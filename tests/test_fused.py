@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import weakref
+from functools import partial
 
 import accelerate
 import pytest
@@ -142,6 +143,30 @@ def test_layers_of_several_widths_run_one_by_one(model, patches, calls):
         assert len(model.encoder.plain_weights(torch.zeros(3, 64))) == len(layers)
         model(**packed)
     assert calls[len(layers) :] == ["infer"]
+
+
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.usefixtures("poisoned")
+def test_layers_of_several_numbers_of_heads_share_no_memory_that_does_not_fit(trusted, backend):
+    """As pruned ones have them: each layer's products are of its own size."""
+    trusted(norm=["triton"])
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    layers = []
+    for heads in (2, 1, 3, 3):
+        of_norm, of_qkv = (1 + 0.1 * draw(48), draw(48)), (0.1 * draw(heads * 24, 48), draw(heads * 24))
+        first = fused.NormQKV(*of_norm, *of_qkv * 3)
+        second = fused.ProjectMLP(
+            0.1 * draw(48, heads * 24), draw(48), *of_norm, 0.1 * draw(80, 48), draw(80), 0.1 * draw(48, 80), draw(48)
+        )
+        layers.append(fused.LayerWeights(first, second, (1e-6, 1e-6), 24))
+    x, attention = draw(20, 48), attention_within([13, 1, 6], backend)
+    expected = x.double()
+    for first, second, *_ in layers:
+        exact = fused.LayerWeights(*(type(w)(*[y.double() for y in w]) for w in (first, second)), (1e-6, 1e-6), 24)
+        expected = fused.layer(exact, expected, attention_within([13, 1, 6], "eager"))
+    for some in (x, x[:0]):
+        out = fused.infer(layers, some, attention if len(some) else attention_within([], backend))
+        assert (out.shape == some.shape and relative_error(out, expected[: len(some)]) <= 1e-5) or not len(some)
 
 
 def test_fused_layers_round_no_more_than_the_modules(checkpoint, patches):

@@ -38,12 +38,15 @@ def test_layer_norm(name, dtype, shape, device):
 @pytest.mark.parametrize(("name", "dtype"), IN_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("waits", [False, True])
-def test_layer_norm_with_biases_that_waited(name, dtype, shape, waits, device):
+@pytest.mark.parametrize("placed", [False, True])
+def test_layer_norm_with_biases_that_waited(name, dtype, shape, waits, placed, device):
     layer_norm, _, _ = functions(name)
     x, weight, bias, late = draw(device, dtype, shape, *[shape[1:]] * 3)
     precise = torch.promote_types(dtype, torch.float32)
     waiting = draw(device, precise, shape[1:])[0] if waits else None
-    out, total = layer_norm(x, weight, bias, 1e-3, waiting, late)
+    place = (torch.full_like(x, float("nan")), torch.full_like(late, float("nan"), dtype=torch.float32))
+    out, total = layer_norm(x, weight, bias, 1e-3, waiting, late, *[place] * placed)
+    assert name == "eager" or not placed or (out is place[0] and total is place[1])
     expected = late.double() + waiting if waits else late.double()
     assert total.dtype == precise and relative_error(total, expected) <= 1e-6
     assert out.dtype == dtype
