@@ -25,7 +25,7 @@ from siglip2_packed.buckets import Bucket, Metadata
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import VarlenAttention
-from siglip2_packed.ops.runtime.aside import Aside, Room
+from siglip2_packed.ops.runtime.aside import ROWS, Aside, Room
 from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
@@ -42,7 +42,7 @@ class Ground:
         self.device: torch.device = model.device
         dtype, columns = model.embeddings.compute_dtype, patch_dim(model.config)
         self.pixel_values = torch.zeros(rows, columns, dtype=dtype, device=self.device)
-        self.stream, self.aside = torch.cuda.Stream(self.device), Aside(torch.cuda.Stream(self.device))
+        self.stream, self.side = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.token = torch.empty(0, device=self.device)
         self._grad: Tensor | None = None
@@ -99,16 +99,15 @@ class Ground:
             self._left.record(stream)
 
     @contextlib.contextmanager
-    def capture(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    def capture(self, graph: torch.cuda.CUDAGraph, aside: Aside | None = None) -> Iterator[None]:
         """Other threads may go on, pinning memory for the packs to come."""
         collecting = gc.isenabled()
         gc.disable()  # which might free a graph
         try:
-            with torch.cuda.stream(self.stream), fused.weight_gradients(self.aside):
+            with torch.cuda.stream(self.stream), fused.weight_gradients(aside):
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     yield
-                    self.aside.join()
                 finally:
                     graph.capture_end()
         finally:
@@ -244,13 +243,13 @@ def backward(runs: list[Run], grad: Tensor, aside: Aside) -> tuple[Tensor | None
 class Part:
     """Pieces whose backward is one graph, and where it leaves their gradients."""
 
-    def __init__(self, ground: Ground, runs: list[Run], grad: Tensor):
+    def __init__(self, ground: Ground, aside: Aside, runs: list[Run], grad: Tensor):
         """Empties `runs`; the pool keeps `dx` and gradients until they are settled."""
         self._ground, self._graph = ground, torch.cuda.CUDAGraph()
-        with ground.capture(self._graph):
-            self.dx, found = backward(runs, grad, ground.aside)
+        with ground.capture(self._graph, aside):
+            self.dx, found = backward(runs, grad, aside)
             """Of the first run's x, if it wants one."""
-            ground.aside.join()
+            aside.join()
             self._lots = _lots(found)
         self.parameters = [p for lot in self._lots for p in lot.parameters]
 
@@ -332,21 +331,22 @@ class TrainingGraph:
 
     def _capture(self, pieces: list[Piece], heads: list[Piece]) -> None:
         ground = self.ground
+        aside = Aside(ground.side if len(self.inputs.pixel_values) <= ROWS else None)
         runs, features, of_head, pooled = self._run(pieces, heads)  # compiles kernels, checks backends, sets up cuBLAS
         for kept in (of_head, runs):
             if kept:
-                backward(kept, torch.zeros_like(kept[-1].out), ground.aside)
+                backward(kept, torch.zeros_like(kept[-1].out), aside)
         del runs, features, of_head, pooled, kept
 
         self._forward = torch.cuda.CUDAGraph()
-        with ground.capture(self._forward):
+        with ground.capture(self._forward, aside):
             runs, features, of_head, pooled = self._run(pieces, heads)
         self._hidden_states, self._pooled = alias(features), None if pooled is None else alias(pooled)
         self._grad = ground.gradient_of(features)
         self.head: Part | None = None
         if pooled is not None and of_head:
             self._pooled_grad = torch.zeros(pooled.shape, dtype=pooled.dtype, device=ground.device)
-            self.head = Part(ground, of_head, self._pooled_grad)
+            self.head = Part(ground, aside, of_head, self._pooled_grad)
             self._from_head = None if self.head.dx is None else alias(self.head.dx)
         del features, pooled  # and activations, where they are no longer needed: the pool has them for what follows
         parts, grad = _cut(runs), self._grad
@@ -354,7 +354,7 @@ class TrainingGraph:
         self.parts: list[Part] = []
         """The first of them first."""
         while parts:
-            part = Part(ground, parts.pop(), grad)
+            part = Part(ground, aside, parts.pop(), grad)
             grad = grad if part.dx is None else part.dx
             self.parts.insert(0, part)
         for part in (*self.parts, *([] if self.head is None else [self.head])):

@@ -32,7 +32,7 @@ _weight_gradients: ContextVar[Aside | None] = ContextVar("weight_gradients", def
 
 
 @contextlib.contextmanager
-def weight_gradients(aside: Aside) -> Iterator[None]:
+def weight_gradients(aside: Aside | None) -> Iterator[None]:
     """Layers that run within it make the gradients of their weights there, in backward; who runs it has to `join`."""
     before = _weight_gradients.set(aside)
     try:

@@ -16,12 +16,17 @@ from torch import Tensor
 
 DEPTH = 2
 """Layers whose work may still be under way: their tensors are kept."""
+ROWS = 2048
+"""With twice as many, a training step was 1% faster on two streams, for an eighth more memory (H200)."""
 
 
 class Aside:
-    """A stream beside the current one, which later waits for it: after `DEPTH` layers, and in `join`."""
+    """A stream beside the current one, which later waits for it: after `DEPTH` layers, and in `join`.
 
-    def __init__(self, stream: torch.cuda.Stream):
+    Or none, and all is done in turn: of more rows than `ROWS`, one product fills the card.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None):
         self.stream = stream
         self.room: Room | None = None
         self._read: list[Tensor] = []
@@ -32,12 +37,15 @@ class Aside:
         """Within it, in this thread, `beside` is on this stream."""
         if self.room is not None:
             self.room.make()  # of this stream's memory, which activations leave
-        self.stream.wait_stream(torch.cuda.current_stream())
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream())
         _current.aside = self
         try:
             yield
         finally:
             _current.aside = None
+        if self.stream is None:
+            return
         self._layers.append((self.stream.record_event(), self._read))
         self._read = []
         while len(self._layers) > DEPTH:
@@ -45,7 +53,7 @@ class Aside:
             torch.cuda.current_stream().wait_event(done)
 
     def join(self) -> None:
-        if self._layers:
+        if self._layers and self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
             self._layers.clear()
 
@@ -60,6 +68,9 @@ class Aside:
 
     @contextlib.contextmanager
     def beside(self, *read: Tensor) -> Iterator[None]:
+        if self.stream is None:
+            yield
+            return
         self._read += read
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -117,7 +128,7 @@ def beside(*read: Tensor) -> contextlib.AbstractContextManager:
 
 def is_beside() -> bool:
     """Whether what is read there must not be overwritten here."""
-    return _current.aside is not None
+    return _current.aside is not None and _current.aside.stream is not None
 
 
 def product_over_rows(a: Tensor, b: Tensor) -> Tensor:
