@@ -2,7 +2,8 @@
 
 The same computation as the modules of `encoder`, which say when their weights tell all (`plain_weights`); no module is
 known here. `infer` runs all layers for inference; `layer` runs one with gradients, its backward written out, so that
-outputs of LayerNorm and GELU and the sum before layer_norm2 are made again in backward instead of being kept.
+outputs of LayerNorm and GELU and, of many rows, the sum before layer_norm2 are made again in backward instead of being
+kept.
 
 Shapes: T rows, D hidden size, F MLP width, H heads, K head_dim.
 """
@@ -39,6 +40,10 @@ def weight_gradients(aside: Aside | None) -> Iterator[None]:
         yield
     finally:
         _weight_gradients.reset(before)
+
+
+FEW_ROWS = 2048
+"""Up to so many, a product less in backward is worth more than the memory it saves (a tenth of what a layer keeps)."""
 
 
 class NormQKV(NamedTuple):
@@ -174,8 +179,8 @@ class _Layer(Function):
         first, second = parts(weights)
         qkv = _norm_qkv(by, x, first, eps[0]).view(x.shape[0], 3, -1, head_dim)
         out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
-        result, wide = _project_mlp(by, x, out.view(x.shape), second, eps[1])
-        ctx.save_for_backward(x, qkv, out, lse, wide, *_used_backward(first), *_used_backward(second))
+        result, wide, update = _project_mlp(by, x, out.view(x.shape), second, eps[1])
+        ctx.save_for_backward(x, qkv, out, lse, wide, update, *_used_backward(first), *_used_backward(second))
         ctx.attention, ctx.by, ctx.eps, ctx.aside = attention, by, eps, _weight_gradients.get()
         return result
 
@@ -188,12 +193,14 @@ class _Layer(Function):
 
     @staticmethod
     def _backward(ctx, dout):
-        x, qkv, out, lse, wide, *weights = ctx.saved_tensors
+        x, qkv, out, lse, wide, update, *weights = ctx.saved_tensors
         _, _, _, _, _, *needed = ctx.needs_input_grad
         (first, second), (needs_first, needs_second) = parts(weights), parts(needed)
         by, spare, (eps1, eps2) = for_gradient(ctx.by, dout), _spare(wide), ctx.eps
         attended = out.view(x.shape)
-        dh, dattended, dsecond = _project_mlp_backward(by, needs_second, dout, x, attended, wide, spare, second, eps2)
+        dh, dattended, dsecond = _project_mlp_backward(
+            by, needs_second, dout, x, attended, wide, update, spare, second, eps2
+        )
         dqkv = torch.empty_like(qkv) if is_beside() else _within(spare, qkv.shape)
         ctx.attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
         dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.view(len(x), -1), x, first, eps1, dattended)
@@ -230,8 +237,8 @@ class _ProjectMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, attended, by, eps, *weights):
         second = ProjectMLP(*weights)
-        out, wide = _project_mlp(by, x, attended, second, eps)
-        ctx.save_for_backward(x, attended, wide, *_used_backward(second))
+        out, wide, update = _project_mlp(by, x, attended, second, eps)
+        ctx.save_for_backward(x, attended, wide, update, *_used_backward(second))
         ctx.by, ctx.eps = by, eps
         return out
 
@@ -239,11 +246,11 @@ class _ProjectMLP(torch.autograd.Function):
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
-        x, attended, wide, *weights = ctx.saved_tensors
+        x, attended, wide, update, *weights = ctx.saved_tensors
         _, _, _, _, *needed = ctx.needs_input_grad
         by, second = for_gradient(ctx.by, dout), ProjectMLP(*weights)
         dx, dattended, dsecond = _project_mlp_backward(
-            by, ProjectMLP(*needed), dout, x, attended, wide, _spare(wide), second, ctx.eps
+            by, ProjectMLP(*needed), dout, x, attended, wide, update, _spare(wide), second, ctx.eps
         )
         return dx, dattended, None, None, *dsecond
 
@@ -301,27 +308,30 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
 
 
 def _project_mlp(by: Training, x, attended, second: ProjectMLP, eps):
-    """The sum after the layer, and what goes into GELU."""
+    """The sum after the layer, what goes into GELU, and, of few rows, what was added before."""
     update = F.linear(attended, second.out_weight, second.out_bias)
     normed, out = by.add_layer_norm(x, update, second.norm_weight, second.norm_bias, eps, second.fc2_bias)
     wide, active = by.linear_gelu_keep(normed, second.fc1_weight, second.fc1_bias)
-    del update, normed
-    return _add_product(out, active, second.fc2_weight), wide
+    del normed
+    kept = update if x.shape[0] <= FEW_ROWS else None
+    del update
+    return _add_product(out, active, second.fc2_weight), wide, kept
 
 
 def _project_mlp_backward(
-    by, needs: ProjectMLP, dout, x, attended, wide, spare, second: ProjectMLP, eps
+    by, needs: ProjectMLP, dout, x, attended, wide, update, spare, second: ProjectMLP, eps
 ) -> tuple[Tensor, Tensor, ProjectMLP]:
-    """spare: of the size of wide, or wide itself."""
+    """spare: of the size of wide, or wide itself. update: attended's projection; None: it is made again."""
     active = spare
     dwide, dfc1_bias = by.linear_gelu_backward(dout, second.fc2_weight, wide, active)
     with beside(dout, active):
         dfc2_weight = product_over_rows(dout, active) if needs.fc2_weight else None
-    update = torch.empty_like(x) if is_beside() else _within(spare, x.shape)  # active is gone
-    torch.addmm(second.out_bias, attended, second.out_weight.t(), out=update)
+    place = torch.empty_like(x) if is_beside() else _within(spare, x.shape)  # active is gone
+    if update is None:
+        update = torch.addmm(second.out_bias, attended, second.out_weight.t(), out=place)
     dh = dwide @ second.fc1_weight  # after the norm, then before
     normed, (dnorm_weight, dnorm_bias, dout_bias, dfc2_bias) = by.layer_norm_backward_(
-        dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place=update
+        dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place
     )
     with beside(dwide, normed, dh, attended):
         dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None

@@ -550,9 +550,15 @@ def test_parameters_in_a_flat_buffer_stay_there(model):
     assert not any(x.any() for x in projections)
 
 
-def test_training_keeps_no_output_of_norm_or_gelu(model):
-    """Of a layer's activations autograd holds the stream, attention's inputs and output, and fc1's output."""
+@pytest.mark.parametrize("few", [20, 21])
+def test_training_keeps_no_output_of_norm_or_gelu(model, monkeypatch, few):
+    """Of a layer's activations autograd holds the stream, attention's inputs and output, and fc1's output.
+
+    Of few rows also attention's projected output, which backward would have to make again.
+    """
+    monkeypatch.setattr(fused, "FEW_ROWS", few)
     block, rows = model.encoder.layers[0], 21
+    projected = [(64,)] * (rows <= few)
     parameters = {p.data_ptr() for p in model.parameters()}
     x = torch.randn(rows, 64, requires_grad=True)
 
@@ -571,9 +577,9 @@ def test_training_keeps_no_output_of_norm_or_gelu(model):
     (first, _), (second, _) = functions_of(block, x)
     width = block.mlp.fc1.out_features
     assert kept(first, x) == [(64,)]
-    assert kept(second, x, torch.randn(rows, 64)) == [(64,), (64,), (width,)]
+    assert kept(second, x, torch.randn(rows, 64)) == [(64,), (64,), (width,), *projected]
     attention = attention_within([rows], "triton")
     heads, head_dim = 64 // block.self_attn.head_dim, block.self_attn.head_dim
     qkv, log_sum_exp = (3, heads, head_dim), (rows,)
     at_once = kept(fused.layer, block.plain_weights(x), x, attention)
-    assert at_once == [(64,), qkv, (heads, head_dim), log_sum_exp, (width,)]
+    assert at_once == [(64,), qkv, (heads, head_dim), log_sum_exp, (width,), *projected]
