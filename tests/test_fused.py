@@ -98,6 +98,19 @@ def test_features_and_gradients_are_those_of_the_modules(model, patches, trusted
     close(grads, expected_grads)
 
 
+@pytest.mark.parametrize("by", ["eager", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.parametrize("attention", ["triton", "sdpa"])
+def test_what_backward_makes_again_is_what_it_was(model, patches, trusted, monkeypatch, by, attention):
+    """Of many rows attention's projected output is not kept."""
+    trusted(norm=[by], mlp=[by], columns=[by], attention=[attention])
+    packed = PackedPatches(patches(FEW), FEW)
+    kept, expected = gradients(model, packed)
+    monkeypatch.setattr(fused, "FEW_ROWS", 0)
+    again, grads = gradients(model, packed)
+    assert torch.equal(again, kept)
+    close(grads, expected)
+
+
 def test_wrong_kernels_change_nothing(model, patches, forced, monkeypatch, calls):
     """They are refused, and what torch computes is what there is without any."""
     packed, ran = PackedPatches(patches(FEW), FEW), []
