@@ -39,7 +39,8 @@ class Snapshot:
         self._memory = [x.detach() for x in self._tensors]
         self._hooks = [vars(m)[name] for m in modules for name in HOOKS]
         self._counts = [len(table) for table in self._hooks]
-        self._calls = [vars(m) for m in modules if m is not model]
+        self._states = [vars(m) for m in modules if m is not model]
+        self._called = [*map(CALLS.isdisjoint, self._states)]
         self._parameters = list(model.parameters())
         self._modules = modules[1:]
         self._layers = [m for m in modules if isinstance(m, Siglip2PackedEncoderLayer)]
@@ -51,7 +52,7 @@ class Snapshot:
             all(map(operator.is_, map(dict.get, self._tables, self._names), self._parts))
             and [*map(Tensor.data_ptr, self._tensors)] == self._places
             and [*map(len, self._hooks)] == self._counts
-            and all(map(CALLS.isdisjoint, self._calls))
+            and [*map(CALLS.isdisjoint, self._states)] == self._called
         )
 
     def learns(self) -> bool:
@@ -88,14 +89,14 @@ INNER = {*HOOKS, "_modules", "_parameters", "_buffers", *vars(nn.Module())}
 
 def why_not(model: Any, learns: bool) -> str | None:
     """Why graphs of this model, which learns or does not, would not do what calling it does; None if they would."""
-    for name, module in model.named_modules():
-        if name and not plain.unhooked(module) and not _harmless(module, model):
-            return f"hooks or a replaced forward on {name} have to run in each call"
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in plain.WHOLE:
             return f"{name} is {type(tensor).__name__}, sharded or quantised"
         if tensor._backward_hooks:
             return f"a hook on the gradient of {name} has to run in each backward"
+    for name, module in model.named_modules():
+        if name and not plain.unhooked(module) and not _harmless(module, model):
+            return f"hooks or a replaced forward on {name} have to run in each call"
     return _cannot_learn(model) if learns else None
 
 
