@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 
 import encode_runs
 
+from siglip2_packed import capture
 from siglip2_packed.ops.runtime import check, choice
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
@@ -100,6 +101,23 @@ def tower(checkpoint):
     from siglip2_packed import SigLip2NaflexVisionTower
 
     return SigLip2NaflexVisionTower(str(checkpoint("tiny")), SimpleNamespace())
+
+
+@pytest.fixture(params=["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
+def world(request, checkpoint, monkeypatch):
+    """Models and packs for CUDA graphs, each test on a GPU and, with recorded graphs, on the CPU. See `graphed`."""
+    from graphed import World
+
+    monkeypatch.setattr(capture, "LAYERS_OF_A_PART", 2)  # several parts
+    if request.param == "cuda":
+        return World(checkpoint, "cuda", torch.bfloat16, "tiny72")
+    if torch.cuda.is_available():
+        pytest.skip("the CUDA device has graphs")
+    import recorded_graphs
+
+    request.getfixturevalue("trusted")(positions=["triton"], pool=["triton"])
+    recorded_graphs.install(monkeypatch)
+    return World(checkpoint, "cpu", torch.float32, "tiny")
 
 
 @pytest.fixture(scope="session")
