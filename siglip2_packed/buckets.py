@@ -17,7 +17,7 @@ from siglip2_packed.ops.runtime.transfer import STAGED
 from siglip2_packed.ops.segments import Segments
 
 BUDGETS = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 128), *range(2048, 4097, 256))
-"""Rows of the buckets that are made if nobody says: each at most an eighth larger than the one before, from 512 on."""
+"""Rows of the buckets that are made if nobody says: each at most an eighth larger than the one before, from 1024 on."""
 LENGTHS = (64, 128, 256)
 """Upper bounds of a bucket's longest segment, by which attention's kernels differ; else a segment may fill it."""
 

@@ -141,7 +141,7 @@ class InferenceGraph:
         attention = attention_in(model, metadata.segments, bucket.patches, gradients=False)
         images = metadata.images if hasattr(model, "head") else None
         run = as_now(partial(model._features, self.inputs.pixel_values, metadata.places, attention, images))
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             run()  # compiles kernels, checks backends, sets up cuBLAS
             self.graph = torch.cuda.CUDAGraph()
             with ground.capture(self.graph):

@@ -128,10 +128,11 @@ class Graphs:
             return f"attn_implementation={requested!r} has to know every segment's length"
         if reason := buckets_unmet(model.device, dtype, head_dim(model.config)) or why_not(model, learns):
             return reason
-        if self._ground is None:
-            self._ground = Ground(model, self.budgets[-1])
         try:
-            graph = (TrainingGraph if learns else InferenceGraph)(model, self._ground, bucket, attention_in_buckets)
+            with torch.inference_mode(False):  # what is made for one pack is there for all
+                if self._ground is None:
+                    self._ground = Ground(model, self.budgets[-1])
+                graph = (TrainingGraph if learns else InferenceGraph)(model, self._ground, bucket, attention_in_buckets)
         except Refused as refused:
             return str(refused)
         while len(self._graphs) >= self.most:
