@@ -1,213 +1,361 @@
 """CUDA graphs give the model's features for packs of every kind, and outputs that stay what they were."""
 
-import contextlib
+import copy
+import gc
+import io
+import logging
+import pickle
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from implementations import INTERPRETED
+from graphed import BUDGETS, GRIDS, LARGE, OTHERS, AtBucketRows, graphs_of, near, on_tokens, relative, same, step
 
-from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
+from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
 from siglip2_packed import graphs as module
-from siglip2_packed.graphs import CUDAGraphs, replayed
-from siglip2_packed.ops.attention import Refused, VarlenAttention
+from siglip2_packed.buckets import BUDGETS as DEFAULT
+from siglip2_packed.buckets import Metadata, bucket_of
+from siglip2_packed.graphs import CUDAGraphs, Graphs, replayed
+from siglip2_packed.ops.attention import Refused
 from siglip2_packed.packing import make_layout
 
-PACKS = [[(1, 5, 7), (1, 3, 4), (1, 16, 2)], [(1, 4, 4), (2, 3, 5)], [(1, 8, 32)], [(1, 1, 1)], [(3, 13, 19)]]
-
 
 @pytest.fixture
-def model(checkpoint):
-    return Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny72"), dtype=torch.bfloat16).to("cuda")
+def said(caplog):
+    caplog.set_level(logging.WARNING, "siglip2_packed")
+    return lambda: [m for m in caplog.messages if m.startswith("without CUDA graphs: ")]
 
 
-def packed_of(patches, grids, seed=0):
-    return PackedPatches(patches(grids, seed=seed), grids).to("cuda")
+@torch.no_grad()
+def features(run, packed):
+    """Tokens and, if there is a head, pooled features."""
+    out = run(**packed)
+    return [out.last_hidden_state, *([out.pooler_output] if "pooler_output" in vars(out) else [])]
 
 
-@pytest.mark.gpu
-def test_features_are_those_of_the_model(model, patches):
-    graphs = CUDAGraphs(model, budgets=[64, 300, 1000])
-    for grids in [*PACKS, *PACKS[::-1], [], [(1, 33, 33)]]:
-        packed = packed_of(patches, grids, seed=len(grids))
+def equal(found, expected):
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected):
+        assert x.isfinite().all() and torch.equal(x, y)
+
+
+# Features
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_features_are_those_of_the_model(world, head):
+    """To the bit at the rows of the bucket."""
+    model = world.model(vision_use_head=head)
+    graphs = CUDAGraphs(model, BUDGETS)
+    for seed, grids in enumerate([*OTHERS, *OTHERS[::-1]]):
+        packed = world.pack(grids, seed)
+        found, own = features(graphs, packed), features(model, packed)
+        equal(found, features(AtBucketRows(model), packed))
+        assert len(found) == len(own) == 1 + head
+        assert max(map(relative, found, own)) < world.noise
+    assert graphs.held()[0] == len(graphs_of(graphs)) == 6
+
+
+def test_packs_beyond_every_budget_and_without_rows_run_without_a_graph(world, said):
+    model = world.model()
+    graphs = CUDAGraphs(model, [64])
+    for grids in (GRIDS, []):
+        packed = world.pack(grids)
+        equal(features(graphs, packed), features(model, packed))
+    assert graphs.held() == (0, 0) and not said()
+
+
+def test_segments_are_those_that_the_caller_gives(world):
+    model = world.model(vision_use_head=False)
+    packed, graphs = world.pack([(3, 4, 5), (1, 7, 1)]), CUDAGraphs(model, BUDGETS)
+    rows, grids = packed["pixel_values"], packed["grid_thw"]
+    for settings in ({}, {"temporal": "joint"}, {"cu_seqlens": torch.tensor([0, 30, 67], dtype=torch.int32)}):
         with torch.no_grad():
-            expected = model(**packed)
-        out = graphs(**packed)
-        torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state, atol=0.05, rtol=0)
-        torch.testing.assert_close(out.pooler_output, expected.pooler_output, atol=0.05, rtol=0)
+            found = graphs(rows, grids, **settings).last_hidden_state
+            assert relative(found, model(rows, grids, **settings).last_hidden_state) < world.noise
+    assert len(graphs_of(graphs)) == 1
 
 
-@pytest.mark.gpu
-def test_outputs_are_the_callers_own_and_rows_beyond_a_pack_do_not_reach_it(model, patches):
-    graphs = CUDAGraphs(model, budgets=[300])
-    first = packed_of(patches, PACKS[0])
-    out = graphs(**first).last_hidden_state
-    kept = out.clone()
-    poison = packed_of(patches, [(1, 8, 32)])
+def test_outputs_are_the_callers_own_and_rows_beyond_a_pack_do_not_reach_it(world):
+    model = world.model()
+    graphs, first, poison = CUDAGraphs(model, [300]), world.pack([(1, 7, 1)]), world.pack([(1, 8, 32)])
+    out = features(graphs, first)
+    kept = [x.clone() for x in out]
     poison["pixel_values"].fill_(float("nan"))
-    graphs(**poison)
-    assert torch.equal(out, kept)
-    assert torch.equal(graphs(**first).last_hidden_state, kept)
+    assert all(x.isnan().all() for x in features(graphs, poison))
+    equal(out, kept)
+    equal(features(graphs, first), kept)
 
 
-@pytest.mark.gpu
-def test_changed_and_replaced_weights_are_seen(model, patches):
-    graphs, packed = CUDAGraphs(model, budgets=[300]), packed_of(patches, PACKS[0])
-    before = graphs(**packed).last_hidden_state
-    for change in (
-        lambda: [p.data.mul_(1.5) for p in model.encoder.layers[0].self_attn.parameters()],
-        lambda: model.to(torch.float16),
-    ):
-        with torch.no_grad():
-            change()
-            expected = model(**packed).last_hidden_state
-        out = graphs(**packed).last_hidden_state
-        assert out.dtype == expected.dtype
-        assert not torch.equal(out.float(), before.float())
-        torch.testing.assert_close(out, expected, atol=0.05, rtol=0)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_recorded(world, mode):
+    graphs, packed = CUDAGraphs(world.model(), BUDGETS), world.pack()
+    with mode():
+        out = graphs(**packed)
+    assert not out.last_hidden_state.requires_grad and not out.pooler_output.requires_grad
+    assert out.last_hidden_state.is_inference() is (mode is torch.inference_mode)
+    on_tokens(graphs(**packed)).backward()
+    assert len(graphs_of(graphs)) == 2
 
 
-@pytest.mark.gpu
-def test_a_bucket_is_captured_once(model, patches):
-    graphs = CUDAGraphs(model, budgets=[64, 300])
+def test_a_bucket_is_captured_once(world):
+    graphs = CUDAGraphs(world.model(), BUDGETS)
     for grids in ([(1, 5, 7), (1, 3, 4)], [(1, 4, 7), (1, 4, 4)], [(1, 7, 8), (1, 2, 4)]):
-        graphs(**packed_of(patches, grids))
-    assert len(graphs._graphs) == 1
+        features(graphs, world.pack(grids))
+    assert graphs.held()[0] == 1
 
 
-@pytest.fixture
-def interpreted(checkpoint, trusted, monkeypatch):
-    """A model in float32 whose graphs run once more instead of being replayed: all but the capture, without a GPU."""
+def test_four_threads_get_the_features_of_one(world):
+    model = world.model()
+    graphs = CUDAGraphs(model, BUDGETS)
+    packs = [world.pack(grids, seed) for seed, grids in enumerate(OTHERS)]
+    expected, wrong = [features(AtBucketRows(model), packed) for packed in packs], []
 
-    class Rerun(module._Graph):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.graph = SimpleNamespace(replay=self.again)
+    def infer(number):
+        with torch.cuda.stream(torch.cuda.Stream() if world.device == "cuda" else None):
+            if world.device == "cuda":
+                torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+            for count in range(3 * len(packs)):
+                at = (number + count) % len(packs)
+                found = features(graphs, packs[at])
+                if not all(map(torch.equal, found, expected[at])):
+                    wrong.append((number, at))
 
-        @torch.no_grad()
-        def again(self):
-            self.outputs = self._run()
-
-    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, **kwargs: contextlib.nullcontext())
-    for name in ("Stream", "current_stream", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: stream)
-    event = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
-    monkeypatch.setattr(module, "_Graph", Rerun)
-    monkeypatch.setattr(module, "buckets_unmet", lambda *args: None)
-    monkeypatch.setattr(
-        module, "attention_in_buckets", lambda model, segments, rows: VarlenAttention(segments, "triton")
-    )
-    trusted(positions=["triton"], pool=["triton"], norm=["eager"], mlp=["eager"], attention=["sdpa"])
-    return Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
+    threads = [threading.Thread(target=infer, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and graphs.held()[0] == len(OTHERS)
 
 
-@INTERPRETED
-def test_a_buckets_features_are_the_packs(interpreted, patches):
-    """Whatever lies in the rows beyond it, and whoever was in the buffers before."""
-    graphs = CUDAGraphs(interpreted, budgets=[32])
-    for grids in ([(1, 3, 5), (2, 2, 3)], [(1, 1, 1)], [(1, 4, 4), (1, 2, 3), (1, 1, 2)]):
-        packed = PackedPatches(patches(grids), grids)
-        with torch.no_grad():
-            expected = interpreted(**packed)
-        for _ in range(2):
-            out = graphs(**packed)
-            for name in ("last_hidden_state", "pooler_output"):
-                torch.testing.assert_close(out[name], expected[name], atol=1e-4, rtol=0)
-            graph, rows = graphs._graphs[graphs.bucket(make_layout(grids))], len(packed["pixel_values"])
-            _, cu_images, _, image_of_row = graph.host_parts  # nobody's rows, and images without any
-            assert (image_of_row[rows:] == -1).all() and (cu_images[len(grids) :] == rows).all()
-            for graph in graphs._graphs.values():
-                graph.pixel_values[len(packed["pixel_values"]) :] = float("nan")
-    assert list(graphs._graphs) == [(32, 4, 2, 32), (32, 1, 1, 32), (32, 4, 4, 32)]
+@pytest.mark.gpu
+def test_a_pack_on_another_device(world):
+    graphs = CUDAGraphs(world.model(), BUDGETS)
+    with pytest.raises(ValueError, match="pixel_values is on cpu, the model on cuda:0"):
+        graphs(**world.pack().to("cpu"))
 
 
-@INTERPRETED
-def test_a_graph_computes_by_the_models_own_path(interpreted, patches, monkeypatch):
+# Memory
+
+
+def test_the_least_recently_used_graph_goes(world):
+    model = world.model()
+    model.graphs = Graphs(BUDGETS, most=2)
+    one, two, three = (world.pack(grids) for grids in (OTHERS[0], OTHERS[2], OTHERS[4]))
+    for packed in (one, two, one, three):  # two is the one that goes
+        features(model, packed)
+    before = graphs_of(model)
+    features(model, one), features(model, three)
+    assert {*map(id, graphs_of(model))} == {*map(id, before)} and model.graphs.held()[0] == 2
+    equal(features(model, two), features(AtBucketRows(model), two))
+    assert model.graphs.held()[0] == 2 and graphs_of(model)[0] is before[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_buckets_share_the_memory_of_the_largest(world, training):
+    model = world.model()
+    graphs = CUDAGraphs(model, range(64, 3100, 256))
+    packs = [world.pack([(1, side, 56)]) for side in range(54, 1, -8)]
+    for number, packed in enumerate(packs, 1):
+        if training:
+            step(graphs, model, packed)
+        else:
+            features(graphs, packed)
+        count, size = graphs.held()
+        assert count == number
+        if number == 1:
+            largest = size
+            assert largest >= 2**20
+    assert size <= 1.25 * largest + number * 2**21  # what each graph hands out lies for itself, in blocks
+    model.zero_grad()
+    before = torch.cuda.memory_reserved()
+    del graphs
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before - largest
+
+
+# Models
+
+
+def test_changed_and_replaced_weights_are_seen(world):
+    model, packed = world.model(), world.pack()
+    graphs = CUDAGraphs(model, BUDGETS)
+    before = features(graphs, packed)[0]
+    (graph,) = graphs_of(graphs)
+    weight = model.encoder.layers[0].mlp.fc1.weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    changed = features(graphs, packed)
+    equal(changed, features(AtBucketRows(model), packed))
+    assert not torch.equal(changed[0], before) and graphs_of(graphs) == [graph]
+    weight.data = 2 * weight.detach()
+    replaced = features(graphs, packed)
+    equal(replaced, features(AtBucketRows(model), packed))
+    assert not torch.equal(changed[0], replaced[0]) and graphs_of(graphs) != [graph]
+
+
+def test_a_graph_computes_by_the_models_own_path(world, monkeypatch):
     """What is changed in how a model embeds, encodes or pools is changed in its graphs."""
-    grids = [(1, 3, 4)]
-    packed, features = PackedPatches(patches(grids), grids), Siglip2PackedVisionModel._features
-    rows = []
-    monkeypatch.setattr(
-        Siglip2PackedVisionModel, "_features", lambda *args: rows.append(len(args[1])) or features(*args)
-    )
-    with torch.no_grad():
-        interpreted(**packed)
-    CUDAGraphs(interpreted, budgets=[16])(**packed)
-    assert rows == [12, 16, 16, 16, 16]  # the forward; two to get ready, the capture, its replay
-
-
-@INTERPRETED
-def test_replaced_weights_are_captured_anew(interpreted, patches):
-    grids = [(1, 3, 4)]
-    graphs, packed = CUDAGraphs(interpreted, budgets=[16]), PackedPatches(patches(grids), grids)
-    before, (graph,) = graphs(**packed).last_hidden_state, graphs._graphs.values()
-    with torch.no_grad():
-        interpreted.encoder.layers[0].mlp.fc1.weight.mul_(1.5)
-        changed, expected = graphs(**packed).last_hidden_state, interpreted(**packed).last_hidden_state
-        assert list(graphs._graphs.values()) == [graph] and not torch.equal(changed, before)
-        torch.testing.assert_close(changed, expected, atol=1e-4, rtol=0)
-        interpreted.encoder.layers[0].mlp.fc1.weight.data = torch.randn(128, 64)
-        changed, expected = graphs(**packed).last_hidden_state, interpreted(**packed).last_hidden_state
-    torch.testing.assert_close(changed, expected, atol=1e-4, rtol=0)
-    assert list(graphs._graphs.values()) != [graph]
-
-
-@INTERPRETED
-@pytest.mark.parametrize("refused", ["attention", "positions"])
-def test_packs_of_a_bucket_without_a_right_kernel_run_without_a_graph(
-    interpreted, patches, monkeypatch, caplog, trusted, refused
-):
-    """It is said once; other buckets have their graphs."""
-    in_buckets, asked = module.attention_in_buckets, []
-
-    def attention(model, segments, rows):
-        asked.append(rows)
-        if rows == 32:
-            raise Refused("attention in buckets cannot be had: wrong")
-        return in_buckets(model, segments, rows)
-
-    if refused == "attention":
-        monkeypatch.setattr(module, "attention_in_buckets", attention)
-    else:
-        trusted(positions=["eager"])  # which the grids are nowhere for
-    graphs = CUDAGraphs(interpreted, budgets=[16, 32])
+    model, packed, own, rows = world.model(), world.pack(), Siglip2PackedVisionModel._features, []
+    monkeypatch.setattr(Siglip2PackedVisionModel, "_features", lambda *args: rows.append(len(args[1])) or own(*args))
+    features(model, packed)
+    graphs = CUDAGraphs(model, BUDGETS)
     for _ in range(2):
-        for grids in ([(1, 3, 4)], [(1, 5, 5)], [(1, 4, 6)]):
-            packed = PackedPatches(patches(grids), grids)
-            with torch.no_grad():
-                expected = interpreted(**packed)
-            out = graphs(**packed)
-            for name in ("last_hidden_state", "pooler_output"):
-                torch.testing.assert_close(out[name], expected[name], atol=1e-4, rtol=0)
-                assert not out[name].requires_grad
-    said = [record.getMessage() for record in caplog.records if record.name == "siglip2_packed"]
-    if refused == "attention":
-        assert asked == [16, 32] and [bucket.patches for bucket in graphs._graphs] == [16]
-        (line,) = said
-        assert "packs of Bucket(patches=32, " in line and line.endswith("attention in buckets cannot be had: wrong")
-    else:
-        assert not graphs._graphs and len(said) == 2
-        assert all("only the device knows these grids" in line for line in said)
+        features(graphs, packed)
+    assert rows == [284, 300, 300]  # without a graph; to get ready, to be captured
 
 
-def test_buckets(checkpoint):
-    graphs = CUDAGraphs.__new__(CUDAGraphs)
-    graphs.budgets, graphs.least = [64, 100, 300], 1
-    assert graphs.bucket(make_layout([(1, 4, 4)])) == (64, 1, 1, 64)
-    assert graphs.bucket(make_layout([(1, 8, 8), (2, 2, 2), (1, 5, 4)])) == (100, 4, 4, 64)
-    assert graphs.bucket(make_layout([(1, 16, 17)])) == (300, 1, 1, 512)
-    assert graphs.bucket(make_layout([(1, 20, 20)])) is None
-    assert graphs.bucket(make_layout([])) is None
-    graphs.budgets, graphs.least = [1024, 16384], 500
-    assert graphs.bucket(make_layout([(1, 499, 1)])) is None
-    assert graphs.bucket(make_layout([(1, 500, 1)])) == (1024, 8, 8, 512)
-    for images in (1, 5, 64, 128):  # full packs have one graph
-        assert graphs.bucket(make_layout([(1, 16384 // images, 1)] * images))[:3] == (16384, 128, 128)
-    assert graphs.bucket(make_layout([(1, 4, 1)] * 129))[1:3] == (256, 256)
+def test_what_graphs_cannot_give_the_model_does(world):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    out = model(**packed, output_hidden_states=True)
+    assert len(out.hidden_states) == 1 + len(model.encoder.layers)
+    place = torch.arange(284, device=world.device)
+    model(**packed, position_ids=place)
+    assert model.graphs.held()[0] == 0
+    in_graphs = features(model, packed)
+    assert model.graphs.held()[0] == 1
+    assert isinstance(model(**packed, return_dict=False), tuple)
+    model.cuda_graphs_disable()
+    assert model.graphs is None
+    assert relative(*features(model, packed), *in_graphs) < world.noise
+
+
+def test_hooks_of_all_modules_run_in_each_call(world, said):
+    graphs, packed, seen = CUDAGraphs(world.model(), BUDGETS), world.pack(), []
+    features(graphs, packed)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        features(graphs, packed)
+    finally:
+        handle.remove()
+    assert seen and said() == ["without CUDA graphs: hooks of all modules have to run in each call"]
+
+
+def test_buckets_without_a_right_kernel_run_without_a_graph(world, said, monkeypatch):
+    """It is said once; other buckets have their graphs."""
+    model, in_buckets, asked = world.model(), module.attention_in_buckets, []
+
+    def attention(model, segments, rows, gradients):
+        asked.append(rows)
+        if rows == 300:
+            raise Refused("attention in buckets cannot be had: wrong")
+        return in_buckets(model, segments, rows, gradients)
+
+    monkeypatch.setattr(module, "attention_in_buckets", attention)
+    graphs = CUDAGraphs(model, BUDGETS)
+    for _ in range(2):
+        for grids in (GRIDS, LARGE, [(1, 7, 1)]):
+            packed = world.pack(grids)
+            near((features(graphs, packed)[0], {"": features(graphs, packed)[1]}),
+                 (features(model, packed)[0], {"": features(model, packed)[1]}), world.noise)  # fmt: skip
+    assert asked == [300, 600, 64] and [len(graph.inputs.pixel_values) for graph in graphs_of(graphs)] == [600, 64]
+    assert said() == ["without CUDA graphs: attention in buckets cannot be had: wrong"]
+
+
+def test_an_error_while_capturing_is_the_callers_and_leaves_the_other_graphs(world, monkeypatch):
+    model = world.model()
+    graphs, small, large = CUDAGraphs(model, BUDGETS), world.pack([(1, 7, 1)]), world.pack()
+    features(graphs, small)
+    right, run = features(graphs, small), Siglip2PackedVisionModel._features
+    calls = []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 2:  # the one that is captured
+            raise MemoryError("no more")
+        return run(*args)
+
+    monkeypatch.setattr(Siglip2PackedVisionModel, "_features", fails)
+    with pytest.raises(MemoryError):
+        features(graphs, large)
+    equal(features(graphs, small), right)
+    equal(features(graphs, large), features(AtBucketRows(model), large))
+
+
+def test_a_backend_that_has_to_know_every_length(world, said):
+    model, packed = world.model(), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    model.set_attn_implementation("eager")
+    features(model, packed)
+    assert model.graphs.held()[0] == 0
+    assert said() == ["without CUDA graphs: attn_implementation='eager' has to know every segment's length"]
+    model.set_attn_implementation("auto")
+    features(model, packed)
+    assert model.graphs.held()[0] == 1
+
+
+# Ways to have them
+
+
+def test_copies_capture_their_own(world):
+    model, packed = world.model(), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    expected = features(model, packed)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)
+    with torch.no_grad():
+        model.encoder.layers[0].mlp.fc1.weight.mul_(2)
+    for other in copies:
+        assert other.graphs.budgets == BUDGETS and other.graphs.held() == (0, 0)
+        equal(features(other, packed), expected)
+        assert other.graphs.held()[0] == 1
+    assert not torch.equal(features(model, packed)[0], expected[0])
+
+
+def test_a_model_with_graphs_is_saved_as_one_without(world, tmp_path):
+    model, packed = world.model(), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    expected = step(model, model, packed)
+    model.save_pretrained(tmp_path)
+    again = Siglip2PackedVisionModel.from_pretrained(tmp_path, dtype=world.dtype).to(world.device)
+    assert again.graphs is None
+    again.cuda_graphs_enable(BUDGETS)
+    same(step(again, again, packed), expected)
+
+
+@pytest.mark.parametrize("asked", [True, [300, 64]])
+def test_from_pretrained(world, asked):
+    model, packed = world.model(cuda_graphs=asked), world.pack()
+    assert model.graphs.budgets == (list(DEFAULT) if asked is True else [64, 300])
+    found = step(model, model, packed)
+    same(found, step(AtBucketRows(model, model.graphs.budgets), model, packed))
+    assert model.graphs.held()[0] == 1
+    assert Siglip2PackedVisionModel.from_pretrained(world.checkpoint(world.shape)).graphs is None
+
+
+@pytest.mark.parametrize("by", ["argument", "config", "neither"])
+def test_the_llava_tower(world, by):
+    config = SimpleNamespace(mm_vision_select_layer=-2, mm_vision_cuda_graphs=by == "config", mm_tunable_parts="")
+    tower = SigLip2NaflexVisionTower(world.checkpoint(world.shape), config, cuda_graphs=by == "argument")
+    tower.to(world.device, world.dtype)
+    model, packed = tower.vision_tower, world.pack()
+    if by == "neither":
+        assert model.graphs is None
+        return
+
+    def run(pixel_values, grid_thw, **_):
+        return SimpleNamespace(last_hidden_state=tower(pixel_values, grid_thw=grid_thw))
+
+    found = step(run, tower, packed)
+    same(found, step(AtBucketRows(model, DEFAULT), tower, packed))
+    assert model.graphs.held()[0] == 1
+
+
+def test_a_delayed_llava_tower(world):
+    tower = SigLip2NaflexVisionTower(world.checkpoint(world.shape), None, delay_load=True, cuda_graphs=True)
+    tower.load_model()
+    tower.to(world.device, world.dtype)
+    packed = world.pack()
+    with torch.no_grad():
+        tower(packed["pixel_values"], grid_thw=packed["grid_thw"])
+    assert tower.vision_tower.graphs.held()[0] == 1
 
 
 def test_encode_replays_packs_that_are_half_full_in_half_precision(checkpoint, monkeypatch):
@@ -222,9 +370,69 @@ def test_encode_replays_packs_that_are_half_full_in_half_precision(checkpoint, m
     assert replayed(model, 640) is model
 
 
+def test_packs_of_few_rows_may_be_left_out(world):
+    graphs = CUDAGraphs(world.model(), [300], least=150)
+    features(graphs, world.pack([(1, 149, 1)]))
+    assert graphs.held()[0] == 0
+    features(graphs, world.pack([(1, 150, 1)]))
+    assert graphs.held()[0] == 1
+
+
 def test_what_cannot_be_graphed_says_why(checkpoint):
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"))
-    with pytest.raises(ValueError, match="CUDA"):
-        CUDAGraphs(model)
-    with pytest.raises(ValueError, match="budgets"):
-        CUDAGraphs(model, budgets=[0])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no graphs of this model: attention in buckets needs a CUDA device"):
+            CUDAGraphs(model)
+    for budgets in ([], [0], [True], [1.5]):
+        with pytest.raises(ValueError, match="budgets must be positive integers"):
+            CUDAGraphs(model, budgets=budgets)
+
+
+def test_a_model_on_the_cpu_runs_without(checkpoint, patches, said):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), cuda_graphs=True)
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    equal(features(model, packed), features(Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")), packed))
+    (line,) = said()
+    assert "needs a CUDA device, the tensors are on cpu" in line
+
+
+# Buckets
+
+
+@pytest.mark.parametrize(
+    ("grids", "expected"),
+    [
+        ([(1, 4, 4)], (64, 1, 64)),
+        ([(1, 8, 8), (2, 2, 2), (1, 5, 4)], (100, 4, 64)),
+        ([(1, 8, 8), (1, 5, 5), (1, 1, 1)], (100, 4, 64)),
+        ([(1, 99, 1)], (100, 1, 100)),
+        ([(1, 10, 12)], (300, 1, 128)),
+        ([(1, 16, 16)], (300, 1, 256)),
+        ([(1, 16, 17)], (300, 1, 300)),
+        ([(1, 2, 2)] * 5, (64, 16, 64)),
+        ([(1, 20, 20)], None),
+        ([], None),
+    ],
+)
+def test_buckets(grids, expected):
+    assert bucket_of(make_layout(grids), [64, 100, 300]) == expected
+
+
+def test_a_pack_costs_at_most_an_eighth_more_rows():
+    """From 1,024 rows on, as far as buckets go."""
+    for total in range(1024, DEFAULT[-1] + 1):
+        assert bucket_of(make_layout([(1, total, 1)]), DEFAULT).patches <= 1.125 * total
+    assert bucket_of(make_layout([(1, DEFAULT[-1] + 1, 1)]), DEFAULT) is None
+
+
+def test_metadata_of_a_pack_in_a_bucket():
+    """Whatever was there before: rows beyond are nobody's, images and segments beyond have no rows."""
+    layouts = [make_layout(grids) for grids in ([(1, 4, 4), (1, 2, 3), (1, 1, 2)], [(2, 2, 3), (1, 1, 1)])]
+    metadata = Metadata(bucket_of(layouts[0], [32]), torch.device("cpu"))
+    for layout in layouts:
+        metadata.fill(layout)
+    images, image_of_row = metadata.places.on(torch.device("cpu"))
+    assert metadata.segments.cu_seqlens.tolist() == [0, 6, 12, 13, 13]
+    assert metadata.images.cu_seqlens.tolist() == [0, 12, 13, 13, 13]
+    assert images.tolist() == [[0, 2, 2, 3], [12, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert image_of_row.tolist() == [0] * 12 + [1] + [-1] * 19
