@@ -47,7 +47,7 @@ class Ground:
         self.token = torch.empty(0, device=self.device)
         self._grad: Tensor | None = None
         self._step: Callable[[], Step | None] = lambda: None
-        self.loans: list[tuple[weakref.ref, int, list[nn.Parameter]]] = []
+        self.loans: list[tuple[weakref.ref, int, list[nn.Parameter], torch.cuda.Stream]] = []
         self._lock = threading.RLock()
         self._left = torch.cuda.Event()
         self._left.record(torch.cuda.current_stream(self.device))
@@ -65,15 +65,18 @@ class Ground:
         """Has the gradients of earlier steps that `.grad` still holds moved to memory of their own.
 
         False: somebody holds them otherwise, so nothing may run here. (Memory that a tensor was given to another stream
-        for, by `record_stream`, is not told from free memory.)
+        for, by `record_stream`, is not told from free memory.) What reads them where they were made comes first.
         """
-        for loan, address, parameters in self.loans:
-            if loan() is None:
-                continue
-            grads = [p.grad for p in parameters if p.grad is not None]
-            grads = [g for g in grads if g.untyped_storage().data_ptr() == address]
-            for grad in grads:
-                grad.data = grad.detach().clone()
+        current = torch.cuda.current_stream(self.device)
+        for loan, address, parameters, stream in self.loans:
+            if loan() is not None:
+                grads = [p.grad for p in parameters if p.grad is not None]
+                grads = [g for g in grads if g.untyped_storage().data_ptr() == address]
+                with torch.cuda.stream(stream):
+                    for grad in grads:
+                        grad.data = grad.detach().clone()
+            if stream != current:
+                current.wait_stream(stream)
         self.loans = [loan for loan in self.loans if loan[0]() is not None]
         return not self.loans
 
@@ -287,7 +290,8 @@ class Lot:
     def lend(self, ground: Ground) -> list[Tensor]:
         loan = Loan()
         flat = alias(self.flat, holds=loan)
-        ground.loans.append((weakref.ref(loan), flat.data_ptr(), self.parameters))
+        stream = torch.cuda.current_stream(ground.device)
+        ground.loans.append((weakref.ref(loan), flat.data_ptr(), self.parameters, stream))
         return [torch.as_strided(flat, *strided) for strided in self._strided]
 
 
