@@ -120,6 +120,14 @@ def world(request, checkpoint, monkeypatch):
     return World(checkpoint, "cpu", torch.float32, "tiny")
 
 
+@pytest.fixture
+def said(caplog):
+    """`said()` -> the reasons so far why packs ran without CUDA graphs."""
+    caplog.set_level("WARNING", "siglip2_packed")
+    prefix = "without CUDA graphs: "
+    return lambda: [m.removeprefix(prefix) for m in caplog.messages if m.startswith(prefix)]
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder of the images `encode_runs.GOOD`, and what is none, `encode_runs.BAD`."""

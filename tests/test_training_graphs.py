@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import threading
 from functools import partial
 
@@ -45,14 +44,6 @@ from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
 
 BUSY = "a forward whose backward is still to come has the graphs' memory"
 LENT = "gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory"
-
-
-@pytest.fixture
-def said(caplog):
-    """Reasons why packs ran without graphs."""
-    caplog.set_level(logging.WARNING, "siglip2_packed")
-    prefix = "without CUDA graphs: "
-    return lambda: [m.removeprefix(prefix) for m in caplog.messages if m.startswith(prefix)]
 
 
 def freeze(model, learning):
@@ -705,6 +696,8 @@ def test_one_thread_trains_while_another_infers(world):
     with torch.no_grad():
         right = model(**other).last_hidden_state
         graphs(**other)
+    if world.device == "cuda":
+        torch.cuda.synchronize()
     stop = threading.Event()
 
     def infer():
@@ -724,6 +717,33 @@ def test_one_thread_trains_while_another_infers(world):
         stop.set()
         thread.join()
     assert not failed
+
+
+@pytest.mark.gpu
+def test_gradients_are_read_on_their_stream_before_another_one_has_the_memory(world):
+    model = world.model(vision_use_head=False)
+    graphs, packed, other, aside = CUDAGraphs(model, BUDGETS), world.pack(), world.pack(OTHERS[0]), torch.cuda.Stream()
+
+    def infer():
+        with torch.cuda.stream(aside), torch.no_grad():
+            graphs(**other)
+
+    _, expected = step(graphs, model, packed)
+    infer()
+    torch.cuda.synchronize()
+    for kept in (True, False):
+        model.zero_grad()
+        loss = on_tokens(graphs(**packed))
+        torch.cuda._sleep(10**8)
+        loss.backward()
+        if kept:  # in .grad, from where they are moved
+            infer()
+            copies = gradients(model)
+        else:
+            copies = gradients(model)
+            model.zero_grad()
+            infer()
+        same_gradients(copies, expected)
 
 
 @pytest.mark.gpu
