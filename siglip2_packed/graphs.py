@@ -22,13 +22,14 @@ from transformers.modeling_outputs import ModelOutput
 
 from siglip2_packed.attention import head_dim, requested_attention
 from siglip2_packed.buckets import BUDGETS, Bucket, bucket_of
-from siglip2_packed.capture import Ground, InferenceGraph, TrainingGraph
+from siglip2_packed.capture import Ground, InferenceGraph
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
 from siglip2_packed.ops.runtime.tracing import capturing, traced
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.snapshot import Snapshot, why_not
+from siglip2_packed.training_graph import TrainingGraph
 
 logger = logging.getLogger("siglip2_packed")
 
@@ -106,7 +107,7 @@ class Graphs:
             if graph.ground.busy:
                 self._say("a forward whose backward is still to come has the graphs' memory")
                 return None
-            if not graph.ground.reclaim():
+            if not graph.ground.lender.reclaim():
                 self._say("gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory")
                 return None
             self._graphs.move_to_end(key)

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 import encode_runs
 
-from siglip2_packed import capture
+from siglip2_packed import training_graph
 from siglip2_packed.ops.runtime import check, choice
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 
@@ -108,7 +108,7 @@ def world(request, checkpoint, monkeypatch):
     """Models and packs for CUDA graphs, each test on a GPU and, with recorded graphs, on the CPU. See `graphed`."""
     from graphed import World
 
-    monkeypatch.setattr(capture, "LAYERS_OF_A_PART", 2)  # several parts
+    monkeypatch.setattr(training_graph, "LAYERS_OF_A_PART", 2)  # several parts
     if request.param == "cuda":
         return World(checkpoint, "cuda", torch.bfloat16, "tiny72")
     if torch.cuda.is_available():
