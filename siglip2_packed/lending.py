@@ -70,7 +70,8 @@ class Lot:
 
     def __init__(self, flat: Tensor, places: dict[int, nn.Parameter]):
         self.flat, self.parameters = flat, list(places.values())
-        self._strided = [(p.shape, _contiguous(p), place) for place, p in places.items()]
+        views = [flat[place : place + p.numel()].view(p.shape) for place, p in places.items()]
+        self._strided = [(x.shape, x.stride(), place) for x, place in zip(views, places)]
 
     @classmethod
     def of_copies(cls, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> Lot:
@@ -86,7 +87,3 @@ class Lot:
         flat = alias(self.flat, holds=loan)
         lender.note(loan, flat.data_ptr(), self.parameters)
         return [torch.as_strided(flat, *strided) for strided in self._strided]
-
-
-def _contiguous(x: Tensor) -> tuple[int, ...]:
-    return torch.empty(x.shape, device="meta").stride()
