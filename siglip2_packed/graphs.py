@@ -82,12 +82,13 @@ class Graphs:
             return None
         if pixel_values.requires_grad and torch.is_grad_enabled():
             return None
-        if pixel_values.device != model.device:
-            raise ValueError(f"pixel_values is on {pixel_values.device}, the model on {model.device}")
+        device = next((p.device for p in model.parameters()), pixel_values.device)
+        if pixel_values.device != device:
+            raise ValueError(f"pixel_values is on {pixel_values.device}, the model on {device}")
         if _has_any_global_hook():
             self._say("hooks of all modules have to run in each call")
             return None
-        on_device = torch.cuda.device(model.device) if model.device.type == "cuda" else contextlib.nullcontext()
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with self._lock, on_device:
             return self._features(model, pixel_values, layout, bucket)
 
@@ -127,7 +128,7 @@ class Graphs:
         requested = requested_attention(model.config)
         if not serves_buckets(requested):
             return f"attn_implementation={requested!r} has to know every segment's length"
-        if reason := buckets_unmet(model.device, dtype, head_dim(model.config)) or why_not(model, learns):
+        if reason := why_not(model, learns) or buckets_unmet(model.device, dtype, head_dim(model.config)):
             return reason
         try:
             with torch.inference_mode(False):  # what is made for one pack is there for all

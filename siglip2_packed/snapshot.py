@@ -95,6 +95,10 @@ def why_not(model: Any, learns: bool) -> str | None:
         if tensor._backward_hooks:
             return f"a hook on the gradient of {name} has to run in each backward"
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.distributed.fsdp"):
+            return f"{name} is {type(module).__name__}, which gathers its weights in each call"
+        if loose := next((key for key, value in vars(module).items() if isinstance(value, Tensor)), None):
+            return f"{name}.{loose} is neither parameter nor buffer, as those that FSDP gathers"
         if name and not plain.unhooked(module) and not _harmless(module, model):
             return f"hooks or a replaced forward on {name} have to run in each call"
     return _cannot_learn(model) if learns else None
