@@ -150,8 +150,8 @@ def test_the_least_recently_used_graph_goes(world):
 @pytest.mark.parametrize("training", [False, True])
 def test_buckets_share_the_memory_of_the_largest(world, training):
     model = world.model()
-    graphs = CUDAGraphs(model, range(64, 3100, 256))
-    packs = [world.pack([(1, side, 56)]) for side in range(54, 1, -8)]
+    graphs = CUDAGraphs(model, range(64, 2881, 256))
+    packs = [world.pack([(1, side, 56)]) for side in range(50, 1, -8)]
     for number, packed in enumerate(packs, 1):
         if training:
             step(graphs, model, packed)

@@ -34,9 +34,11 @@ from ranks import check as ranks_check
 from test_engines import ZERO3
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from siglip2_packed import Siglip2PackedVisionModel
+from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.graphs import CUDAGraphs, Graphs
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
@@ -66,7 +68,8 @@ def check(world, model, loss=on_tokens, packs=(GRIDS,), count=1, compare=same):
 
 @pytest.mark.parametrize("loss", [on_tokens, on_pooled, on_both])
 def test_gradients_of_a_loss(world, loss):
-    check(world, world.model(), loss)
+    """Also of a pack of fewer images than the one before, in the same bucket."""
+    check(world, world.model(), loss, packs=[GRIDS, [(1, 8, 32), (5, 2, 2)]])
 
 
 def test_gradients_of_packs_of_many_buckets(world):
@@ -183,6 +186,9 @@ def test_an_adapter_that_is_switched_off_and_merged_is_seen(world):
     changed = graphs(**packed).last_hidden_state.detach()
     assert torch.equal(changed, AtBucketRows(model)(**packed).last_hidden_state)
     assert relative(changed, base) > 3 * world.noise
+    with torch.no_grad():
+        assert torch.equal(graphs(**packed).last_hidden_state, AtBucketRows(model)(**packed).last_hidden_state)
+        assert relative(graphs(**packed).last_hidden_state, changed) < world.noise
     with wrapped.disable_adapter(), torch.no_grad():
         assert torch.equal(graphs(**packed).last_hidden_state, AtBucketRows(model)(**packed).last_hidden_state)
         assert relative(graphs(**packed).last_hidden_state, base) < world.noise
@@ -210,8 +216,9 @@ def test_dropout_differs_from_step_to_step_and_trains(world):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    model.eval()
     with torch.no_grad():
+        assert not torch.equal(graphs(**packed).last_hidden_state, graphs(**packed).last_hidden_state)
+        model.eval()
         assert torch.equal(graphs(**packed).last_hidden_state, graphs(**packed).last_hidden_state)
 
 
@@ -488,7 +495,23 @@ def test_a_second_backward_says_what_to_do(world):
     same_gradients(gradients(model), grads)
     with pytest.raises(RuntimeError, match="one backward, of all losses together"):  # of the head, after the encoder's
         on_pooled(out).backward()
+    same_gradients(gradients(model), grads)
     same(step(graphs, model, packed), step(AtBucketRows(model), model, packed))
+
+
+def test_a_second_backward_of_the_head_over_a_frozen_encoder(world, said):
+    model, packed = world.model(), world.pack()
+    freeze(model, LEARNING["the head"])
+    graphs = CUDAGraphs(model, BUDGETS)
+    loss = on_pooled(graphs(**packed))
+    with torch.no_grad():
+        graphs(**packed)
+    assert said() == [BUSY]
+    loss.backward(retain_graph=True)
+    grads = gradients(model)
+    with pytest.raises(RuntimeError, match="one backward, of all losses together"):
+        loss.backward()
+    same_gradients(gradients(model), grads)
 
 
 def test_two_backwards_of_losses_on_pooled_features_and_on_tokens(world):
@@ -813,6 +836,32 @@ def test_sharded_models_run_without_graphs(ranks, checkpoint):
     assert not any(replayed)
     for (reason,) in reasons:
         assert reason.startswith("encoder.layers.0.") and reason.endswith(" is DTensor, sharded or quantised")
+
+
+def fsdp1(folder, original, whole, **kwargs):
+    """What a step gives without gradients, in graphs if that can be, and as ever."""
+    found = []
+    for settings in (kwargs, {}):
+        policy = partial(transformer_auto_wrap_policy, transformer_layer_cls={Siglip2PackedEncoderLayer})
+        task = FullyShardedDataParallel(
+            Task(folder, **TOKENS, **settings),
+            auto_wrap_policy=None if whole else policy,
+            use_orig_params=original,
+            device_id=torch.device("cpu"),
+        )
+        with torch.no_grad():
+            found += [task(pack(UNEVEN[dist.get_rank()]))[0].item() for _ in range(2)]
+    return found
+
+
+@INTERPRETED
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_infers_without_graphs(ranks, checkpoint, original, whole):
+    results, replayed, reasons = zip(*ranks(in_recorded_graphs, fsdp1, checkpoint("tiny"), original, whole))
+    assert not any(replayed)
+    assert all(len(set(result)) == 1 for result in results)
+    assert all("FSDP" in reason or "Fully" in reason for said in reasons for reason in said) and all(reasons)
 
 
 def zero(stage, folder, **kwargs):
