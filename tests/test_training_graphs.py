@@ -133,17 +133,23 @@ def test_models_that_end_at_a_layer(world, select_layer):
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_gradient_checkpointing_changes_no_bit(world, again):
-    model = world.model()
+def test_gradient_checkpointing_changes_no_bit(world, monkeypatch, again):
+    """Layers run once more in backward."""
+    model, runs, forward = world.model(), [], Siglip2PackedEncoderLayer.forward
+    monkeypatch.setattr(
+        Siglip2PackedEncoderLayer, "forward", lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
+    )
     packed = world.pack()
     expected = step(AtBucketRows(model), model, packed, on_both)
     graphs = CUDAGraphs(model, BUDGETS)
     if again:  # it is seen, whenever it comes
         same(step(graphs, model, packed, on_both), expected)
     model.gradient_checkpointing_enable()
+    runs.clear()
     for _ in range(2):
         same(step(graphs, model, packed, on_both), expected)
     assert len(graphs_of(graphs)) == 1 + again
+    assert len(runs) == 4 * len(model.encoder.layers)  # to get ready and to be captured, forward and again
 
 
 # Adapters
