@@ -255,6 +255,31 @@ def test_nothing_of_rows_of_no_image_reaches_a_gradient(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("of_patches", "of_table", "dtype"),
+    [
+        (torch.float16, torch.float32, torch.float32),  # autocast
+        (torch.float32, torch.float16, torch.float32),
+        (torch.float16, torch.float32, torch.float16),
+    ],
+)
+def test_dtypes_that_differ_where_only_the_device_knows_the_grids(trusted, device, of_patches, of_table, dtype):
+    trusted(positions=["triton"])
+    rows = FEW_ROWS + 5
+    x, table, grad = differentiable(device, torch.float32, rows, 16, 72)
+    x, table = x.detach().to(of_patches).requires_grad_(), table.detach().to(of_table).requires_grad_()
+    expected = ADD_POSITIONS.of("eager")(x[:FEW_ROWS], table, Places(FEW), dtype)
+    grad = grad.to(expected.dtype)
+    expected_grads = torch.autograd.grad(expected, (x, table), grad[:FEW_ROWS])
+    out = add_positions(x, table, padded(FEW, 8, rows, device), dtype)
+    grad[FEW_ROWS:] = 0
+    grads = torch.autograd.grad(out, (x, table), grad)
+    assert out.dtype == expected.dtype and relative_error(out[:FEW_ROWS], expected) <= 1e-3
+    for found, wanted in zip(grads, expected_grads):
+        assert found.dtype == wanted.dtype and relative_error(found, wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_only_gradients_that_are_asked_for(device, monkeypatch):
     made, gradient = [], kernels.table_gradient
     monkeypatch.setattr(kernels, "table_gradient", lambda *args: made.append(1) or gradient(*args))

@@ -42,6 +42,10 @@ ADD_POSITIONS = Function("positions.add_positions", MODULES, _added, _cases)
 def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
     """`[T, D]` patches plus their positions, of a table `[G·G, D]`; see `positions.eager`."""
     mixed = not patches.dtype == table.dtype == dtype
+    if mixed and places.padded:  # the kernel alone can read the grids, and takes one dtype
+        wide = torch.promote_types(table.dtype, dtype)
+        nothing = torch.zeros(patches.shape, dtype=wide, device=patches.device)
+        return patches + add_positions(nothing, table.to(wide), places, wide).to(dtype)
     if traced() or places.ids is not None or mixed:
         return ADD_POSITIONS.of("eager")(patches, table, places, dtype)  # type: ignore[no-any-return]
     order, gradients = choice.rows(choice.card(patches.device), patches.dtype), torch.is_grad_enabled()
