@@ -88,6 +88,9 @@ class Graphs:
         if _has_any_global_hook():
             self._say("hooks of all modules have to run in each call")
             return None
+        if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self._say("what autograd keeps goes through hooks, as in a checkpoint around the model")
+            return None
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with self._lock, on_device:
             return self._features(model, pixel_values, layout, bucket)
