@@ -4,11 +4,13 @@ import copy
 import gc
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import graphed
 import pytest
 import recorded_graphs
 import torch
+import torch.utils.checkpoint
 from graphed import (
     BUDGETS,
     GRIDS,
@@ -45,6 +47,7 @@ from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
 
 BUSY = "a forward whose backward is still to come has the graphs' memory"
+HOOKED = "what autograd keeps goes through hooks, as in a checkpoint around the model"
 LENT = "gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory"
 
 
@@ -152,6 +155,54 @@ def test_gradient_checkpointing_changes_no_bit(world, monkeypatch, again):
     assert len(runs) == 4 * len(model.encoder.layers)  # to get ready and to be captured, forward and again
 
 
+def test_tied_layers_add_up_their_gradients(world):
+    model = world.model(vision_use_head=False)
+    model.encoder.layers[1].mlp = model.encoder.layers[0].mlp
+    graphs, packed = CUDAGraphs(model, BUDGETS), world.pack()
+    expected = step(AtBucketRows(model), model, packed)
+    for _ in range(2):
+        near(step(graphs, model, packed), expected, world.noise)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_model_within_a_checkpoint(world, said, reentrant, first):
+    """Whether or not its graphs are there already."""
+    model = world.model(vision_use_head=False)
+    graphs, packed = CUDAGraphs(model, BUDGETS), world.pack()
+    expected = step(AtBucketRows(model), model, packed)
+    if not first:
+        step(graphs, model, packed)
+    scale = torch.ones((), device=world.device, requires_grad=True)
+
+    def run(**packed):
+        def features(scale):
+            return graphs(**packed).last_hidden_state * scale
+
+        hidden_states = torch.utils.checkpoint.checkpoint(features, scale, use_reentrant=reentrant)
+        return SimpleNamespace(last_hidden_state=hidden_states)
+
+    for _ in range(2):
+        near(step(run, model, packed), expected, world.noise)
+    assert said() == [HOOKED] * (not reentrant)
+    same(step(graphs, model, packed), expected)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_activations_that_are_kept_on_the_host(world, said, first):
+    model = world.model(vision_use_head=False)
+    graphs, packed = CUDAGraphs(model, BUDGETS), world.pack()
+    expected = step(AtBucketRows(model), model, packed)
+    if not first:
+        step(graphs, model, packed)
+    for _ in range(2):
+        with torch.autograd.graph.save_on_cpu():
+            found = step(graphs, model, packed)
+        near(found, expected, world.noise)
+    assert said() == [HOOKED]
+    same(step(graphs, model, packed), expected)
+
+
 # Adapters
 
 
@@ -171,6 +222,14 @@ def test_lora(world):
     graphs, packed = check(world, model), world.pack()
     _, grads = step(graphs, model, packed)
     assert len(grads) == 2 * 3 * len(model.encoder.layers) and all("lora" in name for name in grads)
+
+
+def test_lora_over_inputs_that_are_made_to_require_a_gradient(world):
+    """As training with reentrant checkpointing has it, of a tower within a VLM."""
+    model = world.model(vision_use_head=False)
+    adapted(model)
+    model.enable_input_require_grads()
+    check(world, model)
 
 
 def test_lora_by_the_model_that_peft_wraps(world):
