@@ -362,7 +362,7 @@ def test_a_bucket_of_wrong_kernels_is_refused(fresh, planted):
     planted("forward", "triton", wrong_forward("is wrong"))
     fresh(card=HOPPER)
     with pytest.raises(Refused, match=r"attention in buckets cannot be had: failed its self-check: .* 5\.0e-01"):
-        for_bucket(Segments.on_device(offsets([5, 17, 0, 0]), 32), 40, torch.float16, 2, 72)
+        for_bucket(Segments.on_device(offsets([5, 17, 0, 0]), 32), 40, torch.float16, 2, 72, False)
 
 
 def test_attention_in_buckets_is_our_own_or_an_error(fresh):
@@ -372,16 +372,16 @@ def test_attention_in_buckets_is_our_own_or_an_error(fresh):
     if DEVICE.type == "cpu":
         assert "needs a CUDA device" in buckets_unmet(DEVICE, torch.float16, 72)
         with pytest.raises(Refused, match="attention in buckets cannot be had: needs a CUDA device"):
-            for_bucket(segments, 40, torch.float16, 2, 72)
+            for_bucket(segments, 40, torch.float16, 2, 72, False)
     fresh(card=HOPPER)
     assert buckets_unmet(DEVICE, torch.float16, 72) is None
     for dtype, K in ((torch.float32, 72), (torch.float16, 60)):
         reason = buckets_unmet(DEVICE, dtype, K)
         assert reason
         with pytest.raises(Refused, match=reason):
-            for_bucket(segments, 40, dtype, 2, K)
+            for_bucket(segments, 40, dtype, 2, K, False)
     with torch.no_grad():
-        out = for_bucket(segments, 40, torch.float16, 2, 72).qkvpacked(qkv)
+        out = for_bucket(segments, 40, torch.float16, 2, 72, False).qkvpacked(qkv)
     assert_close([out], [loop(*qkv.unbind(1), [5, 17])], 2e-3)
     assert (out[22:] == 0).all()
     assert_same([out[:22]], [own(offsets([5, 17]), 17)(*qkv[:22].unbind(1))])

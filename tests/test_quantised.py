@@ -142,7 +142,9 @@ def test_4_bit_layers_of_other_dtypes_are_read_again(ckpt, patches, tmp_path, st
         with pytest.raises(ValueError, match="bnb_4bit_quant_storage bfloat16.*take transformers 5"):
             load(tmp_path)
         return
-    assert torch.equal(load(tmp_path)(**packed).pooler_output, expected)
+    again = load(tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(again.state_dict().values(), model.state_dict().values()))
+    assert relative_error(again(**packed).pooler_output, expected) < 1e-6  # where rows begin decides how a CPU adds
     other = load(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for name, p in other.named_parameters() if "norm" in name} == {torch.bfloat16}
     assert relative_error(other(**packed).pooler_output.float(), expected) < 0.02
