@@ -143,7 +143,8 @@ def test_4_bit_layers_of_other_dtypes_are_read_again(ckpt, patches, tmp_path, st
             load(tmp_path)
         return
     again = load(tmp_path)
-    assert all(torch.equal(x, y) for x, y in zip(again.state_dict().values(), model.state_dict().values()))
+    states = zip(again.state_dict().values(), model.state_dict().values())
+    assert all(torch.equal(x.view(-1).view(torch.uint8), y.view(-1).view(torch.uint8)) for x, y in states)
     assert relative_error(again(**packed).pooler_output, expected) < 1e-6  # where rows begin decides how a CPU adds
     other = load(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for name, p in other.named_parameters() if "norm" in name} == {torch.bfloat16}
