@@ -140,6 +140,9 @@ class Graphs:
                 graph = (TrainingGraph if learns else InferenceGraph)(model, self._ground, bucket, attention_in_buckets)
         except Refused as refused:
             return str(refused)
+        except BaseException:
+            self._forget()  # a capture was broken off, of which streams and memory may know still
+            raise
         while len(self._graphs) >= self.most:
             self._graphs.popitem(last=False)
         logger.info("CUDA graph of %s for %s", bucket, "training" if learns else "inference")
