@@ -39,7 +39,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from siglip2_packed import Siglip2PackedVisionModel
+from siglip2_packed import Siglip2PackedVisionModel, capture
 from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.graphs import CUDAGraphs, Graphs
 from siglip2_packed.ops.runtime import choice
@@ -599,6 +599,25 @@ def test_a_parameter_changed_between_forward_and_backward(world, name):
         loss.backward()
     del loss
     same(step(graphs, model, packed, on_both), step(AtBucketRows(model), model, packed, on_both))
+
+
+def no_memory(*args):
+    raise MemoryError
+
+
+def test_an_error_while_capturing_a_backward_is_the_callers(world, monkeypatch):
+    """Graphs begin anew."""
+    model, packed, other = world.model(vision_use_head=False), world.pack(), world.pack(OTHERS[0])
+    graphs = CUDAGraphs(model, BUDGETS)
+    step(graphs, model, other)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "_in_rooms", no_memory)
+        with pytest.raises(MemoryError):
+            graphs(**packed)
+    assert graphs.held() == (0, 0)
+    for again in (packed, other):
+        same(step(graphs, model, again), step(AtBucketRows(model), model, again))
+    assert graphs.held()[0] == 2
 
 
 def test_second_derivatives_are_refused(world):
