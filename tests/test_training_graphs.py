@@ -39,7 +39,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from siglip2_packed import Siglip2PackedVisionModel, capture
+from siglip2_packed import Siglip2PackedVisionModel, training_graph
 from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.graphs import CUDAGraphs, Graphs
 from siglip2_packed.ops.runtime import choice
@@ -611,7 +611,7 @@ def test_an_error_while_capturing_a_backward_is_the_callers(world, monkeypatch):
     graphs = CUDAGraphs(model, BUDGETS)
     step(graphs, model, other)
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_in_rooms", no_memory)
+        patch.setattr(training_graph, "_lots", no_memory)
         with pytest.raises(MemoryError):
             graphs(**packed)
     assert graphs.held() == (0, 0)
