@@ -109,11 +109,11 @@ def _infer_layers(layers, x, attention, layer_norm, linear_gelu):
     """x after all layers, but for the sum `[D]` of the biases before the last one, and the last."""
     waiting = late = shape = None
     for first, second, (eps1, eps2), head_dim in layers:
-        weight, bias = _joined(first)
-        if shape != (weight.shape[0], second.fc1_bias.shape[0], head_dim):
-            shape = weight.shape[0], second.fc1_bias.shape[0], head_dim
-            space = _Workspace.of(x, *shape)
+        if shape != (3 * first.q_weight.shape[0], second.fc1_bias.shape[0], head_dim):
+            shape = 3 * first.q_weight.shape[0], second.fc1_bias.shape[0], head_dim
+            space = _Workspace.of(x, *shape, first.q_weight.data_ptr() in _joined_memory)
             attend = attention.over(space.heads, space.attended)
+        weight, bias = _joined(first, space.joined)
         normed, waiting = layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late, space.norm1)
         torch.addmm(bias, normed, weight.t(), out=space.qkv)
         _add_product(x, attend().flatten(1), second.out_weight)
@@ -134,16 +134,18 @@ class _Workspace(NamedTuple):
     attended: Tensor  # [T, H, K]
     norm2: tuple[Tensor, Tensor]
     wide: Tensor  # [T, F]
+    joined: tuple[Tensor | None, Tensor | None]  # [3 H K, D], [3 H K]: for projections that do not lie side by side
 
     @classmethod
-    def of(cls, x: Tensor, width: int, F: int, head_dim: int) -> _Workspace:
+    def of(cls, x: Tensor, width: int, F: int, head_dim: int, are_joined: bool) -> _Workspace:
         """For x `[T, D]`; width: that of q, k and v together."""
         (T, D), H = x.shape, width // 3 // head_dim
         narrow, wide = x.new_empty(T * max(D, H * head_dim)), x.new_empty(T * max(width, F))
         sums = torch.empty((2, D), dtype=torch.float32, device=x.device)
         normed, qkv = _within(narrow, (T, D)), _within(wide, (T, width))
         heads, attended = qkv.view(T, 3, H, head_dim), _within(narrow, (T, H, head_dim))
-        return cls((normed, sums[0]), qkv, heads, attended, (normed, sums[1]), _within(wide, (T, F)))
+        joined = (None, None) if are_joined else (x.new_empty(width, D), x.new_empty(width))
+        return cls((normed, sums[0]), qkv, heads, attended, (normed, sums[1]), _within(wide, (T, F)), joined)
 
 
 def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
@@ -369,19 +371,19 @@ def join(*parameters: Tensor) -> None:
         parameter.data = alias(part, holds=joined)
 
 
-def _joined(first: NormQKV) -> tuple[Tensor, Tensor]:
+def _joined(first: NormQKV, place: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
     """Weight `[3D, D]` and bias `[3D]` of the three projections as one."""
-    weight = _side_by_side(first.q_weight, first.k_weight, first.v_weight)
-    return weight, _side_by_side(first.q_bias, first.k_bias, first.v_bias)
+    weight = _side_by_side(first.q_weight, first.k_weight, first.v_weight, place[0])
+    return weight, _side_by_side(first.q_bias, first.k_bias, first.v_bias, place[1])
 
 
-def _side_by_side(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Three as one: themselves if they were joined."""
-    place = q.data_ptr()
-    joined = _joined_memory.get(place)
-    if joined is not None and k.data_ptr() == place + q.nbytes and v.data_ptr() == place + 2 * q.nbytes:
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, place: Tensor | None = None) -> Tensor:
+    """Three as one: themselves if they were joined, else a copy, in its place if it has one."""
+    first = q.data_ptr()
+    joined = _joined_memory.get(first)
+    if joined is not None and k.data_ptr() == first + q.nbytes and v.data_ptr() == first + 2 * q.nbytes:
         return joined
-    return torch.cat((q, k, v))
+    return torch.cat((q, k, v)) if place is None else torch.cat((q, k, v), out=place)
 
 
 def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
