@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -33,16 +34,16 @@ class Recorded(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[tuple] = []
-        self.made: list[Tensor] = []
+        self.pool: _Pool | None = None
         self.free: list[Tensor] = []
 
     def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
         assert _now.recording is None, "two captures at once"
-        others = _pools.setdefault(pool, [])
-        uses = Counter(_memory(x) for graph in others for x in graph._tensors())
-        made = {_memory(x): x for graph in others for x in graph.made}
+        self.pool = _pools.setdefault(pool, _Pool())
+        uses = Counter(_memory(x) for x in (*self.pool.made, *_tensors([g.parts() for g in self.pool.graphs])))
+        made = {_memory(x): x for x in self.pool.made}
         self.free = [x for memory, x in made.items() if torch._C._storage_Use_Count(memory) == uses[memory] + _SEEN]
-        others.append(self)
+        self.pool.graphs.add(self)
         _now.recording = self
         self.__enter__()
 
@@ -58,7 +59,7 @@ class Recorded(TorchDispatchMode):
         given = {_memory(x) for x in _tensors((args, kwargs))}
         results = [x.detach() for x in _tensors(out)]
         self.calls.append((func, *_alone((args, kwargs or {})), [(x, _memory(x) not in given) for x in results]))
-        self.made += [x.detach() for x in results if _memory(x) not in given]
+        self.pool.made += [x.detach() for x in results if _memory(x) not in given]
         return out
 
     def call(self, function, args: tuple) -> None:
@@ -69,17 +70,33 @@ class Recorded(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         for x in self.free:
-            torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).fill_(255)  # NaN in every floating dtype
+            _poison(x)
         for function, args, kwargs, results in self.calls:
             out = _tensors(function(*args, **kwargs))
             for (place, is_made), x in zip(results, out):
                 if is_made:
                     place.copy_(x)
 
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from _tensors(self.calls)
-        yield from self.made
-        yield from self.free
+    def parts(self) -> tuple:
+        return self.calls, self.free
+
+
+class _Pool:
+    """Memory that its graphs made: given back, and somebody else's, as soon as there is none of them."""
+
+    def __init__(self):
+        self.graphs: weakref.WeakSet[Recorded] = weakref.WeakSet()
+        self.made: list[Tensor] = []
+
+    def __del__(self):
+        _given_back.extend(self.made)
+        for x in self.made:
+            _poison(x)
+
+
+def _poison(x: Tensor) -> None:
+    """NaN, in every floating dtype."""
+    torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).fill_(255)
 
 
 class _Now(threading.local):
@@ -87,7 +104,8 @@ class _Now(threading.local):
 
 
 _now = _Now()
-_pools: dict[object, list[Recorded]] = {}
+_pools: weakref.WeakValueDictionary[object, _Pool] = weakref.WeakValueDictionary()
+_given_back: list[Tensor] = []
 
 
 @contextlib.contextmanager
@@ -139,7 +157,7 @@ def install(monkeypatch) -> None:
 
     What only kernels do, as it needs metadata that the device alone knows, is done by formulas.
     """
-    _pools.clear()
+    _given_back.clear()
     handles = itertools.count()
     for name in ("Stream", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, _Stream)
@@ -174,7 +192,7 @@ class _Stream:
 
 
 def _memory_snapshot() -> list[dict]:
-    sizes = {pool: {_memory(x): x.nbytes for graph in made for x in graph.made} for pool, made in _pools.items()}
+    sizes = {handle: {_memory(x): x.nbytes for x in pool.made} for handle, pool in _pools.items()}
     return [{"segment_pool_id": pool, "total_size": sum(found.values())} for pool, found in sizes.items()]
 
 

@@ -541,6 +541,8 @@ def test_gradients_outlive_model_and_graphs(world):
     kept = {name: p.grad for name, p in model.named_parameters()}
     del model, graphs
     gc.collect()
+    if world.device == "cuda":
+        torch.cuda.empty_cache()
     other = world.model()
     step(CUDAGraphs(other, BUDGETS), other, world.pack(seed=5))
     same_gradients(kept, copies)
