@@ -63,6 +63,7 @@ class Ground:
 
     def begin(self, step: Step) -> None:
         self._step = weakref.ref(step)
+        self.lender.borrower = threading.get_ident()
 
     def bytes(self) -> int:
         """Of the memory pool."""

@@ -112,7 +112,7 @@ class Graphs:
                 self._say("a forward whose backward is still to come has the graphs' memory")
                 return None
             if not graph.ground.lender.reclaim():
-                self._say("gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory")
+                self._say("another thread, or more than .grad, holds an earlier step's gradients in the graphs' memory")
                 return None
             self._graphs.move_to_end(key)
             features = graph(pixel_values, layout)

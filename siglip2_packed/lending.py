@@ -6,6 +6,7 @@ Before the graph's memory is used again, those that are still needed are moved (
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ class Lender:
     def __init__(self, device: torch.device):
         self._device = device
         self._lent: list[Lent] = []
+        self.borrower = threading.get_ident()
+        """The thread whose gradients they are."""
 
     def note(self, loan: Loan, address: int, parameters: list[nn.Parameter]) -> None:
         stream = torch.cuda.current_stream(self._device)
@@ -31,12 +34,14 @@ class Lender:
     def reclaim(self) -> bool:
         """Has the gradients of earlier steps that `.grad` still holds moved to memory of their own.
 
-        False: somebody holds them otherwise, so nothing may run here. (Memory that a tensor was given to another stream
-        for, by `record_stream`, is not told from free memory.) What reads them where they were made comes first.
+        False: somebody holds them otherwise, or another thread may be at work on them, so nothing may run here. (Memory
+        that a tensor was given to another stream for, by `record_stream`, is not told from free memory.) What reads
+        them where they were made comes first.
         """
+        mine = self.borrower == threading.get_ident()
         current = torch.cuda.current_stream(self._device)
         for loan, address, parameters, stream in self._lent:
-            if loan() is not None:
+            if mine and loan() is not None:
                 grads = [p.grad for p in parameters if p.grad is not None]
                 grads = [g for g in grads if g.untyped_storage().data_ptr() == address]
                 with torch.cuda.stream(stream):
