@@ -48,7 +48,7 @@ from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
 
 BUSY = "a forward whose backward is still to come has the graphs' memory"
 HOOKED = "what autograd keeps goes through hooks, as in a checkpoint around the model"
-LENT = "gradients of an earlier step are held elsewhere than in .grad, and have the graphs' memory"
+LENT = "another thread, or more than .grad, holds an earlier step's gradients in the graphs' memory"
 
 
 def freeze(model, learning):
@@ -795,6 +795,26 @@ def test_an_optimiser_that_steps_in_backward(world):
         assert all(p.grad is None for p in model.parameters())
         parameters.append({name: p.detach() for name, p in model.named_parameters()})
     same_gradients(*parameters)
+
+
+def test_gradients_that_another_thread_works_on_stay_where_they_are(world, said):
+    """It may have looked up where they lie: an optimiser does, long before it reads them."""
+    model, packed, other = world.model(vision_use_head=False), world.pack(), world.pack(OTHERS[0], seed=1)
+    graphs = CUDAGraphs(model, BUDGETS)
+    _, expected = step(graphs, model, packed)
+
+    def infer():
+        with torch.no_grad():
+            graphs(**other)
+
+    places = [p.grad.data_ptr() for p in model.parameters()]
+    thread = threading.Thread(target=infer)
+    thread.start()
+    thread.join()
+    assert [p.grad.data_ptr() for p in model.parameters()] == places and said() == [LENT]
+    infer()
+    assert not {p.grad.data_ptr() for p in model.parameters()} & {*places}
+    same_gradients(gradients(model), expected)
 
 
 def test_one_thread_trains_while_another_infers(world):
