@@ -145,7 +145,10 @@ class Graphs:
             raise
         while len(self._graphs) >= self.most:
             self._graphs.popitem(last=False)
-        logger.info("CUDA graph of %s for %s", bucket, "training" if learns else "inference")
+        if logger.isEnabledFor(logging.INFO):
+            count, held = self.held()
+            purpose = "training" if learns else "inference"
+            logger.info("CUDA graph of %s for %s; %d graphs hold %.2f GiB", bucket, purpose, count + 1, held / 2**30)
         return graph
 
     def _say(self, reason: str) -> None:

@@ -92,8 +92,6 @@ def why_not(model: Any, learns: bool) -> str | None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if type(tensor) not in plain.WHOLE:
             return f"{name} is {type(tensor).__name__}, sharded or quantised"
-        if tensor._backward_hooks:
-            return f"a hook on the gradient of {name} has to run in each backward"
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.distributed.fsdp"):
             return f"{name} is {type(module).__name__}, which gathers its weights in each call"

@@ -24,6 +24,7 @@ from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched
 from siglip2_packed.pieces import Found, Piece, Run, as_now, backward, forward, learning, pieces_of
+from siglip2_packed.shadow import Shadow
 
 LAYERS_OF_A_PART = 5
 """Their gradients reach autograd together; what waits for them (DDP's averaging) runs beside the parts to come."""
@@ -36,20 +37,23 @@ class TrainingGraph:
         self.ground, self.inputs = ground, Inputs(ground, bucket)
         metadata = self.inputs.metadata
         attention = attention_in(model, metadata.segments, bucket.patches, gradients=True)
-        pieces, heads = pieces_of(model, metadata, attention), []
+        shadow = Shadow(model)
+        pieces, heads = pieces_of(shadow.model, metadata, attention), []
         if hasattr(model, "head"):
-            heads = [Piece(as_now(partial(model.head, images=metadata.images)), learning(model.head))]
+            heads = [Piece(as_now(partial(shadow.model.head, images=metadata.images)), learning(shadow.model.head))]
         with torch.autocast(ground.device.type, enabled=False):  # pieces have their own
-            self._capture(pieces, heads)
+            self._capture(shadow, pieces, heads)
 
-    def _capture(self, pieces: list[Piece], heads: list[Piece]) -> None:
+    def _capture(self, shadow: Shadow, pieces: list[Piece], heads: list[Piece]) -> None:
         ground = self.ground
         aside = Aside(ground.side if len(self.inputs.pixel_values) <= ROWS else None)
         runs, features, of_head, pooled = self._run(pieces, heads)  # compiles kernels, checks backends, sets up cuBLAS
+        for run in (*runs, *of_head):
+            shadow.check(run.out)
         for kept in (of_head, runs):
             if kept:
                 backward(kept, torch.zeros_like(kept[-1].out), aside)
-        del runs, features, of_head, pooled, kept
+        del runs, features, of_head, pooled, kept, run
 
         self._forward = torch.cuda.CUDAGraph()
         with ground.capture(self._forward, aside):
@@ -59,7 +63,7 @@ class TrainingGraph:
         self.head: Part | None = None
         if pooled is not None and of_head:
             self._pooled_grad = torch.zeros(pooled.shape, dtype=pooled.dtype, device=ground.device)
-            self.head = Part(ground, aside, of_head, self._pooled_grad)
+            self.head = Part(ground, shadow, aside, of_head, self._pooled_grad)
             self._from_head = None if self.head.dx is None else alias(self.head.dx)
         del features, pooled  # and activations, where they are no longer needed: the pool has them for what follows
         parts, grad = _cut(runs), self._grad
@@ -67,7 +71,7 @@ class TrainingGraph:
         self.parts: list[Part] = []
         """The first of them first."""
         while parts:
-            part = Part(ground, aside, parts.pop(), grad)
+            part = Part(ground, shadow, aside, parts.pop(), grad)
             grad = grad if part.dx is None else part.dx
             self.parts.insert(0, part)
         for part in (*self.parts, *([] if self.head is None else [self.head])):
@@ -180,14 +184,14 @@ class _Backward(Function):
 class Part:
     """Pieces whose backward is one graph, and where it leaves their gradients."""
 
-    def __init__(self, ground: Ground, aside: Aside, runs: list[Run], grad: Tensor):
+    def __init__(self, ground: Ground, shadow: Shadow, aside: Aside, runs: list[Run], grad: Tensor):
         """Empties `runs`; the pool keeps `dx` and gradients until they are settled."""
         self._ground, self._graph = ground, torch.cuda.CUDAGraph()
         with ground.capture(self._graph, aside):
             self.dx, found = backward(runs, grad, aside)
             """Of the first run's x, if it wants one."""
             aside.join()
-            self._lots = _lots(found)
+            self._lots = _lots(found, shadow)
         self.parameters = [p for lot in self._lots for p in lot.parameters]
 
     def versions(self) -> list[int]:
@@ -205,18 +209,18 @@ class Part:
         return [gradient for lot in self._lots for gradient in lot.lend(self._ground.lender, self._graph)]
 
 
-def _lots(found: list[Found]) -> list[Lot]:
+def _lots(found: list[Found], shadow: Shadow) -> list[Lot]:
     """Of the gradients in each room, and of copies of those that are in none."""
     lots: list[Lot] = []
     others: dict[torch.dtype, list[tuple[nn.Parameter, Tensor]]] = {}
     for gradients, room in found:
         places: dict[int, nn.Parameter] = {}
         for parameter, gradient in gradients:
-            place = room.place(gradient)
+            place, real = room.place(gradient), shadow.real(parameter)
             if place is None:
-                others.setdefault(gradient.dtype, []).append((parameter, gradient))
+                others.setdefault(gradient.dtype, []).append((real, gradient))
             else:
-                places[place] = parameter
+                places[place] = real
         if places:
             lots.append(Lot(room.flat, places))
     return lots + [Lot.of_copies(*zip(*alike)) for alike in others.values()]

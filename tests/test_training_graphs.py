@@ -729,7 +729,7 @@ def test_hooks_run_in_each_call_and_graphs_when_they_are_gone(world, said, kind)
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_hooks_on_gradients_of_parameters_run(world, said, captured):
-    """Those that were there before are no part of a capture: such a model has no graphs."""
+    """Once each, whether they were there before the capture or not."""
     model, packed = world.model(vision_use_head=False), world.pack()
     graphs, name = CUDAGraphs(model, BUDGETS), "encoder.layers.0.mlp.fc1.weight"
     _, expected = step(AtBucketRows(model), model, packed)
@@ -741,7 +741,23 @@ def test_hooks_on_gradients_of_parameters_run(world, said, captured):
         assert relative(grads[name], 3 * expected[name]) < world.noise
     handle.remove()
     same_gradients(step(CUDAGraphs(model, BUDGETS), model, packed)[1], expected)
-    assert said() == [f"a hook on the gradient of {name} has to run in each backward"] * (not captured)
+    assert said() == []
+
+
+def test_parameters_that_are_used_otherwise_than_by_their_modules(world, said):
+    """Their gradients would be missed by a capture, which differentiates by parameters of its own."""
+    model, packed = world.model(vision_use_head=False), world.pack()
+    layer, elsewhere = model.encoder.layers[0], [model.encoder.layers[1].mlp.fc1.bias]
+
+    class Scaled(type(layer.mlp.activation_fn)):
+        def forward(self, x):
+            return super().forward(x) * (1 + elsewhere[0].mean())
+
+    layer.mlp.activation_fn = Scaled()
+    _, expected = step(model, model, packed)
+    _, grads = step(CUDAGraphs(model, BUDGETS), model, packed)
+    same_gradients(grads, expected)
+    assert said() == ["a parameter is used otherwise than as a module's own, so its gradient cannot be captured"]
 
 
 def in_a_graph(graphs, packed):
