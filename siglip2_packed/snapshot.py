@@ -37,8 +37,13 @@ class Snapshot:
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._places = [x.data_ptr() for x in self._tensors]
         self._memory = [x.detach() for x in self._tensors]
-        self._hooks = [vars(m)[name] for m in modules for name in HOOKS]
-        self._counts = [len(table) for table in self._hooks]
+        hooks = [vars(m)[name] for m in modules for name in HOOKS]
+        self._open = [*hooks, *chain.from_iterable(map(_tables, modules))]
+        self._counts = [*map(len, self._open)]
+        self._hooked = [table for table in hooks if table]
+        self._handles = [*map(tuple, self._hooked)]
+        self._norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
+        self._eps = [*map(_eps, self._norms)]
         self._states = [vars(m) for m in modules if m is not model]
         self._called = [*map(CALLS.isdisjoint, self._states)]
         self._parameters = list(model.parameters())
@@ -51,7 +56,9 @@ class Snapshot:
         return (
             all(map(operator.is_, map(dict.get, self._tables, self._names), self._parts))
             and [*map(Tensor.data_ptr, self._tensors)] == self._places
-            and [*map(len, self._hooks)] == self._counts
+            and [*map(len, self._open)] == self._counts
+            and [*map(tuple, self._hooked)] == self._handles
+            and [*map(_eps, self._norms)] == self._eps
             and [*map(CALLS.isdisjoint, self._states)] == self._called
         )
 
@@ -70,6 +77,7 @@ class Snapshot:
 
 _requires_grad = operator.attrgetter("requires_grad")
 _training = operator.attrgetter("training")
+_eps = operator.attrgetter("eps")
 _gradient_checkpointing = operator.attrgetter("gradient_checkpointing")
 
 

@@ -264,6 +264,18 @@ def test_an_adapter_that_is_switched_off_and_merged_is_seen(world):
         assert relative(graphs(**packed).last_hidden_state, changed) < world.noise
 
 
+def test_a_second_adapter_trains(world, said):
+    model = world.model(vision_use_head=False)
+    wrapped, packed = adapted(model), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    step(wrapped, model, packed)
+    wrapped.add_adapter("second", LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], r=2, init_lora_weights=False))
+    wrapped.set_adapter("second")
+    found = step(wrapped, model, packed)
+    same(found, step(AtBucketRows(model), model, packed))
+    assert all("second" in name for name in found[1]) and len(graphs_of(model)) == 1 and not said()
+
+
 def test_dropout_differs_from_step_to_step_and_trains(world):
     model = world.model(vision_use_head=False)
     adapted(model, lora_dropout=0.5)
@@ -677,6 +689,8 @@ CHANGES = {
     "a replaced module": lambda model: setattr(model.encoder.layers[0].mlp, "fc1", copy.deepcopy(
         model.encoder.layers[1].mlp.fc1
     )),
+    "another layer": lambda model: model.encoder.layers.append(copy.deepcopy(model.encoder.layers[0])),
+    "another epsilon": lambda model: [setattr(m, "eps", 0.1) for m in model.modules() if type(m) is nn.LayerNorm],
     "weights loaded in place": lambda model: model.load_state_dict(
         {name: 1.1 * x for name, x in model.state_dict().items()}
     ),
@@ -697,6 +711,19 @@ def test_a_model_that_changed_is_seen(world, change):
     after = step(graphs, model, packed)
     same(after, step(AtBucketRows(model), model, packed))
     assert not torch.equal(before.float(), after[0].float())
+
+
+def test_hooks_in_the_place_of_others_run(world, said):
+    model, packed, seen = world.model(vision_use_head=False), world.pack(), []
+    graphs = CUDAGraphs(model, BUDGETS)
+    model.enable_input_require_grads()
+    expected = step(graphs, model, packed)
+    assert len(graphs_of(graphs)) == 1
+    model.disable_input_require_grads()
+    model.embeddings.patch_embedding.register_forward_hook(lambda *_: seen.append(1))
+    near(step(graphs, model, packed), expected, world.noise)
+    assert seen == [1]
+    assert said() == ["hooks or a replaced forward on embeddings.patch_embedding have to run in each call"]
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward", "forward pre", "a replaced forward"])
