@@ -26,7 +26,7 @@ from siglip2_packed.capture import Ground, InferenceGraph
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
-from siglip2_packed.ops.runtime.tracing import capturing, traced
+from siglip2_packed.ops.runtime.tracing import backward_followed, capturing, traced
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.snapshot import Snapshot, why_not
 from siglip2_packed.training_graph import TrainingGraph
@@ -102,6 +102,9 @@ class Graphs:
             self._snapshot = Snapshot(model)
         state = self._snapshot.state()
         learns = torch.is_grad_enabled() and self._snapshot.learns()
+        if learns and (reason := backward_followed()):
+            self._say(reason)
+            return None
         dtype, autocast = _computes_in(model)
         key = bucket, learns, dtype, autocast, requested_attention(model.config), state
         graph = self._graphs.get(key)

@@ -38,6 +38,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.utils.checkpoint import checkpoint
 
 from siglip2_packed import Siglip2PackedVisionModel, training_graph
 from siglip2_packed.encoder import Siglip2PackedEncoderLayer
@@ -308,6 +309,44 @@ def test_checkpointing_with_dropout_runs_without_graphs(world, said):
         _, grads = step(graphs, model, world.pack())
         assert grads
     assert said() == ["gradient checkpointing has to draw the same dropout twice"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_checkpoint_around_the_model(world, said, reentrant, frozen):
+    """It calls the model once more in backward, in autograd's thread."""
+    model, packed = world.model(vision_use_head=False), world.pack()
+    model.requires_grad_(not frozen)
+    torch.manual_seed(0)
+    width = model.config.hidden_size
+    project = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 8)).to(model.device, model.dtype)
+    start = torch.zeros(1, device=model.device, dtype=model.dtype, requires_grad=True)
+
+    def run(start):
+        return project(model(**packed).last_hidden_state + start)
+
+    def checkpointed():
+        model.zero_grad(), project.zero_grad()
+        out = checkpoint(run, start, use_reentrant=reentrant)
+        weighted(out).backward()
+        return out.detach(), {**gradients(model), **gradients(project)}
+
+    expected = checkpointed()
+    model.cuda_graphs_enable(BUDGETS)
+    for _ in range(2):
+        near(checkpointed(), expected, world.noise)
+    followed = not (reentrant or frozen)
+    assert len(said()) == followed and all(reason.startswith("hooks on saved tensors") for reason in said())
+    assert bool(graphs_of(model)) is not followed
+
+
+def test_anomaly_detection_runs_without_graphs(world, said):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    graphs = CUDAGraphs(model, BUDGETS)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        near(step(graphs, model, packed), step(model, model, packed), world.noise)
+    assert said() == ["anomaly detection looks at the gradients of each operation"]
+    same(step(graphs, model, packed), step(AtBucketRows(model), model, packed))
 
 
 # Several forwards, one memory

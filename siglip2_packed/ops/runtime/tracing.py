@@ -15,6 +15,15 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
 
 
+def backward_followed() -> str | None:
+    """Who has to see each operation of a backward, or what it keeps until then; None: nobody."""
+    if torch.is_anomaly_enabled():
+        return "anomaly detection looks at the gradients of each operation"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return "hooks on saved tensors, as checkpoint's and save_on_cpu's, have to see what each operation keeps"
+    return None
+
+
 def transformed() -> bool:
     """Whether torch.func transforms calls (grad, jvp, vmap): not every operator has rules for all of them."""
     return torch._C._are_functorch_transforms_active()
