@@ -28,6 +28,7 @@ from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
 from siglip2_packed.ops.runtime.tracing import backward_followed, capturing, traced
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.plain import unhooked
 from siglip2_packed.snapshot import Snapshot, why_not
 from siglip2_packed.training_graph import TrainingGraph
 
@@ -221,6 +222,9 @@ class CUDAGraphs:
         Raises:
             ValueError: what the model's forward raises; a pack on another device.
         """
+        if not unhooked(self.model):
+            self.graphs._say("hooks or a replaced forward on the model have to run in each call")
+            return self.model(pixel_values, grid_thw, None, cu_seqlens, max_seqlen, temporal, return_dict=True)
         return self.model.features_of(self.graphs, pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
 
 

@@ -130,6 +130,13 @@ def test_a_pack_on_another_device(world):
         graphs(**world.pack().to("cpu"))
 
 
+def test_a_fallback_gives_what_a_graph_gives(world):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    model.config.return_dict = False
+    for budgets in (BUDGETS, [4]):
+        assert features(CUDAGraphs(model, budgets), packed)[0].isfinite().all()
+
+
 # Memory
 
 

@@ -765,6 +765,19 @@ def test_hooks_in_the_place_of_others_run(world, said):
     assert said() == ["hooks or a replaced forward on embeddings.patch_embedding have to run in each call"]
 
 
+@pytest.mark.parametrize("kind", ["a hook", "a replaced forward"])
+def test_hooks_on_the_model_run_in_each_call(world, said, kind):
+    model, packed, seen = world.model(vision_use_head=False), world.pack(), []
+    graphs, forward = CUDAGraphs(model, BUDGETS), model.forward
+    expected = step(graphs, model, packed)
+    if kind == "a hook":
+        model.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        model.forward = lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs)
+    near(step(graphs, model, packed), expected, world.noise)
+    assert seen == [1] and said() == ["hooks or a replaced forward on the model have to run in each call"]
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward", "forward pre", "a replaced forward"])
 def test_hooks_run_in_each_call_and_graphs_when_they_are_gone(world, said, kind):
     model, packed, seen = world.model(vision_use_head=False), world.pack(), []
