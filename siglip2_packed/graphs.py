@@ -76,7 +76,7 @@ class Graphs:
         as one beyond every budget does; why is logged once, if it is not the pack. Several threads take turns.
 
         Raises:
-            ValueError: a pack on another device than the model's.
+            ValueError: a pack on another device than the model's, which does not come from elsewhere in each call.
         """
         bucket = bucket_of(layout, self.budgets)
         if bucket is None or len(pixel_values) < self.least or traced() or capturing(pixel_values.device):
@@ -85,7 +85,13 @@ class Graphs:
             return None
         device = next((p.device for p in model.parameters()), pixel_values.device)
         if pixel_values.device != device:
+            if reason := why_not(model, learns=False):  # offloaded, say
+                self._say(reason)
+                return None
             raise ValueError(f"pixel_values is on {pixel_values.device}, the model on {device}")
+        if getattr(model, "_is_replica", False):
+            self._say("DataParallel copies the model in each call")
+            return None
         if _has_any_global_hook():
             self._say("hooks of all modules have to run in each call")
             return None

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from graphed import BUDGETS, GRIDS, LARGE, OTHERS, AtBucketRows, graphs_of, near, on_tokens, relative, same, step
 
 from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
@@ -128,6 +129,24 @@ def test_a_pack_on_another_device(world):
     graphs = CUDAGraphs(world.model(), BUDGETS)
     with pytest.raises(ValueError, match="pixel_values is on cpu, the model on cuda:0"):
         graphs(**world.pack().to("cpu"))
+
+
+def test_a_model_that_comes_to_the_device_in_each_call_runs_without_a_graph(world, said):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    expected, device = features(model, packed), torch.device(world.device)
+    model.graphs = Graphs(BUDGETS)
+    cpu_offload(model, execution_device=device, preload_module_classes=model._no_split_modules)
+    assert relative(*features(model, packed), *expected) < world.noise
+    assert said() == ["hooks or a replaced forward on embeddings have to run in each call"]
+
+
+def test_copies_by_data_parallel_run_without_a_graph(world, said):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    model.cuda_graphs_enable(BUDGETS)
+    features(model, packed)
+    layout = model._layout(packed["pixel_values"], packed["grid_thw"], None, None, None)
+    assert model.graphs.features(model._replicate_for_data_parallel(), packed["pixel_values"], layout) is None
+    assert said() == ["DataParallel copies the model in each call"]
 
 
 def test_a_fallback_gives_what_a_graph_gives(world):
