@@ -24,7 +24,7 @@ from siglip2_packed.buckets import Bucket, Metadata
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.layout import Layout
 from siglip2_packed.lending import Lender
-from siglip2_packed.ops.attention import VarlenAttention
+from siglip2_packed.ops.attention import Refused, VarlenAttention
 from siglip2_packed.ops.runtime.aside import Aside
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.pieces import as_now
@@ -86,6 +86,16 @@ class Ground:
             yield
             self._left.record(stream)
 
+    def _give_up(self, graph: torch.cuda.CUDAGraph, aside: Aside | None) -> None:
+        """Ends a capture within which something went wrong. What is captured later has a pool of its own."""
+        if aside is not None:
+            aside.join()
+        try:
+            graph.capture_end()
+        except RuntimeError:  # torch then leaves the allocator as it is during a capture
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+
     @contextlib.contextmanager
     def capture(self, graph: torch.cuda.CUDAGraph, aside: Aside | None = None) -> Iterator[None]:
         """Other threads may go on, pinning memory for the packs to come."""
@@ -96,8 +106,12 @@ class Ground:
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
                     yield
-                finally:
-                    graph.capture_end()
+                except BaseException as error:
+                    self._give_up(graph, aside)
+                    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                        raise Refused(f"a CUDA graph cannot have what it does: {error}") from error
+                    raise
+                graph.capture_end()
         finally:
             if collecting:
                 gc.enable()

@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from siglip2_packed import Siglip2PackedVisionModel, training_graph
 from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.graphs import CUDAGraphs, Graphs
+from siglip2_packed.lending import Lot
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
@@ -346,6 +347,47 @@ def test_anomaly_detection_runs_without_graphs(world, said):
     with torch.autograd.detect_anomaly(check_nan=True):
         near(step(graphs, model, packed), step(model, model, packed), world.noise)
     assert said() == ["anomaly detection looks at the gradients of each operation"]
+    same(step(graphs, model, packed), step(AtBucketRows(model), model, packed))
+
+
+class Waiting(nn.Linear):
+    """Looks at its input on the host, which a capture does not permit, as long as it does."""
+
+    waits = True
+
+    def forward(self, x):
+        return super().forward(x * (x.detach().abs().max().item() > 0 if self.waits else 1))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_cannot_be_captured_runs_without_graphs(world, said, learns):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    mlp, graphs = model.encoder.layers[0].mlp, CUDAGraphs(model, BUDGETS)
+    waiting = Waiting(mlp.fc1.in_features, mlp.fc1.out_features, device=model.device, dtype=model.dtype)
+    waiting.load_state_dict(mlp.fc1.state_dict())
+    mlp.fc1 = waiting
+    for _ in range(2):
+        with torch.set_grad_enabled(learns):
+            found, expected = graphs(**packed).last_hidden_state, model(**packed).last_hidden_state
+        assert relative(found.detach(), expected.detach()) < world.noise
+    assert len(said()) == 1 and said()[0].startswith("a CUDA graph cannot have what it does: ")
+    del found, expected
+    waiting.waits = False
+    same(step(graphs, model, packed), step(AtBucketRows(model), model, packed))
+    assert len(graphs_of(graphs)) == 1
+
+
+def test_an_error_in_a_capture_is_the_one_that_is_raised(world, monkeypatch):
+    model, packed = world.model(vision_use_head=False), world.pack()
+    graphs = CUDAGraphs(model, BUDGETS)
+
+    def no_memory(self, *args):
+        raise torch.OutOfMemoryError("as much as there is not")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lot, "of_copies", no_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="as much as there is not"):
+            step(graphs, model, packed)
     same(step(graphs, model, packed), step(AtBucketRows(model), model, packed))
 
 

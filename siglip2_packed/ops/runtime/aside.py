@@ -29,6 +29,7 @@ class Aside:
     def __init__(self, stream: torch.cuda.Stream | None):
         self.stream = stream
         self.room: Room | None = None
+        self._forked = False
         self._read: list[Tensor] = []
         self._layers: list[tuple[torch.cuda.Event, list[Tensor]]] = []
 
@@ -39,6 +40,7 @@ class Aside:
             self.room.make()  # of this stream's memory, which activations leave
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
+            self._forked = True
         _current.aside = self
         try:
             yield
@@ -53,9 +55,10 @@ class Aside:
             torch.cuda.current_stream().wait_event(done)
 
     def join(self) -> None:
-        if self._layers and self.stream is not None:
+        if self._forked and self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
-            self._layers.clear()
+        self._forked = False
+        self._layers.clear()
 
     @contextlib.contextmanager
     def gradients_in(self, room: Room) -> Iterator[None]:
