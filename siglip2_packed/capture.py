@@ -38,6 +38,12 @@ class Step(Protocol):
         """Whether some backward is still to come."""
 
 
+def foreign_allocator(device: torch.device) -> str | None:
+    """Why memory of a pool would not stay where graphs have left something; None if it does."""
+    backend = torch.cuda.get_allocator_backend() if device.type == "cuda" else "native"
+    return None if backend == "native" else f"memory that {backend} allocates does not outlive what a graph frees in it"
+
+
 class Ground:
     """What all graphs of a model have in common: memory, a stream to capture on, and whose step is being made."""
 

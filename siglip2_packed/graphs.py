@@ -22,7 +22,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from siglip2_packed.attention import head_dim, requested_attention
 from siglip2_packed.buckets import BUDGETS, Bucket, bucket_of
-from siglip2_packed.capture import Ground, InferenceGraph
+from siglip2_packed.capture import Ground, InferenceGraph, foreign_allocator
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
@@ -141,7 +141,9 @@ class Graphs:
         requested = requested_attention(model.config)
         if not serves_buckets(requested):
             return f"attn_implementation={requested!r} has to know every segment's length"
-        if reason := why_not(model, learns) or buckets_unmet(model.device, dtype, head_dim(model.config)):
+        if reason := why_not(model, learns) or foreign_allocator(model.device):
+            return reason
+        if reason := buckets_unmet(model.device, dtype, head_dim(model.config)):
             return reason
         try:
             with torch.inference_mode(False):  # what is made for one pack is there for all

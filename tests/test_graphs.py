@@ -149,6 +149,14 @@ def test_copies_by_data_parallel_run_without_a_graph(world, said):
     assert said() == ["DataParallel copies the model in each call"]
 
 
+@pytest.mark.gpu
+def test_another_allocator_than_torchs_own(world, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    model, packed = world.model(), world.pack()
+    equal(features(CUDAGraphs(model, BUDGETS), packed), features(model, packed))
+    assert said() == ["memory that cudaMallocAsync allocates does not outlive what a graph frees in it"]
+
+
 def test_a_fallback_gives_what_a_graph_gives(world):
     model, packed = world.model(vision_use_head=False), world.pack()
     model.config.return_dict = False
