@@ -146,11 +146,11 @@ class Step:
         if head is None or not self._head_left or self._left < len(graph.parts):
             raise RuntimeError(AGAIN)
         self._check(head)
-        self._head_left = False
         with graph.ground.in_turn():
             graph._pooled_grad[: len(grad)].copy_(grad)
             graph._pooled_grad[len(grad) :].zero_()
             gradients = head.gradients()
+            self._head_left = False
             return None if graph._from_head is None else graph._from_head.clone(), gradients
 
     def _check(self, part: Part) -> None:

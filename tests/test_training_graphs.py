@@ -674,6 +674,19 @@ def test_a_second_backward_of_the_head_over_a_frozen_encoder(world, said):
     same_gradients(gradients(model), grads)
 
 
+def test_the_memory_is_lent_to_nobody_while_a_backward_runs(world):
+    """Other threads ask for it at any time."""
+    model, busy = world.model(), []
+    freeze(model, LEARNING["the head"])
+    graphs, packed = CUDAGraphs(model, BUDGETS), world.pack()
+    step(graphs, model, packed, on_pooled)
+    (graph,) = graphs_of(graphs)
+    run = graph.head.gradients
+    graph.head.gradients = lambda: busy.append(graph.ground.busy) or run()
+    step(graphs, model, packed, on_pooled)
+    assert busy == [True] and not graph.ground.busy
+
+
 def test_two_backwards_of_losses_on_pooled_features_and_on_tokens(world):
     """The first takes the head and the encoder with it."""
     model = world.model()
