@@ -145,6 +145,8 @@ class InferenceGraph:
 
     def __init__(self, model: Any, ground: Ground, bucket: Bucket, attention_in: Callable[..., VarlenAttention]):
         self.ground, self.inputs = ground, Inputs(ground, bucket)
+        self.memory: list[Tensor] = []
+        """What it reads, to be kept."""
         metadata = self.inputs.metadata
         attention = attention_in(model, metadata.segments, bucket.patches, gradients=False)
         images = metadata.images if hasattr(model, "head") else None

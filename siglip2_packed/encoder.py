@@ -131,7 +131,7 @@ def join_projections(encoder: nn.Module) -> None:
     They stay three parameters with their names and values. Moving the model (`.to`) separates them again, which costs
     one copy of them a forward and no more.
     """
-    for layer in encoder.layers:  # type: ignore[union-attr]
+    for layer in getattr(encoder, "layers", ()):
         attention = getattr(layer, "self_attn", None)
         projections: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(type(x) is nn.Linear and type(x.weight) in plain.WHOLE for x in projections):

@@ -95,9 +95,6 @@ class Graphs:
         if _has_any_global_hook():
             self._say("hooks of all modules have to run in each call")
             return None
-        if torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            self._say("what autograd keeps goes through hooks, as in a checkpoint around the model")
-            return None
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with self._lock, on_device:
             return self._features(model, pixel_values, layout, bucket)
@@ -106,7 +103,10 @@ class Graphs:
         self, model: Any, pixel_values: Tensor, layout: Layout, bucket: Bucket
     ) -> tuple[Tensor, Tensor | None] | None:
         if self._snapshot is None:
-            self._snapshot = Snapshot(model)
+            with torch.inference_mode(False):
+                if why_not(model, learns=False) is None:
+                    join_projections(model.encoder)
+                self._snapshot = Snapshot(model)
         state = self._snapshot.state()
         learns = torch.is_grad_enabled() and self._snapshot.learns()
         if learns and (reason := backward_followed()):
@@ -155,6 +155,7 @@ class Graphs:
         except BaseException:
             self._forget()  # a capture was broken off, of which streams and memory may know still
             raise
+        graph.memory = [] if self._snapshot is None else self._snapshot.memory
         while len(self._graphs) >= self.most:
             self._graphs.popitem(last=False)
         if logger.isEnabledFor(logging.INFO):
@@ -207,7 +208,6 @@ class CUDAGraphs:
         if reason := buckets_unmet(model.device, _computes_in(model)[0], head_dim(model.config)):
             raise ValueError(f"no graphs of this model: attention in buckets {reason}")
         self.model = model
-        join_projections(model.encoder)
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,7 @@ from siglip2_packed.checkpoints import CheckpointedModel, NoPoolingHead, strip_p
 from siglip2_packed.configuration import check_config, layer_index, patch_dim
 from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
-from siglip2_packed.encoder import Siglip2PackedEncoder, join_projections
+from siglip2_packed.encoder import Siglip2PackedEncoder
 from siglip2_packed.graphs import BUDGETS, Graphs
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import VarlenAttention, for_pack
@@ -176,7 +176,6 @@ class Siglip2PackedVisionModel(CheckpointedModel):
             budgets: buckets' numbers of patches. A pack beyond the largest runs without a graph.
         """
         self.graphs = Graphs(budgets)
-        join_projections(self.encoder)
 
     def cuda_graphs_disable(self) -> None:
         self.graphs = None

@@ -21,21 +21,25 @@ class Piece(NamedTuple):
     """A part of the model that makes one hidden state of another."""
 
     run: Callable[[Tensor], Tensor]
-    parameters: list[nn.Parameter]
-    """Those that want a gradient."""
+    module: nn.Module
     again: bool = False
     """Whether it runs once more in backward, instead of keeping its activations."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that want a gradient."""
+        return [p for p in self.module.parameters() if p.requires_grad]
 
 
 def pieces_of(model: Any, metadata: Metadata, attention: VarlenAttention) -> list[Piece]:
     """From patches `[T, P]` to `last_hidden_state`."""
     embed = partial(model.embeddings, places=metadata.places)
-    pieces = [Piece(as_now(embed), learning(model.embeddings))]
+    pieces = [Piece(as_now(embed), model.embeddings)]
     for layer in model.encoder.layers:
         again = layer.gradient_checkpointing and layer.training
-        pieces.append(Piece(as_now(partial(layer.forward, attention=attention)), learning(layer), again))
+        pieces.append(Piece(as_now(partial(layer.forward, attention=attention)), layer, again))
     norm = getattr(model, "post_layernorm", None)
-    return pieces if norm is None else [*pieces, Piece(as_now(norm), learning(norm))]
+    return pieces if norm is None else [*pieces, Piece(as_now(norm), norm)]
 
 
 def as_now(function: Callable) -> Callable:
@@ -43,10 +47,6 @@ def as_now(function: Callable) -> Callable:
     if not torch.is_autocast_enabled("cuda"):
         return function
     return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)(function)
-
-
-def learning(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
 
 
 class Run(NamedTuple):
@@ -87,13 +87,14 @@ def backward(runs: list[Run], grad: Tensor, aside: Aside) -> tuple[Tensor | None
     dx: Tensor | None = grad
     while runs:
         piece, x, out = runs.pop()
+        parameters = piece.parameters
         if piece.again:
             with torch.enable_grad():
                 out = piece.run(x)
-        wanted = [x, *piece.parameters] if x.requires_grad else piece.parameters
-        room = Room(piece.parameters, grad)
+        wanted = [x, *parameters] if x.requires_grad else parameters
+        room = Room(parameters, grad)
         with aside.gradients_in(room):
             gradients = torch.autograd.grad(out, wanted, dx, allow_unused=True)
         dx, *rest = gradients if x.requires_grad else (None, *gradients)
-        found.append(Found([(p, g) for p, g in zip(piece.parameters, rest) if g is not None], room))
+        found.append(Found([(p, g) for p, g in zip(parameters, rest) if g is not None], room))
     return dx, found

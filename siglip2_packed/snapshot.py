@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -36,8 +36,9 @@ class Snapshot:
         self._tables, self._names, self._parts = zip(*held)
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._places = [x.data_ptr() for x in self._tensors]
-        self._memory = [x.detach() for x in self._tensors]
-        hooks = [vars(m)[name] for m in modules for name in HOOKS]
+        self.memory = [x.detach() for x in self._tensors]
+        """What graphs read, also when the model has other tensors in their place."""
+        hooks = [vars(m)[name] for m in modules[1:] for name in HOOKS]
         self._open = [*hooks, *chain.from_iterable(map(_tables, modules))]
         self._counts = [*map(len, self._open)]
         self._hooked = [table for table in hooks if table]
@@ -49,7 +50,8 @@ class Snapshot:
         self._parameters = list(model.parameters())
         self._modules = modules[1:]
         self._layers = [m for m in modules if isinstance(m, Siglip2PackedEncoderLayer)]
-        self._foreign = [m for m in modules[1:] if type(m) not in KNOWN]
+        self._others = [(vars(m), _settings(m)) for m in modules[1:] if type(m) not in KNOWN]
+        self._last: tuple[list, str] = [], ""
 
     def holds(self) -> bool:
         """Whether every part is the one that it was, in the memory where it was, and nothing new hangs on it."""
@@ -71,8 +73,17 @@ class Snapshot:
             tuple(map(_requires_grad, self._parameters)),
             tuple(map(_training, self._modules)),
             tuple(map(_gradient_checkpointing, self._layers)),
-            tuple([str([*_settings(m)]) for m in self._foreign]),
+            self._of_others(),
         )
+
+    def _of_others(self) -> str:
+        """What modules that we do not know, adapters say, say of themselves."""
+        now = [[len(settings), *map(settings.get, names)] for settings, names in self._others]
+        before, text = self._last
+        if now != before:
+            text = str(now)
+            self._last = copy.deepcopy(now), text
+        return text
 
 
 _requires_grad = operator.attrgetter("requires_grad")
@@ -85,11 +96,17 @@ def _tables(module: nn.Module) -> tuple[dict, ...]:
     return module._modules, module._parameters, module._buffers
 
 
-def _settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of a module that we do not know, an adapter say, which may tell what it computes."""
-    for name, value in vars(module).items():
-        if isinstance(value, (bool, int, float, str, list, tuple, dict)) and name not in INNER:
-            yield name, value
+def _settings(module: nn.Module) -> list[str]:
+    """Attributes of plain values, which may tell what a module computes."""
+    return [name for name, value in vars(module).items() if name not in INNER and _is_plain(value)]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return _is_plain([*value, *value.values()])
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 INNER = {*HOOKS, "_modules", "_parameters", "_buffers", *vars(nn.Module())}

@@ -6,6 +6,7 @@ Shapes: N images, T patches, P patch_dim, D hidden size; a bucket's are B patche
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched
-from siglip2_packed.pieces import Found, Piece, Run, as_now, backward, forward, learning, pieces_of
+from siglip2_packed.pieces import Found, Piece, Run, as_now, backward, forward, pieces_of
 from siglip2_packed.shadow import Shadow
 
 LAYERS_OF_A_PART = 5
@@ -35,12 +36,14 @@ class TrainingGraph:
 
     def __init__(self, model: Any, ground: Ground, bucket: Bucket, attention_in: Callable[..., VarlenAttention]):
         self.ground, self.inputs = ground, Inputs(ground, bucket)
+        self.memory: list[Tensor] = []
+        """What it reads, to be kept."""
         metadata = self.inputs.metadata
         attention = attention_in(model, metadata.segments, bucket.patches, gradients=True)
         shadow = Shadow(model)
         pieces, heads = pieces_of(shadow.model, metadata, attention), []
         if hasattr(model, "head"):
-            heads = [Piece(as_now(partial(shadow.model.head, images=metadata.images)), learning(shadow.model.head))]
+            heads = [Piece(as_now(partial(shadow.model.head, images=metadata.images)), shadow.model.head)]
         with torch.autocast(ground.device.type, enabled=False):  # pieces have their own
             self._capture(shadow, pieces, heads)
 
@@ -155,7 +158,11 @@ class Step:
 
     def _check(self, part: Part) -> None:
         if part.versions() != self._versions[part]:
-            raise RuntimeError("a parameter was modified by an inplace operation between forward and its backward")
+            changed = [x for x, y in zip(part.shapes, map(operator.ne, part.versions(), self._versions[part])) if y]
+            raise RuntimeError(
+                f"{len(changed)} parameters, the first {changed[0]}, were modified by an inplace operation between a "
+                "forward and its backward"
+            )
 
 
 AGAIN = (
@@ -186,6 +193,7 @@ class Part:
 
     def __init__(self, ground: Ground, shadow: Shadow, aside: Aside, runs: list[Run], grad: Tensor):
         """Empties `runs`; the pool keeps `dx` and gradients until they are settled."""
+        self._reads = [shadow.real(p) for run in runs for p in run.piece.module.parameters()]
         self._ground, self._graph = ground, torch.cuda.CUDAGraph()
         with ground.capture(self._graph, aside):
             self.dx, found = backward(runs, grad, aside)
@@ -195,8 +203,12 @@ class Part:
         self.parameters = [p for lot in self._lots for p in lot.parameters]
 
     def versions(self) -> list[int]:
-        """Of the parameters, which change with every change in place."""
-        return [p._version for p in self.parameters]
+        """Of all parameters that it reads, which change with every change in place."""
+        return [p._version for p in self._reads]
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        return [list(p.shape) for p in self._reads]
 
     def settle(self) -> None:
         self.dx = None

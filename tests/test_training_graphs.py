@@ -49,7 +49,7 @@ from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
 
 BUSY = "a forward whose backward is still to come has the graphs' memory"
-HOOKED = "what autograd keeps goes through hooks, as in a checkpoint around the model"
+HOOKED = "hooks on saved tensors, as checkpoint's and save_on_cpu's, have to see what each operation keeps"
 LENT = "another thread, or more than .grad, holds an earlier step's gradients in the graphs' memory"
 
 
@@ -703,7 +703,7 @@ def test_a_parameter_changed_between_forward_and_backward(world, name):
     loss = on_both(graphs(**packed))
     with torch.no_grad():
         model.get_parameter(name).mul_(1.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation between forward and its backward"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation between a forward and its backward"):
         loss.backward()
     del loss
     same(step(graphs, model, packed, on_both), step(AtBucketRows(model), model, packed, on_both))
