@@ -1,5 +1,8 @@
 """How kernels are launched: which compiled one, and from which memory."""
 
+import gc
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -92,3 +95,27 @@ def test_launches_are_for_cuda_devices():
     x = torch.zeros(9)
     with pytest.raises(ValueError, match="CUDA devices"):
         launching.run_compiled(None, (1, 1, 1), x.get_device(), (x.data_ptr(),))
+
+
+@pytest.mark.parametrize("scratch", [0, 8])
+def test_what_triton_compiled_is_kept(monkeypatch, scratch):
+    """Else it may be unloaded, and another kernel may have the same id, when its function is launched again."""
+
+    class Run:
+        global_scratch_size, profile_scratch_size, launch = scratch, 0, print
+
+        def __call__(self, *given):
+            self.launch(*given)
+
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "run_compiled", lambda *args: None)
+    compiled = type("Compiled", (), {"run": Run(), "function": 7, "packed_metadata": (4, 1, 0)})()
+    kernel = SimpleNamespace(warmup=partial(lambda held, *args, **options: held, compiled))
+    there = weakref.ref(compiled)
+    launching.launch(kernel, (1, 1, 1), (torch.zeros(8),), (), ())
+    (found,) = launching._compiled.values()
+    assert (found.launch is print) == (scratch == 0)
+    del compiled, kernel, found
+    gc.collect()
+    assert there() is not None

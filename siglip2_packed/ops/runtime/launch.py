@@ -77,6 +77,8 @@ class Compiled(NamedTuple):
     fixed: tuple
     spread: bool = True
     """Or `launch(*grid, stream, *fixed, arguments)`."""
+    whole: Any = None
+    """What Triton compiled; once nobody holds it, Triton (3.9, not 3.6) unloads the function that is in `fixed`."""
 
     @classmethod
     def of(cls, compiled: Any) -> Compiled:
@@ -90,10 +92,10 @@ class Compiled(NamedTuple):
                 noting(*_GRID_AND_STREAM, *fixed, _ARGUMENT)
             *first, last = noted
         except (AttributeError, TypeError, ValueError):  # another Triton than those of 3.5 to 3.9
-            return cls(run, fixed)
+            return cls(run, fixed, whole=compiled)
         if tuple(first[:4]) != _GRID_AND_STREAM or last not in (_ARGUMENT, (_ARGUMENT,)):
-            return cls(run, fixed)
-        return cls(run.launch, tuple(first[4:]), spread=last == _ARGUMENT)
+            return cls(run, fixed, whole=compiled)
+        return cls(run.launch, tuple(first[4:]), last == _ARGUMENT, compiled)
 
 
 _GRID_AND_STREAM, _ARGUMENT = ("x", "y", "z", "stream"), "argument"
@@ -111,7 +113,7 @@ def run_compiled(compiled: Compiled, grid: tuple, device: int, arguments: tuple)
             run_compiled(compiled, grid, device, arguments)
         return
     stream = torch._C._cuda_getCurrentRawStream(device)
-    launch, fixed, spread = compiled
+    launch, fixed, spread, _ = compiled
     if spread:
         launch(*grid, stream, *fixed, *arguments)
     else:
