@@ -361,14 +361,20 @@ def join(*parameters: Tensor) -> None:
     """Moves three parameters of one shape side by side in memory, where one product reads all three.
 
     Each has a storage of its own: of tensors that share one, accelerate saves the first only. Nothing is moved that is
-    part of a larger storage, as others (DeepSpeed, FSDP) write their parameters there.
+    part of a larger storage, as others (DeepSpeed, FSDP) write their parameters there, or that lies side by side.
     """
-    if any(x.untyped_storage().nbytes() != x.nbytes or not x.is_contiguous() for x in parameters):
+    if not all(map(_movable, parameters)):
         return
-    joined = torch.cat(parameters)
+    joined = _side_by_side(*parameters)
+    if joined.data_ptr() == parameters[0].data_ptr():
+        return
     _joined_memory[joined.data_ptr()] = joined
     for parameter, part in zip(parameters, joined.chunk(len(parameters))):
         parameter.data = alias(part, holds=joined)
+
+
+def _movable(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
 
 
 def _joined(first: NormQKV, place: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:
@@ -378,11 +384,15 @@ def _joined(first: NormQKV, place: tuple[Tensor | None, Tensor | None] = (None, 
 
 
 def _side_by_side(q: Tensor, k: Tensor, v: Tensor, place: Tensor | None = None) -> Tensor:
-    """Three as one: themselves if they were joined, else a copy, in its place if it has one."""
+    """Three as one: themselves if they were joined, and are not seen another way since (`weight.data.t()`).
+
+    Else a copy, in its place if it has one.
+    """
     first = q.data_ptr()
     joined = _joined_memory.get(first)
-    if joined is not None and k.data_ptr() == first + q.nbytes and v.data_ptr() == first + 2 * q.nbytes:
-        return joined
+    follow = joined is not None and k.data_ptr() == first + q.nbytes and v.data_ptr() == first + 2 * q.nbytes
+    if follow and q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
+        return joined  # type: ignore[return-value]
     return torch.cat((q, k, v)) if place is None else torch.cat((q, k, v), out=place)
 
 

@@ -551,6 +551,32 @@ def test_joined_projections_live_as_long_as_one_of_them(model):
     assert joined() is None
 
 
+def test_joined_projections_may_be_transposed_in_place(model, patches):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    other = copy.deepcopy(model)
+    join_projections(model.encoder)
+    for each in (model, other):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = getattr(each.encoder.layers[0].self_attn, name).weight
+            weight.data = weight.data.t()
+    with torch.no_grad():
+        assert torch.equal(model(**packed).last_hidden_state, other(**packed).last_hidden_state)
+
+
+def test_joined_projections_stay_where_they_are(model):
+    """Graphs that somebody has captured read them there."""
+    join_projections(model.encoder)
+    places = [p.data_ptr() for p in model.parameters()]
+    join_projections(model.encoder)
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_projections_without_memory_are_not_joined(model):
+    model.to("meta").cuda_graphs_enable()
+    assert not fused._joined_memory.get(0)
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_parameters_in_a_flat_buffer_stay_there(model):
     """DeepSpeed's and FSDP's write to the buffer."""
     attention = model.encoder.layers[0].self_attn
