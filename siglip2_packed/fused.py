@@ -28,6 +28,7 @@ from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_o
 from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
+from siglip2_packed.ops.runtime.tracing import alive
 
 _weight_gradients: ContextVar[Aside | None] = ContextVar("weight_gradients", default=None)
 
@@ -153,7 +154,7 @@ def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttenti
     first, second, eps, head_dim = weights
     by = for_training(hidden_states, second.fc1_bias.shape[0], torch.is_grad_enabled())
     if attention.written_out and hidden_states.shape[0]:
-        return _Layer.apply(hidden_states, attention, by, eps, head_dim, *first, *second)
+        return _Layer.apply(alive(hidden_states), attention, by, eps, head_dim, *first, *second)
     x, qkv = _NormQKV.apply(hidden_states, by, eps[0], *first)
     attended = attention.qkvpacked(qkv.unflatten(1, (3, -1, head_dim))).flatten(1)
     return _ProjectMLP.apply(x, attended, by, eps[1], *second)

@@ -348,6 +348,17 @@ def test_a_layer_in_one_function_is_the_layer_in_three(model, device, frozen, wi
             assert torch.equal(found[2][i], one), name
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layer_takes_rows_that_were_kept_from_a_function_transform(model, trusted, device):
+    """Around our own kernels, all of which need the rows' memory."""
+    trusted(norm=["triton"])
+    block, kept = model.encoder.layers[0].to(device), []
+    x = torch.randn(26, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    torch.func.grad(lambda x: (kept.append(x * 1), x.sum())[1])(x)
+    attention = attention_within([5, 1, 20], "triton", device)
+    assert torch.equal(block(kept[0], attention), block(x, attention))
+
+
 def functions_of(block, x):
     """A layer's two parts as functions of rows: (function, how many rows it takes)."""
     first, second, (eps1, eps2), _ = block.plain_weights(x)

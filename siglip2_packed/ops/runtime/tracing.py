@@ -29,6 +29,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def alive(x: Tensor) -> Tensor:
+    """x itself, also where it was kept from within a function transform that has ended: kernels need its memory."""
+    return torch._C._functorch.unwrap_if_dead(x)  # type: ignore[no-any-return]
+
+
 def batched(x: Tensor) -> bool:
     """Whether x is one of torch.func.vmap's tensors, or of `is_grads_batched=True`: no kernel has its memory."""
     return True in [is_batched(x) for is_batched in BATCHED]
