@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -216,6 +217,24 @@ def test_jvp_is_the_derivative(called):
         gradient = torch.utils._pytree.tree_leaves(torch.func.grad(function)(at))
         torch.testing.assert_close(derivative, sum(g.sum() for g in gradient), atol=1e-10, rtol=1e-8)
         assert torch.isfinite(value)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_tangents_go_through(checkpoint, patches, trusted, monkeypatch, own, recorded):
+    """Those of forward-mode AD, in training and in inference, also where own kernels would run, as on CUDA."""
+    from siglip2_packed import modeling
+    from siglip2_packed.ops.attention import VarlenAttention
+
+    model, x = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")), patches(GRIDS)
+    along = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    _, expected = torch.func.jvp(lambda x: model(x, GRIDS).pooler_output, (x,), (along,))
+    if own:
+        trusted(pool=["triton"], norm=["triton"], positions=["triton"])
+        monkeypatch.setattr(modeling, "for_pack", lambda segments, *args: VarlenAttention(segments, "triton", "sdpa"))
+    with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
+        _, found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, along), GRIDS).pooler_output)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_second_derivatives_are_right_or_refused(checkpoint, patches):

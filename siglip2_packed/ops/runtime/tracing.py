@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BATCHED = [
     getattr(torch._C._functorch, name)
@@ -25,8 +26,11 @@ def backward_followed() -> str | None:
 
 
 def transformed() -> bool:
-    """Whether torch.func transforms calls (grad, jvp, vmap): not every operator has rules for all of them."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether torch.func transforms calls (grad, jvp, vmap), or they carry tangents (`forward_ad.dual_level`).
+
+    Not every operator has rules for all of them.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def alive(x: Tensor) -> Tensor:
