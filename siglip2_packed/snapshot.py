@@ -36,6 +36,7 @@ class Snapshot:
         self._tables, self._names, self._parts = zip(*held)
         self._tensors = [part for part in self._parts if isinstance(part, Tensor)]
         self._places = [x.data_ptr() for x in self._tensors]
+        self._contiguous = [x.is_contiguous() for x in self._tensors]
         self.memory = [x.detach() for x in self._tensors]
         """What graphs read, also when the model has other tensors in their place."""
         hooks = [vars(m)[name] for m in modules[1:] for name in HOOKS]
@@ -58,6 +59,7 @@ class Snapshot:
         return (
             all(map(operator.is_, map(dict.get, self._tables, self._names), self._parts))
             and [*map(Tensor.data_ptr, self._tensors)] == self._places
+            and [*map(Tensor.is_contiguous, self._tensors)] == self._contiguous
             and [*map(len, self._open)] == self._counts
             and [*map(tuple, self._hooked)] == self._handles
             and [*map(_eps, self._norms)] == self._eps
