@@ -779,7 +779,9 @@ CHANGES = {
         model.encoder.layers[0].mlp.fc1.weight, "data", 2 * model.encoder.layers[0].mlp.fc1.weight.detach()
     ),
     "data seen another way": lambda model: setattr(
-        model.encoder.layers[0].self_attn.q_proj.weight, "data", model.encoder.layers[0].self_attn.q_proj.weight.data.t()
+        model.encoder.layers[0].self_attn.q_proj.weight,
+        "data",
+        model.encoder.layers[0].self_attn.q_proj.weight.data.t(),
     ),
     "another dtype": lambda model: model.to(torch.float16),
     "an adapter": lambda model: adapted(model),
