@@ -136,7 +136,8 @@ class Inputs:
         """Patches `[T, P]`; rows beyond are zeros: their gradients are, too, and zero times NaN is NaN."""
         total = len(pixel_values)
         self.pixel_values[:total].copy_(pixel_values, non_blocking=True)
-        self.pixel_values[total:].zero_()
+        if total < len(self.pixel_values):
+            self.pixel_values[total:].zero_()
         self.metadata.fill(layout)
 
 

@@ -40,18 +40,21 @@ class Snapshot:
         self.memory = [x.detach() for x in self._tensors]
         """What graphs read, also when the model has other tensors in their place."""
         hooks = [vars(m)[name] for m in modules[1:] for name in HOOKS]
-        self._open = [*hooks, *chain.from_iterable(map(_tables, modules))]
+        self._others = [m for m in modules[1:] if type(m) not in KNOWN]
+        lists = [m for m in modules if isinstance(m, nn.ModuleList)]
+        self._open = [*hooks, *chain.from_iterable(map(_tables, (*lists, *self._others, model)))]
+        """Tables in which anything new counts."""
         self._counts = [*map(len, self._open)]
         self._hooked = [table for table in hooks if table]
         self._handles = [*map(tuple, self._hooked)]
         self._norms = [m for m in modules if isinstance(m, nn.LayerNorm)]
         self._eps = [*map(_eps, self._norms)]
         self._states = [vars(m) for m in modules if m is not model]
+        self._sizes = [*map(len, self._states)]
         self._called = [*map(CALLS.isdisjoint, self._states)]
         self._parameters = list(model.parameters())
-        self._modules = modules[1:]
         self._layers = [m for m in modules if isinstance(m, Siglip2PackedEncoderLayer)]
-        self._others = [(vars(m), _settings(m)) for m in modules[1:] if type(m) not in KNOWN]
+        self._settings = [(vars(m), _settings(m)) for m in self._others]
         self._last: tuple[list, str] = [], ""
 
     def holds(self) -> bool:
@@ -63,8 +66,16 @@ class Snapshot:
             and [*map(len, self._open)] == self._counts
             and [*map(tuple, self._hooked)] == self._handles
             and [*map(_eps, self._norms)] == self._eps
-            and [*map(CALLS.isdisjoint, self._states)] == self._called
+            and self._are_called_alike()
         )
+
+    def _are_called_alike(self) -> bool:
+        """Whether no module has got, or lost, a `forward` of its own."""
+        sizes = [*map(len, self._states)]
+        if sizes == self._sizes:
+            return True
+        self._sizes = sizes
+        return [*map(CALLS.isdisjoint, self._states)] == self._called
 
     def learns(self) -> bool:
         return any(map(_requires_grad, self._parameters))
@@ -73,14 +84,15 @@ class Snapshot:
         """What changes how a model computes or learns, and no part of it: graphs are captured for each."""
         return (
             tuple(map(_requires_grad, self._parameters)),
-            tuple(map(_training, self._modules)),
+            tuple(map(_training, self._layers)),
             tuple(map(_gradient_checkpointing, self._layers)),
+            tuple(map(_training, self._others)),
             self._of_others(),
         )
 
     def _of_others(self) -> str:
         """What modules that we do not know, adapters say, say of themselves."""
-        now = [[len(settings), *map(settings.get, names)] for settings, names in self._others]
+        now = [[len(settings), *map(settings.get, names)] for settings, names in self._settings]
         before, text = self._last
         if now != before:
             text = str(now)

@@ -139,7 +139,8 @@ class Step:
         with graph.ground.in_turn():
             if number == len(graph.parts) - 1:
                 graph._grad[: len(grad)].copy_(grad)
-                graph._grad[len(grad) :].zero_()
+                if len(grad) < len(graph._grad):
+                    graph._grad[len(grad) :].zero_()
             gradients = graph.parts[number].gradients()
             self._left = number
         return graph.ground.token, gradients
@@ -213,12 +214,12 @@ class Part:
     def settle(self) -> None:
         self.dx = None
         for lot in self._lots:
-            lot.flat = alias(lot.flat)
+            lot.settle(self._graph)
 
     def gradients(self) -> list[Tensor]:
         """Those of `parameters`: lent, see `Lender.reclaim`."""
         self._graph.replay()
-        return [gradient for lot in self._lots for gradient in lot.lend(self._ground.lender, self._graph)]
+        return self._ground.lender.lend(self._lots)
 
 
 def _lots(found: list[Found], shadow: Shadow) -> list[Lot]:
