@@ -128,8 +128,8 @@ def _wants_gradient(x: Tensor) -> bool:
 def join_projections(encoder: nn.Module) -> None:
     """Moves q_proj, k_proj and v_proj of each layer side by side in memory, where one product reads all three.
 
-    They stay three parameters with their names and values. Moving the model (`.to`) separates them again, which costs
-    one copy of them a forward and no more.
+    They stay three parameters with their names and values, and storages of their own. Moving the model (`.to`)
+    separates them again.
     """
     for layer in getattr(encoder, "layers", ()):
         attention = getattr(layer, "self_attn", None)

@@ -370,8 +370,12 @@ def join(*parameters: Tensor) -> None:
     if joined.data_ptr() == parameters[0].data_ptr():
         return
     _joined_memory[joined.data_ptr()] = joined
+    before = [x.detach() for x in parameters]
     for parameter, part in zip(parameters, joined.chunk(len(parameters))):
         parameter.data = alias(part, holds=joined)
+    if joined.is_cuda:
+        torch.cuda.synchronize(joined.device)  # other streams may still read where they lay
+    del before
 
 
 def _movable(x: Tensor) -> bool:

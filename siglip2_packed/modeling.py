@@ -24,11 +24,12 @@ from siglip2_packed.checkpoints import CheckpointedModel, NoPoolingHead, strip_p
 from siglip2_packed.configuration import check_config, layer_index, patch_dim
 from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
-from siglip2_packed.encoder import Siglip2PackedEncoder
+from siglip2_packed.encoder import Siglip2PackedEncoder, join_projections
 from siglip2_packed.graphs import BUDGETS, Graphs
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import VarlenAttention, for_pack
 from siglip2_packed.ops.positions import Places
+from siglip2_packed.ops.runtime.tracing import capturing, traced
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.overflow import watch
 from siglip2_packed.packing import GridLike, check_patches
@@ -83,6 +84,8 @@ class Siglip2PackedVisionModel(CheckpointedModel):
     _supports_attention_backend = True
     graphs: Graphs | None = None
     """Those that packs run in, if any."""
+    _settled_at: int | None = None
+    """Where the first weight lay when projections were joined."""
 
     def __init__(self, config: Siglip2VisionConfig):
         check_config(config)
@@ -208,6 +211,8 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         device = pixel_values.device
         if device.type == "cpu":
             quantized.keep_layout(self)
+        elif not (traced() or capturing(device)):
+            self._settle()
         return self._features(
             pixel_values,
             Places(layout.grids, position_ids),
@@ -233,6 +238,14 @@ class Siglip2PackedVisionModel(CheckpointedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.patch_embedding = value  # type: ignore[assignment]
+
+    def _settle(self) -> None:
+        """Has projections joined where the model has come to a device, once."""
+        weight: Any = getattr(self.embeddings.patch_embedding, "weight", None)
+        place = weight.data_ptr() if type(weight) in plain.WHOLE else None
+        if place != self._settled_at:
+            self._settled_at = place
+            join_projections(self.encoder)
 
     @torch.compiler.disable(recursive=False)  # as the forward
     def _features(

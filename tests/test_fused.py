@@ -633,3 +633,27 @@ def test_training_keeps_no_output_of_norm_or_gelu(model, monkeypatch, few):
     qkv, log_sum_exp = (3, heads, head_dim), (rows,)
     at_once = kept(fused.layer, block.plain_weights(x), x, attention)
     assert at_once == [(64,), qkv, (heads, head_dim), log_sum_exp, (width,), *projected]
+
+
+@pytest.mark.gpu
+def test_a_forward_on_a_device_joins_projections_once(checkpoint, patches):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny72"), dtype=torch.bfloat16)
+    packed = PackedPatches(patches(GRIDS), GRIDS).to("cuda")
+
+    def forward(model):
+        """Features, and where the projections lie."""
+        with torch.no_grad():
+            features = model(**packed).last_hidden_state
+        return features, [p.data_ptr() for p in model.encoder.layers[0].self_attn.parameters()]
+
+    def are_joined(model):
+        first, *_ = model.encoder.layers[0].plain_weights(torch.zeros(1, 144, dtype=torch.bfloat16))
+        return fused._joined(first)[0].data_ptr() == first.q_weight.data_ptr()
+
+    model = model.to("cuda")
+    expected, places = forward(model)
+    assert are_joined(model) and torch.equal(forward(model)[0], expected) and forward(model)[1] == places
+    for other in (copy.deepcopy(model), model.cpu().to("cuda")):
+        assert not are_joined(other)
+        features, _ = forward(other)
+        assert are_joined(other) and torch.equal(features, expected)
