@@ -357,6 +357,7 @@ _joined_memory: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 """Three projections side by side, by where they begin. They hold it: while it is there, so are they."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def join(*parameters: Tensor) -> None:
     """Moves three parameters of one shape side by side in memory, where one product reads all three.
@@ -379,7 +380,9 @@ def join(*parameters: Tensor) -> None:
 
 
 def _movable(x: Tensor) -> bool:
-    return x.device.type in ("cpu", "cuda") and x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
+    if x.device.type not in ("cpu", "cuda") or x.is_inference():
+        return False
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
 
 
 def _joined(first: NormQKV, place: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:

@@ -588,6 +588,17 @@ def test_projections_without_memory_are_not_joined(model):
     assert all(p.is_meta for p in model.parameters())
 
 
+def test_what_is_joined_in_inference_mode_trains(model, patches):
+    packed = PackedPatches(patches(GRIDS), GRIDS)
+    _, expected = gradients(model, packed)
+    with torch.inference_mode():
+        join_projections(model.encoder)
+    _, grads = gradients(model, packed)
+    assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
+    attention = model.encoder.layers[0].self_attn
+    assert attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+
+
 def test_parameters_in_a_flat_buffer_stay_there(model):
     """DeepSpeed's and FSDP's write to the buffer."""
     attention = model.encoder.layers[0].self_attn
