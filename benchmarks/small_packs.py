@@ -6,15 +6,18 @@
 One clock for all: from pixels on the device, padded where padding is needed, to features, or to every `.grad`, None
 before each step. Features and gradients are compared with transformers in float32 first; what is wrong is refused with
 its error and not timed. Captures and compilation stand beside the times, as `capture_time`; but in `random`, a step for
-each of 500 packs of 250 to 4,096 patches, captures are within (kernels are compiled before). Rows go to
+each of 500 packs of 250 to 4,096 patches, captures are within (kernels are compiled before). With ours in graphs, a pack
+of 1,030 patches stands beside one of 1,024, and the memory of training at 4,096 beside that without graphs. Rows go to
 results/small_packs_<card>.csv; readme_tables.py makes the README's table and plot of them.
 
 Shapes: T patches, D hidden size.
 """
 
 import argparse
+import gc
 import itertools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -175,6 +178,55 @@ def random(
     return right
 
 
+def between_buckets(
+    rows: Rows, provider: Packed, make: Callable[[list[Grid]], PackedPatches], modes: Sequence[str], dtype: torch.dtype,
+    rounds: int,
+) -> None:  # fmt: skip
+    """Times ours in graphs on a pack that just misses a bucket beside one that fills it, in turn."""
+    key, name = f"{OURS}:cudagraph", bench.dtype_name(dtype)
+    full = grids("pack4x256")
+    packs = {"pack1024": make(full), "pack1030": make([*full, (1, 2, 3)])}
+    for mode in modes:
+        steps = {}
+        for workload, packed in packs.items():
+            gradient = bench.seeded_gradient(packed, provider.model.config.hidden_size, dtype)
+            steps[workload] = bench.step(provider, provider.inputs(packed), mode, gradient)
+        times = bench.steady_milliseconds(steps, rounds, provider.model.device, 3, f"{mode}: timing ")
+        for workload, samples in times.items():
+            rows.add(key, workload, mode, name, "time", samples, "ms")
+        over = statistics.median(times["pack1030"]) / statistics.median(times["pack1024"])
+        rows.add(key, "pack1030", mode, name, "over_pack1024", over, "")
+        print(f"{'pack1030':11} {mode:8} {key:34} {over:.3f} times as long as 1,024 patches", flush=True)
+
+
+def training_memory(rows: Rows, config, state, packed: PackedPatches, dtype: torch.dtype) -> None:
+    """What torch reserves for weights, and for training steps, with graphs and without, at the largest bucket."""
+    device, name = packed["pixel_values"].device, bench.dtype_name(dtype)
+    taken = {}
+    for key in PROVIDERS[:2]:
+        with device:
+            provider = bench.PROVIDERS[key](config, state, device, dtype)
+        weights = sum(x.nbytes for x in provider.model.parameters())
+        gradient = bench.seeded_gradient(packed, config.hidden_size, dtype)
+        train = bench.step(provider, provider.inputs(packed), "train", gradient)
+        train()  # what is captured, checked and compiled is behind us
+        for parameter in provider.model.parameters():
+            parameter.grad = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        pool = (held(provider) or (0, 0))[1]
+        before = torch.cuda.memory_reserved() - pool
+        for _ in range(3):
+            train()
+        wait()
+        taken[key] = weights + torch.cuda.memory_reserved() - before
+        rows.add(key, "pack4096", "train", name, "reserved_memory", taken[key] / 2**30, "GiB")
+        del provider, train
+        gc.collect()
+    plain, graphs = taken.values()
+    print(f"{'pack4096':11} {'train':8} {'reserved, with graphs over without':34} {graphs / plain:.3f}", flush=True)
+
+
 def held(provider: Packed) -> tuple[int, int] | None:
     """How many graphs a provider holds, and their bytes; None where it does not say."""
     graphs = getattr(provider, "graphs", None)
@@ -236,6 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 good &= bench.time_in_turn(rows, config, workload, packed, some, [mode], dtype, args.rounds)
             right &= good
         rows.write(path)  # after every workload: a run that is stopped has kept its rows
+    ours = providers.get(f"{OURS}:cudagraph")
+    if ours is not None and cuda and "pack4x256" in args.workloads:
+        between_buckets(rows, ours, make, args.modes, dtype, args.rounds)
+    if ours is not None and cuda and "pack4096" in args.workloads and "train" in args.modes:
+        training_memory(rows, config, state, make(grids("pack4096")), dtype)
+    rows.write(path)
     print("\n".join(ratios(rows, args.workloads, args.modes)))
     print(f"{len(rows.rows)} rows -> {path}")
     return 0 if right else 1
