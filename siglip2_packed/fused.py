@@ -26,7 +26,7 @@ from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
 from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_over_rows
 from siglip2_packed.ops.runtime.function import Function
-from siglip2_packed.ops.runtime.memory import alias
+from siglip2_packed.ops.runtime.memory import alias, shared
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import alive
 
@@ -362,8 +362,8 @@ _joined_memory: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 def join(*parameters: Tensor) -> None:
     """Moves three parameters of one shape side by side in memory, where one product reads all three.
 
-    Each has a storage of its own: of tensors that share one, accelerate saves the first only. Nothing is moved that is
-    part of a larger storage, as others (DeepSpeed, FSDP) write their parameters there, or that lies side by side.
+    Each has a storage of its own: of tensors that share one, accelerate saves the first only. Nothing is moved that
+    lies side by side, or whose memory others have as well: they (DeepSpeed, FSDP) write parameters there.
     """
     if not all(map(_movable, parameters)):
         return
@@ -382,7 +382,7 @@ def join(*parameters: Tensor) -> None:
 def _movable(x: Tensor) -> bool:
     if x.device.type not in ("cpu", "cuda") or x.is_inference():
         return False
-    return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0
+    return x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes > 0 and not shared(x)
 
 
 def _joined(first: NormQKV, place: tuple[Tensor | None, Tensor | None] = (None, None)) -> tuple[Tensor, Tensor]:

@@ -611,6 +611,18 @@ def test_parameters_in_a_flat_buffer_stay_there(model):
     assert not any(x.any() for x in projections)
 
 
+def test_parameters_that_others_see_stay_there(model):
+    """FSDP2 gathers into the memory of parameters that it made once; another module may be tied by `.data`."""
+    projections = [getattr(model.encoder.layers[0].self_attn, name).weight for name in ("q_proj", "k_proj", "v_proj")]
+    seen = projections[1].detach()
+    join_projections(model.encoder)
+    seen.zero_()
+    assert not projections[1].any()
+    del seen
+    join_projections(model.encoder)
+    assert projections[1].data_ptr() == projections[0].data_ptr() + projections[0].nbytes
+
+
 @pytest.mark.parametrize("few", [20, 21])
 def test_training_keeps_no_output_of_norm_or_gelu(model, monkeypatch, few):
     """Of a layer's activations autograd holds the stream, attention's inputs and output, and fc1's output.

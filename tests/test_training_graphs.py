@@ -1099,6 +1099,31 @@ def test_sharded_models_run_without_graphs(ranks, checkpoint):
         assert reason.startswith("encoder.layers.0.") and reason.endswith(" is DTensor, sharded or quantised")
 
 
+def settled(train, *args):
+    """On a rank: as on a device, where a forward joins projections."""
+    run = Siglip2PackedVisionModel._features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Siglip2PackedVisionModel, "_features", lambda self, *args: self._settle() or run(self, *args))
+        return train(*args, **TOKENS)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("engine", [fsdp2, fully_shard, ddp])
+def test_engines_train_as_one_where_a_forward_joins_projections(ranks, checkpoint, engine):
+    """A model within FSDP2's root alone has whole parameters in its forward, in memory that FSDP2 gathers into."""
+    ranks_check(ranks(settled, train, engine, checkpoint("tiny"), UNEVEN), train_alone(checkpoint("tiny"), **TOKENS))
+
+
+@INTERPRETED
+def test_models_that_are_sharded_from_around_run_without_graphs(ranks, checkpoint):
+    """Their weights are freed and gathered anew between forward and backward."""
+    folder = checkpoint("tiny")
+    results, replayed, reasons = zip(*ranks(in_recorded_graphs, train, fully_shard, folder, UNEVEN, **TOKENS))
+    ranks_check(results, train_alone(folder, **TOKENS))
+    assert not any(replayed)
+    assert reasons == ({"FSDPTask, of which this model is a part, gathers its weights in each call"},) * 2
+
+
 def fsdp1(folder, original, whole, **kwargs):
     """What a step gives without gradients, in graphs if that can be, and as ever."""
     found = []

@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 
+def shared(x: Tensor) -> bool:
+    """Whether other tensors have the memory of x as well; no where torch does not count them."""
+    users = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
+    alone = x.new_empty(1)
+    return users(x.untyped_storage()._cdata) > users(alone.untyped_storage()._cdata)  # type: ignore[no-any-return]
+
+
 class _Place:
     """What torch asks of foreign memory on a CUDA device (the CUDA array interface), which it holds like a tensor's."""
 
