@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import sys
 from itertools import chain
 from typing import Any
 
@@ -138,7 +139,19 @@ def why_not(model: Any, learns: bool) -> str | None:
             return f"{name}.{loose} is neither parameter nor buffer, as those that FSDP gathers"
         if name and not plain.unhooked(module) and not _harmless(module, model):
             return f"hooks or a replaced forward on {name} have to run in each call"
+    if around := _gathers_around(model):
+        return f"{around}, of which this model is a part, gathers its weights in each call"
     return _cannot_learn(model) if learns else None
+
+
+def _gathers_around(model: Any) -> str | None:
+    """FSDP2's type of a module around the model, which within its forward has whole weights, and lets go of them."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    for module in [] if states is None else list(states._module_state_mapping):
+        is_fsdp = any(kind.__module__.startswith("torch.distributed.fsdp") for kind in type(module).__mro__)
+        if is_fsdp and any(part is model for part in module.modules()):
+            return type(module).__name__
+    return None
 
 
 def _cannot_learn(model: Any) -> str | None:
