@@ -78,10 +78,12 @@ class Found(NamedTuple):
     room: Room
 
 
-def backward(runs: list[Run], grad: Tensor, aside: Aside) -> tuple[Tensor | None, list[Found]]:
+def backward(
+    runs: list[Run], grad: Tensor, aside: Aside, check: Callable[[Tensor], None] = lambda out: None
+) -> tuple[Tensor | None, list[Found]]:
     """From the gradient of the last run's result: that of the first one's x, if it wants one, and of all parameters.
 
-    Empties `runs`, whose activations are not kept longer than they are needed.
+    Empties `runs`, whose activations are not kept longer than they are needed. `check` sees each result.
     """
     found: list[Found] = []
     dx: Tensor | None = grad
@@ -91,6 +93,7 @@ def backward(runs: list[Run], grad: Tensor, aside: Aside) -> tuple[Tensor | None
         if piece.again:
             with torch.enable_grad():
                 out = piece.run(x)
+        check(out)
         wanted = [x, *parameters] if x.requires_grad else parameters
         room = Room(parameters, grad)
         with aside.gradients_in(room):

@@ -6,7 +6,6 @@ is captured may not. Nor are hooks on the gradients of the model's own parameter
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,14 +32,14 @@ class Shadow:
         return self._real[id(parameter)]
 
     def check(self, out: Tensor) -> None:
-        """Raises `Refused` if a parameter of the model itself, which nobody would look for, has led to a result."""
-        own = {id(p) for p in self._real.values()}
-        if any(id(leaf) in own for leaf in _leaves(out)):
+        """Raises `Refused` if a parameter that is none of the shadow's, which nobody would look for, has led to out."""
+        if any(isinstance(leaf, nn.Parameter) and id(leaf) not in self._real for leaf in _leaves(out)):
             raise Refused("a parameter is used otherwise than as a module's own, so its gradient cannot be captured")
 
     def _module(self, module: nn.Module) -> nn.Module:
         if id(module) not in self._modules:
-            shadow = self._modules[id(module)] = copy.copy(module)
+            shadow = self._modules[id(module)] = object.__new__(type(module))  # parametrised ones refuse copy.copy
+            shadow.__dict__.update(module.__dict__)
             shadow.__dict__["_parameters"] = {name: self._parameter(p) for name, p in module._parameters.items()}
             shadow.__dict__["_modules"] = {
                 name: None if child is None else self._module(child) for name, child in module._modules.items()

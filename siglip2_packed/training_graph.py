@@ -51,12 +51,10 @@ class TrainingGraph:
         ground = self.ground
         aside = Aside(ground.side if len(self.inputs.pixel_values) <= ROWS else None)
         runs, features, of_head, pooled = self._run(pieces, heads)  # compiles kernels, checks backends, sets up cuBLAS
-        for run in (*runs, *of_head):
-            shadow.check(run.out)
         for kept in (of_head, runs):
             if kept:
-                backward(kept, torch.zeros_like(kept[-1].out), aside)
-        del runs, features, of_head, pooled, kept, run
+                backward(kept, torch.zeros_like(kept[-1].out), aside, shadow.check)
+        del runs, features, of_head, pooled, kept
 
         self._forward = torch.cuda.CUDAGraph()
         with ground.capture(self._forward, aside):

@@ -243,6 +243,12 @@ def test_lora_by_the_model_that_peft_wraps(world):
     assert len(graphs_of(model)) == 1
 
 
+def test_parametrised_weights(world):
+    model = world.model(vision_use_head=False)
+    nn.utils.parametrizations.weight_norm(model.encoder.layers[0].mlp.fc1)
+    check(world, model, compare=partial(near, bound=world.noise))
+
+
 def test_an_adapter_that_is_switched_off_and_merged_is_seen(world):
     model = world.model(vision_use_head=False)
     packed = world.pack()
@@ -883,10 +889,16 @@ def test_hooks_on_gradients_of_parameters_run(world, said, captured):
     assert said() == []
 
 
-def test_parameters_that_are_used_otherwise_than_by_their_modules(world, said):
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("whose", ["another layer's", "nobody's"])
+def test_parameters_that_are_used_otherwise_than_by_their_modules(world, said, whose, again):
     """Their gradients would be missed by a capture, which differentiates by parameters of its own."""
     model, packed = world.model(vision_use_head=False), world.pack()
     layer, elsewhere = model.encoder.layers[0], [model.encoder.layers[1].mlp.fc1.bias]
+    if whose == "nobody's":
+        elsewhere = [nn.Parameter(elsewhere[0].detach().clone())]
+    if again:
+        model.gradient_checkpointing_enable()
 
     class Scaled(type(layer.mlp.activation_fn)):
         def forward(self, x):
@@ -894,8 +906,9 @@ def test_parameters_that_are_used_otherwise_than_by_their_modules(world, said):
 
     layer.mlp.activation_fn = Scaled()
     _, expected = step(model, model, packed)
+    expected, elsewhere[0].grad = {**expected, "elsewhere": elsewhere[0].grad}, None
     _, grads = step(CUDAGraphs(model, BUDGETS), model, packed)
-    same_gradients(grads, expected)
+    same_gradients({**grads, "elsewhere": elsewhere[0].grad}, expected)
     assert said() == ["a parameter is used otherwise than as a module's own, so its gradient cannot be captured"]
 
 
