@@ -5,6 +5,7 @@ Shapes: T rows, D hidden size, L layers.
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -125,15 +126,19 @@ def _wants_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+_joining = threading.Lock()
+
+
 def join_projections(encoder: nn.Module) -> None:
     """Moves q_proj, k_proj and v_proj of each layer side by side in memory, where one product reads all three.
 
     They stay three parameters with their names and values, and storages of their own. Moving the model (`.to`)
-    separates them again.
+    separates them again. Of several threads each returns when all are there.
     """
-    for layer in getattr(encoder, "layers", ()):
-        attention = getattr(layer, "self_attn", None)
-        projections: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
-        if all(type(x) is nn.Linear and type(x.weight) in plain.WHOLE for x in projections):
-            fused.join(*(x.weight for x in projections))
-            fused.join(*(x.bias for x in projections))
+    with _joining:
+        for layer in getattr(encoder, "layers", ()):
+            attention = getattr(layer, "self_attn", None)
+            projections: list[Any] = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+            if all(type(x) is nn.Linear and type(x.weight) in plain.WHOLE for x in projections):
+                fused.join(*(x.weight for x in projections))
+                fused.join(*(x.bias for x in projections))

@@ -244,8 +244,12 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         weight: Any = getattr(self.embeddings.patch_embedding, "weight", None)
         place = weight.data_ptr() if type(weight) in plain.WHOLE else None
         if place != self._settled_at:
-            self._settled_at = place
             join_projections(self.encoder)
+            self._settled_at = place  # now, as other threads do not wait from here on
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._settled_at = None  # there and back, a weight may lie where it lay
+        return super()._apply(*args, **kwargs)  # type: ignore[no-any-return]
 
     @torch.compiler.disable(recursive=False)  # as the forward
     def _features(

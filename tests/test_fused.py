@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import threading
 import weakref
 from functools import partial
 
@@ -597,6 +598,35 @@ def test_what_is_joined_in_inference_mode_trains(model, patches):
     assert all(torch.equal(grads[name], grad) for name, grad in expected.items())
     attention = model.encoder.layers[0].self_attn
     assert attention.k_proj.weight.data_ptr() == attention.q_proj.weight.data_ptr() + attention.q_proj.weight.nbytes
+
+
+def test_projections_are_joined_again_when_others_come_where_the_first_weight_was(model):
+    """As the allocator may have it of a model that went to the CPU and came back."""
+    attention, kept = model.encoder.layers[0].self_attn, model.embeddings.patch_embedding.weight.data_ptr()
+    for _ in range(2):
+        model._settle()
+        places = [getattr(attention, name).weight.data_ptr() for name in ("q_proj", "k_proj", "v_proj")]
+        assert places == [places[0] + number * attention.q_proj.weight.nbytes for number in range(3)]
+        model._apply(lambda x: x if x.data_ptr() == kept else x.clone())
+
+
+def test_a_second_thread_waits_until_projections_are_joined(model, monkeypatch):
+    started, go, join = threading.Event(), threading.Event(), fused.join
+
+    def slow(*parameters):
+        started.set()
+        assert go.wait(10)
+        join(*parameters)
+
+    monkeypatch.setattr(fused, "join", slow)
+    first, second = (threading.Thread(target=model._settle) for _ in range(2))
+    first.start()
+    assert started.wait(10)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    go.set()
+    first.join(), second.join()
 
 
 def test_parameters_in_a_flat_buffer_stay_there(model):
