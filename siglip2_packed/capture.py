@@ -96,11 +96,15 @@ class Ground:
         """Ends a capture within which something went wrong. What is captured later has a pool of its own."""
         if aside is not None:
             aside.join()
+        pool, self.pool = self.pool, torch.cuda.graph_pool_handle()
         try:
             graph.capture_end()
-        except RuntimeError:  # torch then leaves the allocator as it is during a capture
-            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
-        self.pool = torch.cuda.graph_pool_handle()
+        except RuntimeError:  # torch then leaves allocator and random generator as they are during a capture
+            torch._C._cuda_endAllocateToPool(self.device.index, pool)
+            ended = torch.cuda.CUDAGraph()  # which the generator is told of
+            ended.capture_begin(capture_error_mode="thread_local")
+            torch.ones(1, device=self.device)
+            ended.capture_end()
 
     @contextlib.contextmanager
     def capture(self, graph: torch.cuda.CUDAGraph, aside: Aside | None = None) -> Iterator[None]:
