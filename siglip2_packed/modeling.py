@@ -84,8 +84,8 @@ class Siglip2PackedVisionModel(CheckpointedModel):
     _supports_attention_backend = True
     graphs: Graphs | None = None
     """Those that packs run in, if any."""
-    _settled_at: int | None = None
-    """Where the first weight lay when projections were joined."""
+    _settled: int | None = None
+    """Which model's projections were joined: this one's, or that of which this is a copy."""
 
     def __init__(self, config: Siglip2VisionConfig):
         check_config(config)
@@ -241,14 +241,12 @@ class Siglip2PackedVisionModel(CheckpointedModel):
 
     def _settle(self) -> None:
         """Has projections joined where the model has come to a device, once."""
-        weight: Any = getattr(self.embeddings.patch_embedding, "weight", None)
-        place = weight.data_ptr() if type(weight) in plain.WHOLE else None
-        if place != self._settled_at:
+        if self._settled != id(self):
             join_projections(self.encoder)
-            self._settled_at = place  # now, as other threads do not wait from here on
+            self._settled = id(self)  # now, as other threads do not wait from here on
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._settled_at = None  # there and back, a weight may lie where it lay
+        self._settled = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-any-return]
 
     @torch.compiler.disable(recursive=False)  # as the forward

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def shared(x: Tensor) -> bool:
-    """Whether other tensors have the memory of x as well; no where torch does not count them."""
-    users = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
+    """Whether other tensors have the memory of x as well, or may have, where torch does not count them."""
+    users = getattr(torch._C, "_storage_Use_Count", None)
     alone = x.new_empty(1)
-    return users(x.untyped_storage()._cdata) > users(alone.untyped_storage()._cdata)  # type: ignore[no-any-return]
+    return users is None or users(x.untyped_storage()._cdata) > users(alone.untyped_storage()._cdata)
 
 
 class _Place:
