@@ -116,6 +116,8 @@ class Graphs:
         key = bucket, learns, dtype, autocast, requested_attention(model.config), state
         graph = self._graphs.get(key)
         if graph is None and self._snapshot.holds():
+            while len(self._graphs) >= self.most:
+                self._graphs.popitem(last=False)
             graph = self._graphs[key] = self._captured(model, bucket, learns, dtype)
         if isinstance(graph, (InferenceGraph, TrainingGraph)):
             if graph.ground.busy:
@@ -156,8 +158,6 @@ class Graphs:
             self._forget()  # a capture was broken off, of which streams and memory may know still
             raise
         graph.memory = [] if self._snapshot is None else self._snapshot.memory
-        while len(self._graphs) >= self.most:
-            self._graphs.popitem(last=False)
         if logger.isEnabledFor(logging.INFO):
             count, held = self.held()
             purpose = "training" if learns else "inference"
