@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, graphs
 from siglip2_packed.buckets import Metadata, bucket_of
 from siglip2_packed.configuration import patch_dim
+from siglip2_packed.graphs import CUDAGraphs
 
 BUDGETS = [64, 300, 600]
 GRIDS = [(1, 13, 19), (1, 7, 1), (2, 3, 4), (1, 2, 3)]
@@ -118,3 +120,47 @@ def flat(grads: dict) -> Tensor:
 def graphs_of(graphed) -> list:
     """Those of a model, or of a CUDAGraphs, that are none of the reasons why there is none."""
     return [graph for graph in graphed.graphs._graphs.values() if not isinstance(graph, str)]
+
+
+BUSY = "a forward whose backward is still to come has the graphs' memory"
+HOOKED = "hooks on saved tensors, as checkpoint's and save_on_cpu's, have to see what each operation keeps"
+LENT = "another thread, or more than .grad, holds an earlier step's gradients in the graphs' memory"
+
+
+def freeze(model, learning):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learning(name))
+
+
+def check(world, model, loss=on_tokens, packs=(GRIDS,), count=1, compare=same):
+    """Each pack's step, twice in graphs, against the model's at the bucket's rows and at the pack's own."""
+    graphs = CUDAGraphs(model, BUDGETS)
+    for seed, grids in enumerate(packs):
+        packed = world.pack(grids, seed)
+        expected = step(AtBucketRows(model), model, packed, loss)
+        for _ in range(2):
+            compare(step(graphs, model, packed, loss), expected)
+        near(step(model, model, packed, loss), expected, world.noise)
+    assert len(graphs_of(graphs)) == count
+    return graphs
+
+
+LEARNING = {
+    "the last layer": lambda name: "layers.1." in name,
+    "the first layer": lambda name: "layers.0." in name,
+    "the norm at the end": lambda name: "post_layernorm" in name,
+    "the head": lambda name: name.startswith("head"),
+    "the embeddings": lambda name: name.startswith("embeddings"),
+    "biases": lambda name: name.endswith("bias"),
+    "one weight": lambda name: name == "encoder.layers.0.self_attn.k_proj.weight",
+}
+
+
+def adapted(model, **kwargs):
+    config = LoraConfig(target_modules=["q_proj", "v_proj", "fc1"], r=4, init_lora_weights="gaussian", **kwargs)
+    wrapped = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # else zeros, and nothing of A learns
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return wrapped
