@@ -24,6 +24,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import Training, for_gradient, for_inference, for_training
+from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.aside import Aside, beside, is_beside, product_over_rows
 from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias, shared
@@ -41,10 +42,6 @@ def weight_gradients(aside: Aside | None) -> Iterator[None]:
         yield
     finally:
         _weight_gradients.reset(before)
-
-
-FEW_ROWS = 2048
-"""Up to so many, a product less in backward is worth more than the memory it saves (a tenth of what a layer keeps)."""
 
 
 class NormQKV(NamedTuple):
@@ -312,13 +309,13 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
 
 def _project_mlp(by: Training, x, attended, second: ProjectMLP, eps):
     """The sum after the layer, what goes into GELU, and, of few rows, what was added before."""
-    update = F.linear(attended, second.out_weight, second.out_bias)
+    update: Tensor | None = F.linear(attended, second.out_weight, second.out_bias)
     normed, out = by.add_layer_norm(x, update, second.norm_weight, second.norm_bias, eps, second.fc2_bias)
     wide, active = by.linear_gelu_keep(normed, second.fc1_weight, second.fc1_bias)
     del normed
-    kept = update if x.shape[0] <= FEW_ROWS else None
-    del update
-    return _add_product(out, active, second.fc2_weight), wide, kept
+    if not choice.keeps_projected(x.shape[0]):
+        update = None
+    return _add_product(out, active, second.fc2_weight), wide, update
 
 
 def _project_mlp_backward(

@@ -19,7 +19,8 @@ from siglip2_packed.capture import Ground, Inputs
 from siglip2_packed.layout import Layout
 from siglip2_packed.lending import Lot
 from siglip2_packed.ops.attention import VarlenAttention
-from siglip2_packed.ops.runtime.aside import ROWS, Aside
+from siglip2_packed.ops.runtime import choice
+from siglip2_packed.ops.runtime.aside import Aside
 from siglip2_packed.ops.runtime.function import Function
 from siglip2_packed.ops.runtime.memory import alias
 from siglip2_packed.ops.runtime.once import once_differentiable
@@ -49,7 +50,7 @@ class TrainingGraph:
 
     def _capture(self, shadow: Shadow, pieces: list[Piece], heads: list[Piece]) -> None:
         ground = self.ground
-        aside = Aside(ground.side if len(self.inputs.pixel_values) <= ROWS else None)
+        aside = Aside(ground.side if choice.runs_beside(len(self.inputs.pixel_values)) else None)
         runs, features, of_head, pooled = self._run(pieces, heads)  # compiles kernels, checks backends, sets up cuBLAS
         for kept in (of_head, runs):
             if kept:

@@ -40,19 +40,24 @@ def whole(module):
 
 
 def zero3(folder, **kwargs):
-    import deepspeed
-
     task = partitioned(lambda: Task(folder, **kwargs))
     assert all(p.numel() == 0 and p.ds_tensor.numel() <= -(-p.ds_numel // 2) for p in task.tower.parameters())
+    return deepspeed_losses(task, ZERO3), whole(task)
+
+
+def deepspeed_losses(task, config):
+    """Of two steps."""
+    import deepspeed
+
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.3)
-    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=ZERO3)
+    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
     losses = []
     for _ in range(2):
         loss = mean_over_ranks(*engine(pack(UNEVEN[dist.get_rank()])))
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    return losses, whole(task)
+    return losses
 
 
 @pytest.mark.parametrize(

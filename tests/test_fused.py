@@ -20,6 +20,7 @@ from siglip2_packed.measure import relative_error
 from siglip2_packed.ops import columns, mlp, norm
 from siglip2_packed.ops.attention import VarlenAttention
 from siglip2_packed.ops.layer import for_training
+from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.segments import Segments
 
 GRIDS = [(1, 13, 19), (1, 8, 32), (2, 3, 4), (1, 7, 1)]
@@ -106,7 +107,7 @@ def test_what_backward_makes_again_is_what_it_was(model, patches, trusted, monke
     trusted(norm=[by], mlp=[by], columns=[by], attention=[attention])
     packed = PackedPatches(patches(FEW), FEW)
     kept, expected = gradients(model, packed)
-    monkeypatch.setattr(fused, "FEW_ROWS", 0)
+    monkeypatch.setattr(choice, "KEPT_ROWS", 0)
     again, grads = gradients(model, packed)
     assert torch.equal(again, kept)
     close(grads, expected)
@@ -659,7 +660,7 @@ def test_training_keeps_no_output_of_norm_or_gelu(model, monkeypatch, few):
 
     Of few rows also attention's projected output, which backward would have to make again.
     """
-    monkeypatch.setattr(fused, "FEW_ROWS", few)
+    monkeypatch.setattr(choice, "KEPT_ROWS", few)
     block, rows = model.encoder.layers[0], 21
     projected = [(64,)] * (rows <= few)
     parameters = {p.data_ptr() for p in model.parameters()}

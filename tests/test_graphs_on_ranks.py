@@ -12,7 +12,7 @@ from graphed import (
 from implementations import INTERPRETED
 from ranks import NO_IMAGES, TOKENS, UNEVEN, Task, pack, parameters_of, train, train_alone
 from ranks import check as ranks_check
-from test_engines import ZERO3
+from test_engines import ZERO3, deepspeed_losses
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -23,7 +23,7 @@ from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.graphs import Graphs
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
-from siglip2_packed.parallel import apply_fsdp, mean_over_ranks
+from siglip2_packed.parallel import apply_fsdp
 
 TRAINING = {
     "tokens": TOKENS,
@@ -132,16 +132,7 @@ def zero(stage, folder, **kwargs):
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first
     task = Task(folder, **kwargs)
-    optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.3)
-    config = {**ZERO3, "zero_optimization": {"stage": stage}}
-    engine, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config)
-    losses = []
-    for _ in range(2):
-        loss = mean_over_ranks(*engine(pack(UNEVEN[dist.get_rank()])))
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses, parameters_of(task)
+    return deepspeed_losses(task, {**ZERO3, "zero_optimization": {"stage": stage}}), parameters_of(task)
 
 
 @INTERPRETED
