@@ -1,5 +1,6 @@
 """Training in CUDA graphs is training without: to the bit where rows are as many, within rounding of the pack's own."""
 
+import contextlib
 from functools import partial
 from types import SimpleNamespace
 
@@ -39,6 +40,31 @@ from siglip2_packed.graphs import CUDAGraphs
 def test_gradients_of_a_loss(world, loss):
     """Also of a pack of fewer images than the one before, in the same bucket."""
     check(world, world.model(), loss, packs=[GRIDS, [(1, 8, 32), (5, 2, 2)]])
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [partial(default_dtype, torch.float64), partial(default_dtype, torch.float16), partial(torch.device, "meta")],
+    ids=["float64", "float16", "meta"],
+)
+def test_the_first_call_may_be_made_among_other_defaults(world, mode):
+    model, packed = world.model(), world.pack()
+    expected = step(AtBucketRows(model), model, packed)
+    graphs = CUDAGraphs(model, BUDGETS)
+    with mode():
+        graphs(**packed)
+    same(step(graphs, model, packed), expected)
+    assert len(graphs_of(graphs)) == 1
 
 
 def test_gradients_of_packs_of_many_buckets(world):
