@@ -96,7 +96,7 @@ class _Pool:
 
 def _poison(x: Tensor) -> None:
     """NaN, in every floating dtype."""
-    torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).fill_(255)
+    torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).fill_(255)
 
 
 class _Now(threading.local):
@@ -104,6 +104,7 @@ class _Now(threading.local):
 
 
 _now = _Now()
+_handles = itertools.count()
 _pools: weakref.WeakValueDictionary[object, _Pool] = weakref.WeakValueDictionary()
 _given_back: list[Tensor] = []
 
@@ -158,12 +159,11 @@ def install(monkeypatch) -> None:
     What only kernels do, as it needs metadata that the device alone knows, is done by formulas.
     """
     _given_back.clear()
-    handles = itertools.count()
     for name in ("Stream", "Event", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, _Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(_handles)))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", _memory_snapshot)
     monkeypatch.setattr(Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)  # nobody follows calls but a capture
