@@ -93,7 +93,8 @@ class Siglip2PackedEncoder(nn.Module):
         """`[T, D]` -> `[T, D]` after the last layer, and, if asked for, all L+1 states, the input first."""
         weights = None if output_hidden_states else self.plain_weights(hidden_states)
         if weights is not None:
-            return fused.infer(weights, hidden_states, attention), None
+            run = fused.train if self.learns(hidden_states) else fused.infer
+            return run(weights, hidden_states, attention), None
         states = [hidden_states]
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention)
@@ -102,14 +103,15 @@ class Siglip2PackedEncoder(nn.Module):
         return hidden_states, tuple(states) if output_hidden_states else None
 
     def plain_weights(self, hidden_states: Tensor) -> list[LayerWeights] | None:
-        """What all layers compute with, where no gradients are wanted and calling the layers would do no more."""
-        if plain.watched(hidden_states) or plain.learns(self.layers) or _wants_gradient(hidden_states):
-            return None
-        if not plain.unhooked(*self.layers):
+        """What all layers compute with, where calling the layers would do no more."""
+        if plain.watched(hidden_states) or not plain.unhooked(*self.layers):
             return None
         found: list[LayerWeights] = []
+        recorded = torch.is_grad_enabled()
         for layer in self.layers:
             if type(layer) is not Siglip2PackedEncoderLayer:
+                return None
+            if recorded and layer.gradient_checkpointing and layer.training:
                 return None
             weights = layer.plain_weights(hidden_states)
             if weights is None or (found and weights.second.fc1_bias.shape != found[0].second.fc1_bias.shape):
@@ -117,13 +119,13 @@ class Siglip2PackedEncoder(nn.Module):
             found.append(weights)
         return found
 
+    def learns(self, hidden_states: Tensor) -> bool:
+        """Whether gradients are wanted, of weights or of what comes in."""
+        return torch.is_grad_enabled() and (hidden_states.requires_grad or plain.learns(self.layers))
+
 
 _of_attention = itemgetter("q_proj", "k_proj", "v_proj", "out_proj")
 _of_mlp = itemgetter("activation_fn", "fc1", "fc2")
-
-
-def _wants_gradient(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
 
 
 _joining = threading.Lock()

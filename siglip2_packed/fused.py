@@ -1,7 +1,7 @@
 """A layer's arithmetic on its weights, the element-wise work fused into fewer passes over memory.
 
 The same computation as the modules of `encoder`, which say when their weights tell all (`plain_weights`); no module is
-known here. `infer` runs all layers for inference; `layer` runs one with gradients, its backward written out, so that
+known here. `infer` runs all layers for inference; `train` runs them with gradients, backward written out, so that
 outputs of LayerNorm and GELU and, of many rows, the sum before layer_norm2 are made again in backward instead of being
 kept.
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -148,13 +150,27 @@ class _Workspace(NamedTuple):
 
 def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
     """`[T, D]` -> `[T, D]` after one layer, differentiable once."""
-    first, second, eps, head_dim = weights
-    by = for_training(hidden_states, second.fc1_bias.shape[0], torch.is_grad_enabled())
-    if attention.written_out and hidden_states.shape[0]:
-        return _Layer.apply(alive(hidden_states), attention, by, eps, head_dim, *first, *second)
-    x, qkv = _NormQKV.apply(hidden_states, by, eps[0], *first)
-    attended = attention.qkvpacked(qkv.unflatten(1, (3, -1, head_dim))).flatten(1)
-    return _ProjectMLP.apply(x, attended, by, eps[1], *second)
+    return train([weights], hidden_states, attention)
+
+
+def train(layers: Sequence[LayerWeights], hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
+    """`[T, D]` -> `[T, D]` after all layers, of one width, differentiable once."""
+    x, T = hidden_states, hidden_states.shape[0]
+    by = for_training(x, layers[0].second.fc1_bias.shape[0], torch.is_grad_enabled()) if layers else None
+    if attention.written_out and T:
+        for some in _at_once(layers, choice.layers_at_once(T)):
+            weights = [x for first, second, _, _ in some for x in (*first, *second)]
+            x = _Layers.apply(alive(x), attention, by, [layer[2:] for layer in some], *weights)
+        return x
+    for first, second, (eps1, eps2), head_dim in layers:
+        x, qkv = _NormQKV.apply(x, by, eps1, *first)
+        attended = attention.qkvpacked(qkv.unflatten(1, (3, -1, head_dim))).flatten(1)
+        x = _ProjectMLP.apply(x, attended, by, eps2, *second)
+    return x
+
+
+def _at_once(layers: Sequence[LayerWeights], most: int) -> Iterator[Sequence[LayerWeights]]:
+    return (layers[first : first + most] for first in range(0, len(layers), most))
 
 
 def _without_autocast(backward: Any) -> Any:
@@ -171,40 +187,59 @@ def _without_autocast(backward: Any) -> Any:
     return run
 
 
-class _Layer(Function):
-    """All of a layer around our own attention: one function costs the host less than three."""
+class _Layers(Function):
+    """All of some layers around our own attention: one function costs the host less than one a layer, or three."""
 
     @staticmethod
-    def forward(ctx, x, attention, by, eps, head_dim, *weights):
-        first, second = parts(weights)
-        qkv = _norm_qkv(by, x, first, eps[0]).view(x.shape[0], 3, -1, head_dim)
-        out, lse = attention.forward(qkv, torch.is_grad_enabled() or ctx.needs_input_grad[0])
-        result, wide, update = _project_mlp(by, x, out.view(x.shape), second, eps[1])
-        ctx.save_for_backward(x, qkv, out, lse, wide, update, *_used_backward(first), *_used_backward(second))
-        ctx.attention, ctx.by, ctx.eps, ctx.aside = attention, by, eps, _weight_gradients.get()
-        return result
+    def forward(ctx, x, attention, by, kinds, *weights):
+        """kinds: eps of both norms, and head_dim, of each."""
+        of_x, _, _, _, *needed = ctx.needs_input_grad
+        ctx.lowest = 0 if of_x else [*needed, True].index(True) // PER_LAYER  # that takes part in backward
+        saved: list[Any] = []
+        for number, (eps, head_dim) in enumerate(kinds):
+            first, second = parts(weights[number * PER_LAYER :][:PER_LAYER])
+            qkv = _norm_qkv(by, x, first, eps[0]).view(x.shape[0], 3, -1, head_dim)
+            out, lse = attention.forward(qkv, gradients=number >= ctx.lowest)
+            result, wide, update = _project_mlp(by, x, out.flatten(1), second, eps[1])
+            if number >= ctx.lowest:
+                saved += x, qkv, out, lse, wide, update, *_used_backward(first), *_used_backward(second)
+            x = result
+        ctx.save_for_backward(*saved)
+        ctx.attention, ctx.by, ctx.kinds, ctx.aside = attention, by, kinds, _weight_gradients.get()
+        return x
 
     @staticmethod
     @_without_autocast
     @once_differentiable
     def backward(ctx, dout):
-        with contextlib.nullcontext() if ctx.aside is None else ctx.aside.layer():
-            return _Layer._backward(ctx, dout)
+        saved, by = list(ctx.saved_tensors), for_gradient(ctx.by, dout)
+        _, _, _, _, *needed = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * len(needed)
+        for number in reversed(range(ctx.lowest, len(ctx.kinds))):
+            own = slice(number * PER_LAYER, (number + 1) * PER_LAYER)
+            saved, of_layer = saved[:-SAVED], saved[-SAVED:]
+            with contextlib.nullcontext() if ctx.aside is None else ctx.aside.layer():
+                eps, _ = ctx.kinds[number]
+                dout, gradients[own] = _layer_backward(ctx.attention, by, eps, dout, needed[own], *of_layer)
+        return dout, None, None, None, *gradients
 
-    @staticmethod
-    def _backward(ctx, dout):
-        x, qkv, out, lse, wide, update, *weights = ctx.saved_tensors
-        _, _, _, _, _, *needed = ctx.needs_input_grad
-        (first, second), (needs_first, needs_second) = parts(weights), parts(needed)
-        by, spare, (eps1, eps2) = for_gradient(ctx.by, dout), _spare(wide), ctx.eps
-        attended = out.view(x.shape)
-        dh, dattended, dsecond = _project_mlp_backward(
-            by, needs_second, dout, x, attended, wide, update, spare, second, eps2
-        )
-        dqkv = torch.empty_like(qkv) if is_beside() else _within(spare, qkv.shape)
-        ctx.attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
-        dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.view(len(x), -1), x, first, eps1, dattended)
-        return dx, None, None, None, None, *dfirst, *dsecond
+
+PER_LAYER = len(NormQKV._fields) + len(ProjectMLP._fields)
+SAVED = 6 + PER_LAYER
+
+
+def _layer_backward(attention, by, eps, dout, needed, x, qkv, out, lse, wide, update, *weights):
+    """The gradient of x, and those of the weights."""
+    (first, second), (needs_first, needs_second) = parts(weights), parts(needed)
+    spare, (eps1, eps2), attended = _spare(wide), eps, out.flatten(1)
+    dh, dattended, dsecond = _project_mlp_backward(
+        by, needs_second, dout, x, attended, wide, update, spare, second, eps2
+    )
+    dqkv = torch.empty_like(qkv) if is_beside() else _within(spare, qkv.shape)
+    attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
+    place = dattended if dattended.shape == x.shape else None  # heads may have been pruned
+    dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.flatten(1), x, first, eps1, place)
+    return dx, (*dfirst, *dsecond)
 
 
 class _NormQKV(torch.autograd.Function):
@@ -280,8 +315,10 @@ def _spare(wide):
 
 def _within(spare, shape):
     """A contiguous tensor in spare memory, if there is enough."""
-    size = math.prod(shape)
-    return spare.view(-1)[:size].view(shape) if size <= spare.numel() else spare.new_empty(shape)
+    if math.prod(shape) > spare.numel():
+        return spare.new_empty(shape)
+    strides = [*itertools.accumulate(shape[:0:-1], operator.mul, initial=1)][::-1]
+    return spare.as_strided(shape, strides)  # one step; by slices and views it is three
 
 
 def _norm_qkv(by: Training, x, first: NormQKV, eps):
@@ -292,9 +329,8 @@ def _norm_qkv(by: Training, x, first: NormQKV, eps):
 def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, place=None) -> tuple[Tensor, NormQKV]:
     """dx: the gradient that reaches x past the norm."""
     grad = dqkv @ _side_by_side(first.q_weight, first.k_weight, first.v_weight)  # of the norm, then of x
-    normed, (dnorm_weight, dnorm_bias) = by.layer_norm_backward_(
-        grad, dx, x, None, first.norm_weight, first.norm_bias, eps, place
-    )
+    normed, sums = by.layer_norm_backward_(grad, dx, x, None, first.norm_weight, first.norm_bias, eps, place)
+    dnorm_weight, dnorm_bias = sums.unbind()
     weights: Sequence[Tensor | None]
     biases: Sequence[Tensor | None]
     weights = biases = None, None, None
@@ -330,9 +366,8 @@ def _project_mlp_backward(
     if update is None:
         update = torch.addmm(second.out_bias, attended, second.out_weight.t(), out=place)
     dh = dwide @ second.fc1_weight  # after the norm, then before
-    normed, (dnorm_weight, dnorm_bias, dout_bias, dfc2_bias) = by.layer_norm_backward_(
-        dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place
-    )
+    normed, sums = by.layer_norm_backward_(dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place)
+    dnorm_weight, dnorm_bias, dout_bias, dfc2_bias = sums.unbind()
     with beside(dwide, normed, dh, attended):
         dfc1_weight = by.product_over_rows(dwide, normed) if needs.fc1_weight else None
         del normed, dwide

@@ -287,8 +287,10 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         if plain.watched(hidden_states) or type(self.encoder) is not Siglip2PackedEncoder or plain.learns(norm):
             return None
         of_norm = plain.weights((norm, nn.LayerNorm), dtype=hidden_states.dtype)
-        layers = self.encoder.plain_weights(hidden_states) if plain.unhooked(self.encoder) else None
-        if of_norm is None or layers is None:
+        if of_norm is None or not plain.unhooked(self.encoder) or self.encoder.learns(hidden_states):
+            return None
+        layers = self.encoder.plain_weights(hidden_states)
+        if layers is None:
             return None
         weight, bias = of_norm
         return layers, fused.Norm(weight, bias, norm.eps)

@@ -242,15 +242,21 @@ def test_and_at_each_of_its_weights(model, name):
     assert model.encoder.layers[0].plain_weights(x.double()) is None
 
 
-def test_the_encoder_computes_at_once_without_gradients_only(model):
+def test_the_encoder_computes_at_once(model):
     x = torch.zeros(3, 64)
-    assert model.encoder.plain_weights(x) is None
+    assert model.encoder.learns(x)
     with torch.no_grad():
+        assert not model.encoder.learns(x.requires_grad_())
         assert len(model.encoder.plain_weights(x)) == 3
-        assert model.encoder.plain_weights(x.requires_grad_()) is not None
     model.requires_grad_(False)
-    assert model.encoder.plain_weights(x) is None  # x wants one
+    assert model.encoder.learns(x)  # x wants one
+    assert not model.encoder.learns(x.detach())
     assert model.encoder.plain_weights(x.detach()) is not None
+    model.encoder.layers[1].gradient_checkpointing = True
+    assert model.train().encoder.plain_weights(x) is None
+    with torch.no_grad():
+        assert model.encoder.plain_weights(x) is not None
+    assert model.eval().encoder.plain_weights(x) is not None
     forward_hook(model.encoder.layers[2])  # of no concern within the layer, which is called
     assert model.encoder.layers[2].plain_weights(x) is not None
     assert model.encoder.plain_weights(x.detach()) is None
