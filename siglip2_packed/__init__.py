@@ -11,6 +11,7 @@ from siglip2_packed.version import __version__
 
 if TYPE_CHECKING:
     from siglip2_packed.llava import SigLip2NaflexImageProcessor, SigLip2NaflexVisionTower, encode_images
+    from siglip2_packed.llava_fixed import SigLipImageProcessor, SigLipVisionTower
     from siglip2_packed.modeling import NoPoolingHead, Siglip2NaflexPacking, Siglip2PackedVisionModel
     from siglip2_packed.packing import PackedPatches, convert_to_packing_format, pack, pad, unpack
     from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -20,6 +21,8 @@ __all__ = [
     "PackedPatches",
     "SigLip2NaflexImageProcessor",
     "SigLip2NaflexVisionTower",
+    "SigLipImageProcessor",
+    "SigLipVisionTower",
     "Siglip2NaflexPacking",
     "Siglip2PackedImageProcessor",
     "Siglip2PackedVisionModel",
@@ -33,6 +36,7 @@ __all__ = [
 
 _HOME = {
     "llava": ("SigLip2NaflexImageProcessor", "SigLip2NaflexVisionTower", "encode_images"),
+    "llava_fixed": ("SigLipImageProcessor", "SigLipVisionTower"),
     "modeling": ("NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel"),
     "packing": ("PackedPatches", "convert_to_packing_format", "pack", "pad", "unpack"),
     "preprocess": ("Siglip2PackedImageProcessor",),
