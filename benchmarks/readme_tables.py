@@ -214,6 +214,34 @@ def small_packs() -> str:
     return "\n\n".join(parts)
 
 
+def vlm() -> str:
+    """Nothing where nothing was measured."""
+    tables = []
+    for path in sorted(RESULTS.glob("vlm_*.csv")):
+        rows = pd.read_csv(path)
+        first, theirs, ours = rows.iloc[0], "transformers_sdpa_padded", "siglip2_packed"
+        values = rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
+        values = values.reindex(columns=[theirs, ours])
+        lines = [
+            f"{first.card}, {first['dtype']}, ms of a step (median) and peak GiB; torch {first.torch}, triton "
+            f"{first.triton}, transformers {first.transformers}, {first.date}",
+            "",
+            "| model | transformers' tower | packed | ratio | GiB | packed | ratio |",
+            "|---" * 7 + "|",
+        ]
+        for workload, mode in itertools.product(rows.workload.unique(), ("forward", "train")):
+            cells = []
+            for metric in ("time", "peak_memory"):
+                key = (workload, mode, metric)
+                before, after = values.loc[key] if key in values.index else (float("nan"),) * 2
+                ratio = before / after if metric == "time" else after / before
+                cells += [decimals(before), decimals(after), "" if pd.isna(ratio) else f"{ratio:.2f}x"]
+            if any(cells):
+                lines.append(f"| {workload.replace('_', ' ')}, {mode} | {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def decimals(value: float) -> str:
     return "" if pd.isna(value) else f"{value:.{2 if value < 10 else 1}f}"
 
@@ -341,6 +369,7 @@ TABLES = {
     "attention": attention,
     "encoder": encoder,
     "small_packs": small_packs,
+    "vlm": vlm,
     "cpu_encoder": cpu_encoder,
     "train_tower": train_tower,
     "bulk": bulk,

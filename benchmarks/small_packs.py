@@ -56,7 +56,7 @@ def check(
     """By mode, the providers that run and are right, each with its inputs; and whether none was wrong."""
     gradient = bench.seeded_gradient(packed, exact.model.config.hidden_size, dtype)
     features = bench.expected_features(exact, workload, packed, gradient if "train" in modes else None)
-    gradients = {plain_name(name): x.grad for name, x in exact.model.named_parameters()}
+    expected = gradients(exact.model)
     ready: dict[str, dict[str, tuple[Packed, Any]]] = {mode: {} for mode in modes}
     name, right, bound = bench.dtype_name(dtype), True, bench.BOUND[dtype]
     for key in sorted(providers, key=lambda key: key != PEER):
@@ -74,7 +74,7 @@ def check(
                 out = provider.rows(tokens, packed).float()
                 good = bench.features_are_right(rows, key, workload, mode, out, features, dtype)
                 if good and mode == "train":
-                    error, reason = gradient_error(rows, key, workload, provider.model, gradients, dtype)
+                    error, reason = gradient_error(rows, key, workload, gradients(provider.model), expected, dtype)
                     if key == PEER:
                         bound = max(bound, min(WIDER * error, MOST))
                     good = error <= bound
@@ -88,11 +88,15 @@ def check(
     return ready, right
 
 
+def gradients(model: torch.nn.Module) -> dict[str, Any]:
+    """By parameter, whose names are those of either generation of transformers."""
+    return {name.removeprefix("vision_model."): parameter.grad for name, parameter in model.named_parameters()}
+
+
 def gradient_error(
-    rows: Rows, provider: str, workload: str, model: torch.nn.Module, expected: dict[str, Tensor], dtype: torch.dtype
+    rows: Rows, provider: str, workload: str, found: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype
 ) -> tuple[float, str]:
     """Of all parameters' gradients together, relative to those of float32, infinite where one is missing; in words."""
-    found = {plain_name(name): parameter.grad for name, parameter in model.named_parameters()}
     bad = [x for x in found.keys() | expected.keys() if found.get(x) is None or not found[x].isfinite().all()]
     if bad:
         return math.inf, f"{len(bad)} gradients missing or not finite: {min(bad)}"
@@ -103,11 +107,6 @@ def gradient_error(
     rows.add(provider, workload, "train", bench.dtype_name(dtype), "gradient_error", error, "")
     print(f"{workload:11} {'train':8} {provider:34} gradients' error {error:.1e}", flush=True)
     return error, f"relative error of gradients {error:.1e}"
-
-
-def plain_name(name: str) -> str:
-    """Of a parameter, in either generation of transformers."""
-    return name.removeprefix("vision_model.")
 
 
 def captured(step: Callable[[], Tensor]) -> tuple[Tensor, float]:

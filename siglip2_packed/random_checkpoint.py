@@ -118,7 +118,9 @@ def _tokenizer(model: models.Model) -> Tokenizer:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Normal weights: matrices at 1/sqrt(fan_in), position table, probe and biases at unit scale, norms around 1."""
+    """Normal weights: matrices and convolutions over patches at 1/sqrt(fan_in), position table, probe and biases at
+    unit scale, norms around 1.
+    """
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue
@@ -127,8 +129,8 @@ def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
             noise *= 0.5
         elif "norm" in name:
             noise = 1 + 0.3 * noise
-        elif parameter.ndim == 2 and "embedding.weight" not in name.replace("patch_embedding", ""):
-            noise *= parameter.shape[1] ** -0.5
+        elif parameter.ndim in (2, 4) and "embedding.weight" not in name.replace("patch_embedding", ""):
+            noise *= parameter[0].numel() ** -0.5
         parameter.copy_(noise)
 
 
