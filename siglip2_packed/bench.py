@@ -158,14 +158,24 @@ def expected_features(exact: Padded, workload: str, packed: PackedPatches, gradi
 
 
 def features_are_right(
-    rows: Rows, provider: str, workload: str, mode: str, out: Tensor, expected: Tensor, dtype: torch.dtype
+    rows: Rows,
+    provider: str,
+    workload: str,
+    mode: str,
+    out: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    bound: float | None = None,
 ) -> bool:
-    """Whether features `[T, D]` are the reference's; keeps error and cosine, and says what is refused."""
+    """Whether features `[T, D]` are the reference's; keeps error and cosine, and says what is refused.
+
+    `bound`: of the relative error, if it is not `BOUND`'s.
+    """
     name, error = dtype_name(dtype), relative_error(out, expected)
     cosine = F.cosine_similarity(out.double(), expected.double(), dim=-1).min().item()
     rows.add(provider, workload, mode, name, "relative_error", error, "")
     rows.add(provider, workload, mode, name, "min_cosine", cosine, "")
-    if error <= BOUND[dtype] or (provider.endswith("fp8") and cosine > 0.99):
+    if error <= (BOUND[dtype] if bound is None else bound) or (provider.endswith("fp8") and cosine > 0.99):
         return True
     refuse(rows, provider, workload, mode, name, f"relative error {error:.1e}, min cosine {cosine:.4f}")
     return False

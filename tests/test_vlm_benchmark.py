@@ -1,5 +1,6 @@
 """The benchmark of other people's models: what it runs, and that it times right answers and right gradients only."""
 
+import copy
 import csv
 import math
 import sys
@@ -132,6 +133,27 @@ def test_a_tower_that_is_wrong_is_refused_and_not_timed(tmp_path, monkeypatch, c
     assert any(row["unit"].startswith(reason) for row in rows if row["metric"] == "not_run")
     theirs = {(vlm.PEER, "smolvlm_tower", mode) for mode in ("forward", "train")}
     assert timed(rows) == theirs | {(vlm.OURS, "smolvlm_tower", mode) for mode in modes}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "right"),
+    [
+        (1.1, 1.11, {vlm.PEER, vlm.OURS}),
+        (1.1, 1.13, {vlm.PEER}),
+        (1, 1.001, {vlm.PEER}),
+        (1.3, 1.19, {vlm.OURS}),
+        (1.3, 1.21, set()),
+    ],
+)
+def test_the_error_of_transformers_is_the_measure_up_to_a_fifth(before, after, right):
+    exact, (workload,) = vlm.gemma3("tiny")
+    providers = {
+        key: changed(lambda x, factor=factor: factor * x)(copy.deepcopy(exact))
+        for key, factor in ((vlm.PEER, before), (vlm.OURS, after))
+    }
+    rows = bench.Rows("vlm", "NVIDIA H200")
+    ready, good = vlm.check(rows, exact, workload, providers, "forward", torch.float32)
+    assert ready.keys() == right and good == (len(right) == 2)
 
 
 def test_gradients_of_a_convolution_are_those_of_the_linear_layer_it_is():
