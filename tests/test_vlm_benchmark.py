@@ -43,6 +43,24 @@ def test_the_micro_batch():
         assert (ids != 396).sum(dim=1).min() == vlm.WORDS
 
 
+@pytest.mark.parametrize("name", list(vlm.MODELS))
+def test_a_step_trains_on_what_counts_and_adds_nothing_up(name):
+    model, workloads = vlm.MODELS[name]("tiny")
+    for workload in workloads:
+        train, found = vlm.step(model, workload, "train"), []
+        for _ in range(2):
+            rows = vlm.rows_of(train(), workload)
+            found.append({key: x.clone() for key, x in vlm.gradients_of(workload.part(model)).items()})
+        assert all(torch.equal(x, found[1][key]) for key, x in found[0].items())
+        assert torch.equal(rows, vlm.rows_of(vlm.step(model, workload, "forward")(), workload))
+        if workload.real is not None:
+            assert len(rows) == sum(h * w for grids in vlm.micro_batch(8) for _, h, w in grids)
+            assert not workload.gradient[~workload.real].any() and workload.gradient[workload.real].all()
+        if workload.labels is not None:
+            pictures = workload.inputs["input_ids"] == 396
+            assert (workload.labels == -100).equal(pictures) and not pictures.all()
+
+
 def test_models_of_their_real_sizes(monkeypatch):
     """Made without numbers; their sizes are those that the model cards give."""
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.empty(size, device="meta"))
