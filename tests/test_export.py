@@ -1,0 +1,304 @@
+"""Graphs that run without this package compute what the model does: torch.export, AOTInductor, ONNX."""
+
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import kernels_ref
+from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fp8
+from siglip2_packed.export import export, export_inputs, export_onnx, position_weights
+from siglip2_packed.measure import relative_error
+
+PACKS = {
+    "three shapes": [(1, 13, 19), (1, 8, 32), (1, 1, 40)],
+    "13x19": [(1, 13, 19)],
+    "8x32": [(1, 8, 32)],
+    "1x40": [(1, 1, 40)],
+    "7x1": [(1, 7, 1), (1, 4, 4)],
+    "one patch": [(1, 1, 1)],
+    "a video": [(3, 3, 4), (1, 2, 3)],
+    "joint": [(3, 3, 4), (1, 2, 3)],
+}
+FEATURES = ("last_hidden_state", "pooler_output")
+BOUND = 1e-6
+load = Siglip2PackedVisionModel.from_pretrained
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load(checkpoint("tiny"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module", params=["non-strict", "strict"])
+def program(model, request):
+    return export(model, strict=request.param == "strict")
+
+
+@pytest.fixture
+def pack(patches):
+    return lambda name: PackedPatches(patches(PACKS[name]), PACKS[name], "joint" if name == "joint" else "frames")
+
+
+def expected(model, packed, name="frames"):
+    """From the reference in float64."""
+    temporal = "joint" if name == "joint" else "frames"
+    state = {key: x.detach() for key, x in model.state_dict().items()}
+    pixel_values = packed["pixel_values"].double()
+    return kernels_ref.packed_encoder(
+        state, model.config, pixel_values, packed["grid_thw"], temporal, dtype=torch.float64
+    )
+
+
+def check(features, reference, bound=BOUND):
+    assert len(features) == 2
+    for name, x in zip(FEATURES, features):
+        x = torch.as_tensor(x)
+        assert x.shape == getattr(reference, name).shape
+        assert relative_error(x.double(), getattr(reference, name)) <= bound, name
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_one_graph_serves_any_pack(model, program, pack, name):
+    packed = pack(name)
+    check(program.module()(**export_inputs(packed)), expected(model, packed, name))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["three shapes", "a video", "joint"])
+def test_a_graph_for_packs_laid_out_as_one(model, pack, patches, name, strict):
+    program = export(model, pack(name), strict=strict)
+    packed = PackedPatches(patches(PACKS[name], seed=1), PACKS[name])
+    check(program.module()(pixel_values=packed["pixel_values"]), expected(model, packed, name))
+    operations = {node.target for node in program.graph.nodes}
+    assert not operations & {torch.ops.aten.index.Tensor, torch.ops.aten.item.default}
+    with pytest.raises(AssertionError, match="size"):
+        program.module()(pixel_values=packed["pixel_values"][1:])
+
+
+def test_a_graph_is_saved_and_loaded(model, program, pack, tmp_path):
+    torch.export.save(program, tmp_path / "siglip2.pt2")
+    packed = pack("three shapes")
+    check(torch.export.load(tmp_path / "siglip2.pt2").module()(**export_inputs(packed)), expected(model, packed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_near_as_the_model(checkpoint, pack, dtype):
+    packed, half = pack("three shapes"), load(checkpoint("tiny"), num_hidden_layers=1, dtype=dtype)
+    reference, out = expected(half, packed), half(**packed)
+    for features in (
+        export(half).module()(**export_inputs(packed)),
+        export(half, packed).module()(pixel_values=packed["pixel_values"]),
+    ):
+        check_half(features, out, reference, dtype)
+
+
+def check_half(features, out, reference, dtype):
+    for name, x in zip(FEATURES, features):
+        assert x.dtype == dtype
+        ours, its = (relative_error(y, getattr(reference, name)) for y in (x, out[name]))
+        assert ours <= 1.2 * its, name
+
+
+def test_what_is_not_finite_in_one_image_stays_there(model, program, pack):
+    inputs = export_inputs(pack("three shapes"))
+    before = program.module()(**inputs)
+    rows = slice(0, 13 * 19)
+    inputs["pixel_values"][rows] = float("nan")
+    tokens, pooled = program.module()(**inputs)
+    assert tokens[rows].isnan().all() and pooled[0].isnan().all()
+    torch.testing.assert_close(tokens[rows.stop :], before[0][rows.stop :], rtol=0, atol=0)
+    torch.testing.assert_close(pooled[1:], before[1][1:], rtol=0, atol=0)
+
+
+def misfits():
+    grids, lengths = PACKS["three shapes"], [247, 256, 40]
+    yield grids[:2], lengths
+    yield [*grids, (1, 2, 3)], lengths
+    yield [*grids[:2], (1, 1, 41)], lengths
+    yield grids, lengths[:2]
+    yield grids, [*lengths, 6]
+    yield grids, [247, 256, 41]
+
+
+@pytest.mark.parametrize(("grids", "lengths"), misfits())
+def test_no_graph_gives_features_of_sizes_that_do_not_fit(program, patches, grids, lengths):
+    inputs = dict(
+        pixel_values=patches(PACKS["three shapes"]), grid_thw=torch.tensor(grids), seqlens=torch.tensor(lengths)
+    )
+    try:
+        features = program.module()(**inputs)
+    except IndexError:
+        return
+    assert all(x.isnan().all() for x in features)
+
+
+def test_inputs_are_checked_on_the_host(patches):
+    x = patches([(1, 2, 3)])
+    with pytest.raises(ValueError, match="covers 8 patches, pixel_values has 6 rows"):
+        export_inputs(dict(pixel_values=x, grid_thw=[[1, 2, 4]]))
+    with pytest.raises(ValueError, match="cu_seqlens ends at 5"):
+        export_inputs(dict(pixel_values=x, grid_thw=[[1, 2, 3]], cu_seqlens=[0, 5]))
+    with pytest.raises(ValueError, match="at least one image"):
+        export_inputs(PackedPatches(x[:0], []))
+    with pytest.raises(ValueError, match="floating"):
+        export_inputs(dict(pixel_values=x.long(), grid_thw=[[1, 2, 3]]))
+
+
+def test_weights_of_positions_are_those_of_the_reference():
+    for target in (*range(1, 41), 97, 1024):
+        weights = position_weights(torch.arange(target), torch.full((target,), target), side=16)
+        exact = kernels_ref.position_weights(16, target)
+        assert (weights - exact).abs().max() <= 2**-24, target
+    assert torch.equal(position_weights(torch.arange(16), torch.full((16,), 16), side=16), torch.eye(16))
+
+
+@pytest.mark.parametrize("settings", [dict(vision_use_head=False), dict(select_layer=-2)])
+def test_models_without_a_head_give_tokens_alone(checkpoint, pack, settings):
+    model, packed = load(checkpoint("tiny"), num_hidden_layers=2, **settings), pack("three shapes")
+    with torch.no_grad():
+        reference = model(**packed).last_hidden_state
+    (tokens,) = export(model).module()(**export_inputs(packed))
+    assert relative_error(tokens, reference) <= BOUND
+
+
+def test_adapters_are_exported_as_they_compute(checkpoint, pack):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "fc1", "patch_embedding"])
+    wrapped = peft.get_peft_model(load(checkpoint("tiny"), num_hidden_layers=1), config).eval()
+    packed = pack("three shapes")
+    features = export(wrapped.get_base_model()).module()(**export_inputs(packed))
+    check(features, expected(wrapped.merge_and_unload(), packed))
+
+
+def hook(model):
+    model.embeddings.register_forward_hook(lambda *_: None)
+
+
+def replaced_forward(model):
+    model.encoder.layers[1].forward = model.encoder.layers[1].forward
+
+
+def float8(model):
+    model.encoder = nn.Module.__new__(fp8.Float8Encoder)
+
+
+def another_layer(model):
+    model.encoder.layers[0] = type("Wrapper", (nn.Module,), {})()
+
+
+def half_quantised(model):
+    torch.ao.quantization.quantize_dynamic(model.encoder, {nn.Linear}, inplace=True)
+
+
+def integers(model):
+    weight = nn.Parameter(torch.zeros(64, 64, dtype=torch.int8), requires_grad=False)
+    model.encoder.layers[1].mlp.fc1.weight = weight
+
+
+def training(model):
+    model.encoder.layers[1].train()
+
+
+REFUSED = {
+    hook: r"embeddings \(Siglip2PackedEmbeddings\) has hooks",
+    replaced_forward: r"encoder.layers.1 \(Siglip2PackedEncoderLayer\) has hooks or a forward of its own",
+    float8: "encoder is Float8Encoder",
+    another_layer: "encoder.layers.0 is Wrapper",
+    half_quantised: r"encoder.layers.0.self_attn.q_proj \(Linear\) is quantised",
+    integers: "encoder.layers.1.mlp.fc1.weight is Parameter of torch.int8",
+    training: r"encoder.layers.1 \(Siglip2PackedEncoderLayer\) is in training mode",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED)
+def test_what_cannot_be_exported_says_so(checkpoint, spoil):
+    model = load(checkpoint("tiny"), num_hidden_layers=2)
+    spoil(model)
+    with pytest.raises(ValueError, match=REFUSED[spoil]):
+        export(model)
+
+
+def test_wrappers_are_named(model, tower):
+    for other in (tower, nn.Sequential(model)):
+        with pytest.raises(ValueError, match=f"got {type(other).__name__}"):
+            export(other)
+
+
+def run_onnx(file, inputs):
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    shapes = {x.name: x.shape for x in (*session.get_inputs(), *session.get_outputs())}
+    return shapes, [torch.from_numpy(x) for x in session.run(None, {name: x.numpy() for name, x in inputs.items()})]
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model, tmp_path_factory):
+    pytest.importorskip("onnxscript")
+    file = tmp_path_factory.mktemp("onnx") / "siglip2.onnx"
+    export_onnx(model, file)
+    return file
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_onnx_serves_any_pack(model, onnx_file, pack, name):
+    packed = pack(name)
+    shapes, features = run_onnx(onnx_file, export_inputs(packed))
+    check(features, expected(model, packed, name))
+    assert shapes == {
+        "pixel_values": ["patches", 48],
+        "grid_thw": ["images", 3],
+        "seqlens": ["segments"],
+        "last_hidden_state": ["patches", 64],
+        "pooler_output": ["images", 64],
+    }
+
+
+def test_onnx_resizes_positions_by_products(onnx_file):
+    """Resize's antialias is torch's in onnxruntime only with exclude_outside, and is ignored elsewhere."""
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(onnx_file).graph
+    assert "Resize" not in {node.op_type for node in graph.node}
+    assert {node.domain for node in graph.node} == {""}
+
+
+def test_onnx_for_packs_laid_out_as_one(model, pack, patches, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    export_onnx(model, tmp_path / "one.onnx", pack("a video"))
+    packed = PackedPatches(patches(PACKS["a video"], seed=1), PACKS["a video"])
+    shapes, features = run_onnx(tmp_path / "one.onnx", {"pixel_values": packed["pixel_values"]})
+    check(features, expected(model, packed))
+    assert all(isinstance(size, int) for shape in shapes.values() for size in shape)
+    assert not {"GatherND", "Range", "Mod"} & {node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node}
+
+
+def test_onnx_in_half_precision(checkpoint, pack, tmp_path):
+    pytest.importorskip("onnxscript")
+    packed, half = pack("three shapes"), load(checkpoint("tiny"), num_hidden_layers=1, dtype=torch.float16)
+    export_onnx(half, tmp_path / "half.onnx")
+    _, features = run_onnx(tmp_path / "half.onnx", export_inputs(packed))
+    check_half(features, half(**packed), expected(half, packed), torch.float16)
+
+
+def test_onnx_that_is_not_installed_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"siglip2-packed\[onnx\]"):
+        export_onnx(model, tmp_path / "siglip2.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.parametrize("laid_out", [None, "three shapes"])
+def test_aot_inductor(checkpoint, pack, tmp_path, laid_out):
+    model = load(checkpoint("tiny"), num_hidden_layers=1)
+    program = export(model, None if laid_out is None else pack(laid_out))
+    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "siglip2.pt2"))
+    run = torch._inductor.aoti_load_package(str(tmp_path / "siglip2.pt2"))
+    for name in PACKS if laid_out is None else [laid_out]:
+        packed = pack(name)
+        inputs = export_inputs(packed)
+        if laid_out is not None:
+            inputs = {"pixel_values": inputs["pixel_values"]}
+        check(run(**inputs), expected(model, packed, name))
