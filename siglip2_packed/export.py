@@ -16,6 +16,7 @@ H heads, K head_dim.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -57,7 +58,8 @@ def export(
         ValueError: hooks, replaced parts (float8), quantised or sharded weights: all that a graph would leave out.
     """
     check_exportable(model)
-    example = PackedPatches(torch.zeros(18, patch_dim(model.config)), TRACED) if packed is None else packed
+    traced = torch.zeros(sum(map(math.prod, TRACED)), patch_dim(model.config), device="cpu")
+    example = PackedPatches(traced, TRACED) if packed is None else packed
     inputs = {name: x.to(model.device) for name, x in export_inputs(example).items()}
     with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
         if packed is None:
@@ -74,6 +76,9 @@ def export_onnx(
     **options: Any,
 ) -> torch.onnx.ONNXProgram:
     """Writes the graph of `export(model, packed)` as ONNX, with the inputs and outputs that are named here.
+
+    Positions are products of matrices: of Resize, antialias differs between runtimes. The CPU of onnxruntime computes
+    float32 and float16, not bfloat16. Weights may lie in a second file beside this one (`external_data`).
 
     Args:
         options: others of `torch.onnx.export`, as `opset_version`.
@@ -151,10 +156,10 @@ class Encoder(nn.Module):
         """`[T, D]` in float32: the table resized as by `ops.positions`, in a product with dense weights `[T, G·G]`."""
         _, h, w = grid_thw[images.of_row].unbind(1)
         patch = images.step_of_row % (h * w)
-        embedding = self.model.embeddings.position_embedding
-        side = int(embedding.num_embeddings**0.5)
+        entries = self.model.config.num_patches
+        side = int(entries**0.5)
         of_row, of_column = position_weights(patch // w, h, side), position_weights(patch % w, w, side)
-        table = embedding(torch.arange(embedding.num_embeddings, device=grid_thw.device))
+        table = self.model.embeddings.position_embedding(torch.arange(entries, device=grid_thw.device))
         return (of_row[:, :, None] * of_column[:, None, :]).flatten(1) @ table.float()
 
 
