@@ -13,6 +13,7 @@ import kernels_ref
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fp8
 from siglip2_packed.export import export, export_inputs, export_onnx, position_weights
 from siglip2_packed.measure import relative_error
+from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
 
 PACKS = {
     "three shapes": [(1, 13, 19), (1, 8, 32), (1, 1, 40)],
@@ -30,8 +31,18 @@ load = Siglip2PackedVisionModel.from_pretrained
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return load(checkpoint("tiny"), num_hidden_layers=2)
+def ckpt(tmp_path_factory):
+    """Two layers, head_dim 72, and a table of 16x16, so that images of 13x19 and 8x32 shrink it."""
+    SHAPES["table16"] = SHAPES["tiny72"] | dict(num_patches=256)
+    try:
+        return save_random_checkpoint(tmp_path_factory.mktemp("table16"), "table16")
+    finally:
+        del SHAPES["table16"]
+
+
+@pytest.fixture(scope="module")
+def model(ckpt):
+    return load(ckpt)
 
 
 @pytest.fixture(scope="module", params=["non-strict", "strict"])
@@ -86,8 +97,8 @@ def test_a_graph_is_saved_and_loaded(model, program, pack, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_as_the_model(checkpoint, pack, dtype):
-    packed, half = pack("three shapes"), load(checkpoint("tiny"), num_hidden_layers=1, dtype=dtype)
+def test_half_precision_is_as_near_as_the_model(ckpt, pack, dtype):
+    packed, half = pack("three shapes"), load(ckpt, num_hidden_layers=1, dtype=dtype)
     reference, out = expected(half, packed), half(**packed)
     for features in (
         export(half).module()(**export_inputs(packed)),
@@ -163,8 +174,8 @@ def test_weights_of_positions_are_those_of_the_reference():
 
 
 @pytest.mark.parametrize("settings", [dict(vision_use_head=False), dict(select_layer=-2)])
-def test_models_without_a_head_give_tokens_alone(checkpoint, pack, settings):
-    model, packed = load(checkpoint("tiny"), num_hidden_layers=2, **settings), pack("three shapes")
+def test_models_without_a_head_give_tokens_alone(ckpt, pack, settings):
+    model, packed = load(ckpt, **settings), pack("three shapes")
     with torch.no_grad():
         reference = model(**packed).last_hidden_state
     (tokens,) = export(model).module()(**export_inputs(packed))
@@ -174,10 +185,10 @@ def test_models_without_a_head_give_tokens_alone(checkpoint, pack, settings):
 LORA = ["q_proj", "fc1", "patch_embedding", "position_embedding", "out_proj"]
 
 
-def test_adapters_are_exported_as_they_compute(checkpoint, pack):
+def test_adapters_are_exported_as_they_compute(ckpt, pack):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=LORA)
-    wrapped = peft.get_peft_model(load(checkpoint("tiny"), num_hidden_layers=1), config).eval()
+    wrapped = peft.get_peft_model(load(ckpt, num_hidden_layers=1), config).eval()
     packed = pack("three shapes")
     features = export(wrapped.get_base_model()).module()(**export_inputs(packed))
     check(features, expected(wrapped.merge_and_unload(), packed))
@@ -224,8 +235,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
-def test_what_cannot_be_exported_says_so(checkpoint, spoil):
-    model = load(checkpoint("tiny"), num_hidden_layers=2)
+def test_what_cannot_be_exported_says_so(ckpt, spoil):
+    model = load(ckpt)
     spoil(model)
     with pytest.raises(ValueError, match=REFUSED[spoil]):
         export(model)
@@ -261,8 +272,8 @@ def test_onnx_serves_any_pack(model, onnx_file, pack, name):
         "pixel_values": ["patches", 48],
         "grid_thw": ["images", 3],
         "seqlens": ["segments"],
-        "last_hidden_state": ["patches", 64],
-        "pooler_output": ["images", 64],
+        "last_hidden_state": ["patches", 144],
+        "pooler_output": ["images", 144],
     }
 
 
@@ -285,9 +296,9 @@ def test_onnx_for_packs_laid_out_as_one(model, pack, patches, tmp_path):
     assert not {"GatherND", "Range", "Mod"} & {node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node}
 
 
-def test_onnx_in_half_precision(checkpoint, pack, tmp_path):
+def test_onnx_in_half_precision(ckpt, pack, tmp_path):
     pytest.importorskip("onnxscript")
-    packed, half = pack("three shapes"), load(checkpoint("tiny"), num_hidden_layers=1, dtype=torch.float16)
+    packed, half = pack("three shapes"), load(ckpt, num_hidden_layers=1, dtype=torch.float16)
     export_onnx(half, tmp_path / "half.onnx")
     _, features = run_onnx(tmp_path / "half.onnx", export_inputs(packed))
     check_half(features, half(**packed), expected(half, packed), torch.float16)
@@ -303,11 +314,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="AOTIndu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_compiler
-def test_the_example_in_the_documentation(checkpoint, pack, tmp_path, monkeypatch):
+def test_the_example_in_the_documentation(ckpt, pack, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (example,) = re.findall(r"\n\n((?:    .*\n)+)", inspect.getdoc(inspect.getmodule(export)))
-    scope = vars(inspect.getmodule(export)) | {"model": load(checkpoint("tiny"), num_hidden_layers=1)}
+    scope = vars(inspect.getmodule(export)) | {"model": load(ckpt, num_hidden_layers=1)}
     exec(textwrap.dedent(example), scope | {"packed": pack("13x19")})
     run = torch._inductor.aoti_load_package("siglip2.pt2")
     for name in PACKS:
@@ -318,9 +330,10 @@ def test_the_example_in_the_documentation(checkpoint, pack, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_compiler
-def test_aot_inductor_for_packs_laid_out_as_one(checkpoint, pack, tmp_path):
-    model, packed = load(checkpoint("tiny"), num_hidden_layers=1), pack("three shapes")
+def test_aot_inductor_for_packs_laid_out_as_one(ckpt, pack, tmp_path):
+    model, packed = load(ckpt, num_hidden_layers=1), pack("three shapes")
     file = str(tmp_path / "siglip2.pt2")
     torch._inductor.aoti_compile_and_package(export(model, packed), package_path=file)
     check(torch._inductor.aoti_load_package(file)(pixel_values=packed["pixel_values"]), expected(model, packed))
