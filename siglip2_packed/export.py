@@ -153,7 +153,10 @@ class Encoder(nn.Module):
         return pooled + head.mlp(head.layernorm(pooled))
 
     def positions(self, grid_thw: Tensor, images: PaddedSegments) -> Tensor:
-        """`[T, D]` in float32: the table resized as by `ops.positions`, in a product with dense weights `[T, G·G]`."""
+        """`[T, D]` in float32: the table resized as by `ops.positions`, in a product with dense weights `[T, G·G]`.
+
+        Where a runtime takes TF32 for such products, positions are rounded as all else is.
+        """
         _, h, w = grid_thw[images.of_row].unbind(1)
         patch = images.step_of_row % (h * w)
         entries = self.model.config.num_patches

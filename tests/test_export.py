@@ -194,6 +194,13 @@ def test_adapters_are_exported_as_they_compute(ckpt, pack):
     check(features, expected(wrapped.merge_and_unload(), packed))
 
 
+def test_the_callers_modes_are_not_exported(ckpt, pack):
+    model, packed = load(ckpt, num_hidden_layers=1), pack("1x40")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        program = export(model)
+    check(program.module()(**export_inputs(packed)), expected(model, packed))
+
+
 def hook(model):
     model.embeddings.register_forward_hook(lambda *_: None)
 
