@@ -14,9 +14,10 @@ class Siglip2PackedAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = head_dim(config)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # k, v, q as in transformers: an optimiser's state knows parameters by their order alone
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, attention: VarlenAttention) -> Tensor:

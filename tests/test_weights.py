@@ -4,10 +4,18 @@ import pytest
 import torch
 from checkpoint_copies import bare, copy_with, read_json, same
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from siglip2_packed import NoPoolingHead, PackedPatches, Siglip2NaflexPacking, Siglip2PackedVisionModel
 from siglip2_packed.weights import PATCH_EMBEDDING
+from siglip2_packed.workloads import SHAPES
 
 GRIDS = [(1, 5, 7), (1, 3, 4)]
 
@@ -65,6 +73,17 @@ def test_saved_files_load_in_transformers_with_nothing_missing(checkpoint, tmp_p
     assert same(dict(model.state_dict()), reference)
     assert same(dict(Siglip2PackedVisionModel.from_pretrained(tmp_path).state_dict()), reference)
     assert all(name.startswith("vision_model.") for name in load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_parameters_are_in_transformers_order(checkpoint, head):
+    """By which an optimiser's saved state knows them: another order gives it another parameter's moments."""
+    ours = Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny"), vision_use_head=head)
+    theirs = Siglip2VisionModel(Siglip2VisionConfig(**SHAPES["tiny"], vision_use_head=head))
+    names = [name.removeprefix("vision_model.") for name, _ in theirs.named_parameters()]
+    assert [name for name, _ in ours.named_parameters()] == names
+    assert list(ours.state_dict()) == names
+    assert len(names) == (64 if head else 53)
 
 
 @pytest.mark.parametrize("missing", ["encoder.layers.1.mlp.fc2.bias", PATCH_EMBEDDING, "head.probe"])
