@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from siglip2_packed.modeling import NoPoolingHead, Siglip2NaflexPacking, Siglip2PackedVisionModel
     from siglip2_packed.packing import PackedPatches, convert_to_packing_format, pack, pad, unpack
     from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+    from siglip2_packed.vlm import replace_vision_tower, restore_vision_tower
 
 __all__ = [
     "NoPoolingHead",
@@ -31,6 +32,8 @@ __all__ = [
     "encode_images",
     "pack",
     "pad",
+    "replace_vision_tower",
+    "restore_vision_tower",
     "unpack",
 ]
 
@@ -40,6 +43,7 @@ _HOME = {
     "modeling": ("NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel"),
     "packing": ("PackedPatches", "convert_to_packing_format", "pack", "pad", "unpack"),
     "preprocess": ("Siglip2PackedImageProcessor",),
+    "vlm": ("replace_vision_tower", "restore_vision_tower"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw these would let every misspelt name pass

@@ -84,7 +84,7 @@ class CheckpointedModel(PreTrainedModel):
             config.vision_use_head = False
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", "auto")
-        with torch.device("meta"), _not_partitioned():
+        with torch.device("meta"), not_partitioned():
             expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
         truncated = getattr(config, "select_layer", None) is not None
         if tower.quantized:
@@ -163,7 +163,7 @@ class CheckpointedModel(PreTrainedModel):
 
 
 @contextlib.contextmanager
-def _not_partitioned() -> Iterator[None]:
+def not_partitioned() -> Iterator[None]:
     """Suspends DeepSpeed's zero.Init, where it is on."""
     zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     if zero is None:

@@ -232,7 +232,14 @@ class CUDAGraphs:
         """
         if not unhooked(self.model):
             self.graphs._say("hooks or a replaced forward on the model have to run in each call")
-            return self.model(pixel_values, grid_thw, None, cu_seqlens, max_seqlen, temporal, return_dict=True)
+            return self.model(
+                pixel_values,
+                grid_thw=grid_thw,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                temporal=temporal,
+                return_dict=True,
+            )
         return self.model.features_of(self.graphs, pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
 
 

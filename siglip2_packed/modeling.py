@@ -189,7 +189,7 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         layout = self._layout(pixel_values, grid_thw, cu_seqlens, max_seqlen, temporal)
         output = self._replayed(graphs, pixel_values, layout)
         if output is None:
-            return self(pixel_values, grid_thw, cu_seqlens=cu_seqlens, temporal=temporal, return_dict=True)
+            return self(pixel_values, grid_thw=grid_thw, cu_seqlens=cu_seqlens, temporal=temporal, return_dict=True)
         watch(self, output)
         watch_first_step(self, output)
         return output

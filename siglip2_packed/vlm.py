@@ -1,0 +1,300 @@
+"""The packed tower in the place of transformers' own, inside any model, and back.
+
+    replace_vision_tower(model)     # LFM2-VL, Siglip2Model, Siglip2ForImageClassification, ...
+    restore_vision_tower(model)
+
+The model around it stays as it is, and calls the tower as ever: with padded images, which are packed, run and padded
+again. Padding costs one pass over `last_hidden_state`; all layers in between have none.
+
+Shapes: N images, T patches of all of them, P patch_dim, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Siglip2VisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.models.siglip2 import modeling_siglip2
+
+from siglip2_packed.attention import Siglip2PackedAttention, attention_name
+from siglip2_packed.checkpoints import not_partitioned
+from siglip2_packed.configuration import patch_dim
+from siglip2_packed.embeddings import Siglip2PackedEmbeddings
+from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer, Siglip2PackedMLP
+from siglip2_packed.handover import HOOKS, check_whole, hand_over
+from siglip2_packed.layout import to_host
+from siglip2_packed.llava_inputs import ImagePack, pack_images
+from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
+
+CALLED = {"forward", "_old_forward", "_hf_hook"}
+"""What a module has of its own where accelerate has placed it."""
+
+
+class PackedTower(Siglip2PackedVisionModel):
+    """The packed model over the weights of a tower of transformers, called as that one is; `of` makes it.
+
+    Attributes:
+        twins: the class of transformers' module for each of ours that stands in the place of one.
+        original: the tower that was there, in a tuple, so that it is no module of this one.
+        config: the original's, the same object.
+    """
+
+    twins: dict[type[nn.Module], type[nn.Module]]
+    original: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, original: Any, name: str) -> PackedTower:
+        """ValueError for what cannot be carried over. The original has not changed, then or otherwise."""
+        cls.check(original, name)
+        with torch.device("meta"), not_partitioned():
+            tower = cls(cls.config_of(original))
+        hand_over(original, tower, cls.twins, name)
+        own = vars(tower)
+        own |= {key: vars(original)[key] for key in HOOKS}  # what is hung on one, or removed, is so on the other
+        own |= {key: value for key, value in vars(original).items() if key not in own and key not in CALLED}
+        own["_is_full_backward_hook"] = original._is_full_backward_hook
+        tower._load_state_dict_pre_hooks.update(original._load_state_dict_pre_hooks)
+        tower.original = (original,)
+        return tower
+
+    @classmethod
+    def check(cls, tower: Any, name: str) -> None:
+        """ValueError for what one of both towers would compute otherwise than the other."""
+
+    @classmethod
+    def config_of(cls, original: Any) -> Siglip2VisionConfig:
+        """What the original is now: somebody may have taken out layers, or the head."""
+        config = copy.deepcopy(original.config)
+        config.num_hidden_layers = len(original.encoder.layers)
+        config.vision_use_head, config.select_layer = hasattr(original, "head"), None
+        if config._attn_implementation == "sdpa":  # transformers' default, which nobody need have asked for
+            config._attn_implementation = attention_name("auto")
+        return config
+
+    def take_place(self) -> None:
+        """From now on it is this tower that the configuration of both is about."""
+        (original,) = self.original
+        original.config._attn_implementation = self.config._attn_implementation
+        self.config = original.config
+
+    def give_back(self, name: str) -> nn.Module:
+        """The original, with the weights and settings of now."""
+        (original,) = self.original
+        self.check(self, name)
+        hand_over(self, original, {theirs: ours for ours, theirs in self.twins.items()}, name)
+        original._is_full_backward_hook = self._is_full_backward_hook
+        self.config._attn_implementation = str(self.config._attn_implementation)  # a name that transformers knows
+        return original  # type: ignore[no-any-return]
+
+
+class Siglip2PackedVisionTower(PackedTower):
+    """In the place of transformers' SigLIP2 NaFlex tower."""
+
+    twins = {
+        Siglip2PackedEmbeddings: modeling_siglip2.Siglip2VisionEmbeddings,
+        Siglip2PackedEncoder: modeling_siglip2.Siglip2Encoder,
+        nn.ModuleList: nn.ModuleList,
+        Siglip2PackedEncoderLayer: modeling_siglip2.Siglip2EncoderLayer,
+        Siglip2PackedAttention: modeling_siglip2.Siglip2Attention,
+        Siglip2PackedMLP: modeling_siglip2.Siglip2MLP,
+        Siglip2PackedPoolingHead: modeling_siglip2.Siglip2MultiheadAttentionPoolingHead,
+        PoolingAttention: nn.MultiheadAttention,
+    }
+
+    @classmethod
+    def check(cls, tower: Any, name: str) -> None:
+        out_proj = tower.head.attention.out_proj if hasattr(tower, "head") else None
+        if hasattr(out_proj, "base_layer"):
+            raise ValueError(
+                f"{name or 'the model'}: head.attention.out_proj is {type(out_proj).__name__} of an adapter, which "
+                "nn.MultiheadAttention passes over and the packed tower does not: leave it out of target_modules"
+            )
+
+    @torch.compiler.disable(recursive=False)  # as the model's
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        pixel_attention_mask: Any = None,
+        spatial_shapes: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        *,
+        attention_mask: Any = None,
+        grid_thw: Any = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple:
+        """As transformers' tower; a pack (`tower(**packed)`) as `Siglip2PackedVisionModel`.
+
+        Args:
+            pixel_values: `[N, max, P]`, an image's patches in its first h·w rows.
+            pixel_attention_mask: `[N, max]`, which marks those rows; None: all are. `attention_mask` in transformers 4.
+            spatial_shapes: `[N, 2]` integers (h, w).
+            output_hidden_states: or which of them, as indices; the others are None then.
+            kwargs: of no meaning here, as in transformers.
+
+        Returns:
+            `last_hidden_state [N, max, D]` and `hidden_states`, zeros in the rows beyond an image, and
+            `pooler_output [N, D]`, None without a head.
+
+        Raises:
+            ValueError: mask and shapes that disagree; `output_attentions`.
+        """
+        if grid_thw is not None:
+            return super().forward(
+                pixel_values,
+                grid_thw,
+                output_hidden_states=None if output_hidden_states is None else bool(output_hidden_states),
+                output_attentions=output_attentions,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        mask = attention_mask if pixel_attention_mask is None else pixel_attention_mask
+        pack = _pack(pixel_values, mask, spatial_shapes, patch_dim(self.config))
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        out: Any = super().forward(
+            pack.pixel_values,
+            pack.grids,
+            output_hidden_states=asked is not None and asked is not False,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        padded = BaseModelOutputWithPooling(
+            last_hidden_state=pack.restore(out.last_hidden_state),
+            pooler_output=out.get("pooler_output"),
+            hidden_states=_chosen(out.hidden_states, asked, pack),
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return padded if return_dict else padded.to_tuple()
+
+
+@torch.compiler.disable
+def _pack(pixel_values: Any, mask: Any, spatial_shapes: Any, patch_dim: int) -> ImagePack:
+    """A padded batch without its padding; one device-to-host copy of mask and shapes."""
+    if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 3:
+        got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise ValueError(f"pixel_values must be [N, max, P], got {got}; a pack [T, P] comes with its grid_thw")
+    if spatial_shapes is None:
+        raise ValueError("spatial_shapes are missing: [N, 2] rows of (h, w)")
+    if mask is None:
+        (shapes,) = to_host(spatial_shapes=spatial_shapes)
+        pack = pack_images({"pixel_values": pixel_values, "spatial_shapes": shapes}, None, None, patch_dim)
+        for i, count in enumerate(pack.counts):
+            if count != pixel_values.shape[1]:
+                raise ValueError(
+                    f"image {i}: without pixel_attention_mask all {pixel_values.shape[1]} rows are patches, "
+                    f"spatial_shapes cover {count}"
+                )
+        return pack
+    mask = torch.as_tensor(mask).bool().long()
+    shapes, marks = to_host(spatial_shapes=spatial_shapes, pixel_attention_mask=mask)
+    batch = {"pixel_values": pixel_values, "spatial_shapes": shapes, "pixel_attention_mask": torch.from_numpy(marks)}
+    return pack_images(batch, None, None, patch_dim)
+
+
+@torch.compiler.disable
+def _chosen(states: tuple[Tensor, ...] | None, asked: Any, pack: ImagePack) -> tuple[Tensor | None, ...] | None:
+    """The hidden states that are asked for, padded."""
+    if states is None:
+        return None
+    count = len(states)
+    indices = range(count) if asked is True else np.atleast_1d(asked)
+    wanted = {int(i) % count for i in indices if -count <= i < count}
+    return tuple(pack.restore(state) if i in wanted else None for i, state in enumerate(states))
+
+
+_SIGLIP2 = getattr(modeling_siglip2, "Siglip2VisionTransformer", modeling_siglip2.Siglip2VisionModel)  # 4.57: inside
+TOWERS: dict[type[nn.Module], type[PackedTower]] = {_SIGLIP2: Siglip2PackedVisionTower}
+"""What stands in the place of which class of transformers."""
+
+
+def replace_vision_tower(model: nn.Module, *, cuda_graphs: bool = False) -> dict[str, PackedTower]:
+    """Puts the packed tower in the place of every SigLIP2 NaFlex tower of transformers in a model.
+
+    Parameters are moved, not copied: the same objects under the same names, in the same order, with the same dtype,
+    device and `requires_grad`, so that optimisers, adapters, quantised weights, device maps and files go on as before.
+    Attention runs on what is fastest here, unless the model was told otherwise; `set_attn_implementation`, the model's
+    or the tower's, tells it.
+
+    Hooks on the tower stay; so do those on linear layers and norms, which see packed rows. Shard it (FSDP, tensor
+    parallel, ZeRO-3's engine) and compile it later.
+
+    Args:
+        cuda_graphs: have packs run in CUDA graphs; see `Siglip2PackedVisionModel.cuda_graphs_enable`.
+
+    Returns:
+        The new towers by their names in the model; `""` where the model is a tower itself: use what is returned.
+
+    Raises:
+        ValueError: no such tower, or one that cannot be carried over, by name. Nothing has changed then.
+    """
+    found = {name: module for name, module in model.named_modules() if type(module) in TOWERS}
+    if not found:
+        raise ValueError(_what_else(model))
+    towers = {}
+    for name, original in found.items():
+        check_whole(model, original, name)
+        _check_wrapper(model, original, name)
+        towers[name] = TOWERS[type(original)].of(original, name)
+    for name, tower in towers.items():
+        tower.take_place()
+        _put(model, found[name], tower)
+        if cuda_graphs:
+            tower.cuda_graphs_enable()
+    return towers
+
+
+def restore_vision_tower(model: nn.Module) -> dict[str, nn.Module]:
+    """Puts the modules back that `replace_vision_tower` has replaced, with the weights of now.
+
+    Returns:
+        Them, by their names in the model.
+
+    Raises:
+        ValueError: no replaced tower; weights that have been sharded, or modules that have been wrapped, since.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedTower)}
+    if not found:
+        raise ValueError(f"no tower of this {type(model).__name__} was replaced")
+    for name, tower in found.items():
+        check_whole(model, tower, name)
+        _check_wrapper(model, tower, name)
+    originals = {name: tower.give_back(name) for name, tower in found.items()}
+    for name, tower in found.items():
+        _put(model, tower, originals[name])
+    return originals
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Wherever the old one is."""
+    before, after = (set(getattr(tower, "_no_split_modules", None) or ()) for tower in (old, new))
+    for module in list(model.modules()):
+        places = [key for key, child in module._modules.items() if child is old]
+        module._modules.update(dict.fromkeys(places, new))
+        names = vars(module).get("_no_split_modules")  # those of all that is inside, in transformers 5
+        if isinstance(names, set) and names >= before:
+            names |= after
+
+
+def _check_wrapper(model: nn.Module, tower: nn.Module, name: str) -> None:
+    if any(module._modules.get("_orig_mod") is tower for module in model.modules()):
+        raise ValueError(f"{name} is compiled by itself, and what was compiled would run on: compile it later")
+
+
+def _what_else(model: nn.Module) -> str:
+    """Why there is nothing to replace."""
+    wanted = " or ".join(kind.__name__ for kind in TOWERS)
+    vision = {name: type(m).__name__ for name, m in model.named_modules() if "vision" in type(m).__name__.lower()}
+    seen = [
+        f"{name or 'it'} is a {kind}"
+        for name, kind in vision.items()
+        if not any(name != other and name.startswith(f"{other}.") for other in vision)
+    ]
+    others = f"but {', '.join(seen)}" if seen else "nor any other module that is called vision"
+    return f"{type(model).__name__} has no {wanted} of transformers, {others}"
