@@ -219,8 +219,8 @@ def replace_vision_tower(model: nn.Module, *, cuda_graphs: bool = False) -> dict
 
     Parameters are moved, not copied: the same objects under the same names, in the same order, with the same dtype,
     device and `requires_grad`, so that optimisers, adapters, quantised weights, device maps and files go on as before.
-    Attention runs on what is fastest here, unless the model was told otherwise; `set_attn_implementation`, the model's
-    or the tower's, tells it.
+    Where attention is transformers' default, `"sdpa"`, it now runs on what is fastest here; `set_attn_implementation`,
+    the model's or the tower's, has it run on another backend.
 
     Hooks on the tower stay; so do those on linear layers and norms, which see packed rows. Shard it (FSDP, tensor
     parallel, ZeRO-3's engine) and compile it later.
@@ -259,7 +259,7 @@ def restore_vision_tower(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: no replaced tower; weights that have been sharded, or modules that have been wrapped, since.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, PackedTower)}
+    found = {name: m for name, m in model.named_modules() if isinstance(m, PackedTower) and m.original}
     if not found:
         raise ValueError(f"no tower of this {type(model).__name__} was replaced")
     for name, tower in found.items():
@@ -289,8 +289,14 @@ def _check_wrapper(model: nn.Module, tower: nn.Module, name: str) -> None:
 
 def _what_else(model: nn.Module) -> str:
     """Why there is nothing to replace."""
+    if packed := [name or "the model" for name, m in model.named_modules() if isinstance(m, PackedTower)]:
+        return f"{', '.join(packed)} is packed already"
     wanted = " or ".join(kind.__name__ for kind in TOWERS)
-    vision = {name: type(m).__name__ for name, m in model.named_modules() if "vision" in type(m).__name__.lower()}
+    vision = {
+        name: type(m).__name__
+        for name, m in model.named_modules()
+        if "vision" in type(m).__name__.lower() or isinstance(m, tuple(TOWERS))
+    }
     seen = [
         f"{name or 'it'} is a {kind}"
         for name, kind in vision.items()
