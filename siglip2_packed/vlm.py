@@ -30,6 +30,7 @@ from siglip2_packed.handover import HOOKS, check_whole, hand_over
 from siglip2_packed.layout import to_host
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
 CALLED = {"forward", "_old_forward", "_hf_hook"}
@@ -91,6 +92,32 @@ class PackedTower(Siglip2PackedVisionModel):
         original._is_full_backward_hook = self._is_full_backward_hook
         self.config._attn_implementation = str(self.config._attn_implementation)  # a name that transformers knows
         return original  # type: ignore[no-any-return]
+
+    @torch.compiler.disable(recursive=False)  # as the model's
+    def run(
+        self, pack: ImagePack, output_hidden_states: Any, output_attentions: bool | None, return_dict: bool | None
+    ) -> ModelOutput | tuple:
+        """What a caller of transformers' tower reads, of a padded batch `[N, max, P]` that was packed."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_states = asked is not None and asked is not False
+        out: Any = super().forward(
+            pack.pixel_values,
+            pack.grids,
+            output_hidden_states=wants_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+
+        def pad(x: Tensor) -> Tensor:
+            return _pad(x, pack.counts, pack.images.shape[1])  # type: ignore[union-attr]
+
+        states: Any = None
+        if wants_states:
+            wanted = _chosen(asked, len(out.hidden_states))
+            states = tuple(pad(x) if i in wanted else None for i, x in enumerate(out.hidden_states))
+        padded = BaseModelOutputWithPooling(pad(out.last_hidden_state), out.get("pooler_output"), states)  # type: ignore
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return padded if return_dict else padded.to_tuple()
 
 
 class Siglip2PackedVisionTower(PackedTower):
@@ -157,21 +184,7 @@ class Siglip2PackedVisionTower(PackedTower):
             )
         mask = attention_mask if pixel_attention_mask is None else pixel_attention_mask
         pack = _pack(pixel_values, mask, spatial_shapes, patch_dim(self.config))
-        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        out: Any = super().forward(
-            pack.pixel_values,
-            pack.grids,
-            output_hidden_states=asked is not None and asked is not False,
-            output_attentions=output_attentions,
-            return_dict=True,
-        )
-        padded = BaseModelOutputWithPooling(
-            last_hidden_state=pack.restore(out.last_hidden_state),
-            pooler_output=out.get("pooler_output"),
-            hidden_states=_chosen(out.hidden_states, asked, pack),
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return padded if return_dict else padded.to_tuple()
+        return self.run(pack, output_hidden_states, output_attentions, return_dict)
 
 
 @torch.compiler.disable
@@ -199,14 +212,20 @@ def _pack(pixel_values: Any, mask: Any, spatial_shapes: Any, patch_dim: int) -> 
 
 
 @torch.compiler.disable
-def _chosen(states: tuple[Tensor, ...] | None, asked: Any, pack: ImagePack) -> tuple[Tensor | None, ...] | None:
-    """The hidden states that are asked for, padded."""
-    if states is None:
-        return None
-    count = len(states)
-    indices = range(count) if asked is True else np.atleast_1d(asked)
-    wanted = {int(i) % count for i in indices if -count <= i < count}
-    return tuple(pack.restore(state) if i in wanted else None for i, state in enumerate(states))
+def _pad(rows: Tensor, counts: list[int], longest: int) -> Tensor:
+    """`[T, D]` -> `[N, longest, D]`, zeros beyond an image's own rows; no copy where there are none beyond."""
+    size = len(counts), longest, rows.shape[1]
+    if len(rows) == len(counts) * longest:
+        return rows.reshape(size)
+    places = [np.arange(count) + i * longest for i, count in enumerate(counts)]
+    index = to_device(torch.from_numpy(np.concatenate(places)), rows.device)
+    return rows.new_zeros(len(counts) * longest, rows.shape[1]).index_copy_(0, index, rows).view(size)
+
+
+@torch.compiler.disable
+def _chosen(asked: Any, count: int) -> set[int]:
+    """Which of so many hidden states: all, or those of one index or several."""
+    return set(range(count)) if asked is True else {int(i) % count for i in np.atleast_1d(asked) if -count <= i < count}
 
 
 _SIGLIP2 = getattr(modeling_siglip2, "Siglip2VisionTransformer", modeling_siglip2.Siglip2VisionModel)  # 4.57: inside

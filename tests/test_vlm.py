@@ -156,6 +156,17 @@ def test_a_tower_by_itself_is_returned():
     assert type(original).__name__ in ("Siglip2VisionModel", "Siglip2VisionTransformer")
 
 
+def test_the_original_still_computes_beside_it():
+    model = siglip2()
+    original, batch = model.vision_model, images(ODD)
+    expected = vision(model, batch).pooler_output
+    replace_vision_tower(model)
+    model.double().float()
+    assert packed_tower(model).original == (original,)
+    model.vision_model = original
+    assert torch.equal(vision(model, batch).pooler_output, expected)
+
+
 def test_a_pack_comes_back_as_a_pack():
     from siglip2_packed import PackedPatches, Siglip2PackedVisionModel
 
