@@ -1,6 +1,7 @@
 """A replaced tower in a model that two ranks train: as one process trains the model that transformers made."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from test_engines import ZERO3, partitioned, whole
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Siglip2ForImageClassification
-from vlm_models import classifier, images, packed_tower
+from transformers import Siglip2ForImageClassification, Siglip2Model
+from vlm_models import classifier, images, packed_tower, siglip2
 
 from siglip2_packed.encoder import Siglip2PackedEncoderLayer
 from siglip2_packed.vlm import replace_vision_tower, restore_vision_tower
@@ -21,8 +22,16 @@ pytestmark = pytest.mark.slow
 GRIDS = [(1, 13, 19), (1, 2, 3), (1, 8, 32), (1, 7, 5)]
 
 
+class Pooled(Siglip2Model):
+    """Learns from what the head pools."""
+
+    def forward(self, labels, **batch):
+        logits = super().forward(**batch, input_ids=torch.arange(3, 35).view(2, 16)).logits_per_image
+        return SimpleNamespace(loss=(logits * torch.stack([labels.cos(), labels.sin()], 1)).mean())
+
+
 def make(swapped=True, head=False):
-    model = classifier(vision_use_head=head).train()  # no loss here reaches a head
+    model = siglip2(Pooled).train() if head else classifier(vision_use_head=False).train()
     if swapped:
         replace_vision_tower(model)
     return model
@@ -56,16 +65,16 @@ def steps(model, batch, optimizer=None):
 
 
 @functools.cache
-def alone():
+def alone(head):
     """transformers' model, in float64."""
-    model = make(swapped=False).double()
+    model = make(swapped=False, head=head).double()
     start = parameters_of(model)
     batch = batch_of(None)
     return start, *steps(model, batch | {"pixel_values": batch["pixel_values"].double()})
 
 
-def check(results):
-    start, losses, parameters = alone()
+def check(results, head=False):
+    start, losses, parameters = alone(head)
     np.testing.assert_allclose(np.mean([losses for losses, _ in results], axis=0), losses, rtol=1e-5)
     largest = max(np.linalg.norm(parameters[name] - start[name]) for name in parameters)
     for _, ours in results:
@@ -88,8 +97,8 @@ def test_ddp(ranks, later):
     check(ranks(ddp, later))
 
 
-def fsdp2():
-    model = make()
+def fsdp2(head):
+    model = make(head=head)
     for layer in packed_tower(model).encoder.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -117,9 +126,10 @@ def fsdp2_before():
     return found
 
 
-def test_fsdp2(ranks):
-    results = ranks(fsdp2)
-    check([trained for trained, _ in results])
+@pytest.mark.parametrize("head", [False, True])
+def test_fsdp2(ranks, head):
+    results = ranks(fsdp2, head)
+    check([trained for trained, _ in results], head)
     for message in [message for _, message in results] + ranks(fsdp2_before)[0]:
         assert "is a DTensor, and FSDP2 or tensor parallel knows its module: shard the model later" in message
 
@@ -145,12 +155,12 @@ def test_fsdp1(ranks):
 ZERO2 = {**ZERO3, "zero_optimization": {"stage": 2}}
 
 
-def zero(folder, stage, later):
+def zero(folder, stage, later, kind=Siglip2ForImageClassification):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first
     config = ZERO3 if stage == 3 else ZERO2
-    load = functools.partial(Siglip2ForImageClassification.from_pretrained, folder)
+    load = functools.partial(kind.from_pretrained, folder)
     model = (partitioned(load) if stage == 3 else load()).train()
     if not later:
         replace_vision_tower(model)
@@ -178,6 +188,11 @@ def saved(tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero(ranks, saved, stage):
     check(ranks(zero, saved, stage, False))
+
+
+def test_zero3_of_a_tower_with_a_head(ranks, tmp_path, saved):
+    make(swapped=False, head=True).save_pretrained(tmp_path / "pooled")
+    check(ranks(zero, str(tmp_path / "pooled"), 3, False, Pooled), head=True)
 
 
 def test_within_a_deepspeed_engine(ranks, saved):
