@@ -152,6 +152,21 @@ def siglip2_of_width(folder):
     return model
 
 
+def test_adapters_on_quantised_layers_learn(tmp_path):
+    plain = siglip2_of_width(tmp_path)
+    found = []
+    for swaps in (False, True):
+        model = type(plain).from_pretrained(tmp_path, quantization_config=bits4(), dtype=torch.float32)
+        wrapped = adapted(model, target_modules=r"vision_model.*(q_proj|v_proj|fc1)")
+        if swaps:
+            replace_vision_tower(wrapped)
+        out = wrapped(**sample(model, ODD)).logits_per_image
+        (out * torch.linspace(-1, 1, 6).view(3, 2)).sum().backward()
+        found.append((out.detach(), {name: p.grad for name, p in wrapped.named_parameters() if p.grad is not None}))
+    assert all("lora_" in name for name in found[0][1])
+    check(found[1], found[0])
+
+
 def test_what_torchao_quantised_before_and_after():
     quantization = pytest.importorskip("torchao.quantization")
 

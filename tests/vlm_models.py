@@ -46,11 +46,10 @@ def lfm2_vl(shape="tiny", **vision):
 
 
 def siglip2(make=Siglip2Model, shape="tiny", **vision):
+    vision = SHAPES[shape] | vision
     text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
-    text |= dict(
-        projection_size=SHAPES[shape]["hidden_size"], max_position_embeddings=16, bos_token_id=1, eos_token_id=2
-    )
-    config = Siglip2Config(vision_config=SHAPES[shape] | vision, text_config=text, num_labels=3)
+    text |= dict(projection_size=vision["hidden_size"], max_position_embeddings=16, bos_token_id=1, eos_token_id=2)
+    config = Siglip2Config(vision_config=vision, text_config=text, num_labels=3)
     return _made(lambda: make(config))
 
 
@@ -92,7 +91,7 @@ def vision(model, batch, **kwargs):
 
 def packed_tower(model):
     """The one that `replace_vision_tower` has put into the model."""
-    from siglip2_packed.vlm import PackedTower
+    from siglip2_packed.towers import PackedTower
 
     (found,) = (module for module in model.modules() if isinstance(module, PackedTower))
     return found
