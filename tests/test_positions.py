@@ -17,6 +17,7 @@ from siglip2_packed.ops.positions import triton as kernels
 from siglip2_packed.ops.positions.eager import resize_positions
 from siglip2_packed.ops.runtime.check import Refused
 
+MODES = list(eager.WEIGHTS)
 GRIDS = [(13, 19), (19, 13), (8, 32), (1, 256), (256, 1), (7, 1), (1, 1), (24, 42), (16, 16), (3, 5), (15, 17)]
 
 
@@ -38,20 +39,52 @@ def test_one_grid_matches_interpolate(grid):
     torch.testing.assert_close(resize_positions(table(), [(1, *grid)]).double(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("side", [1, 2, 7, 16, 27])
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 40), (40, 61)])
+def test_bicubic_is_interpolates(grid, side):
+    square = table(side, dtype=torch.float64).view(1, side, side, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(square, size=grid, mode="bicubic", align_corners=False)[0].permute(1, 2, 0).flatten(0, 1)
+    found = resize_positions(table(side), [(1, *grid)], mode="bicubic")
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", [1, 4, 7, 16, 26, 32])
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 40), (40, 64), (26, 13)])
+def test_buckets_are_those_of_fractions(grid, side):
+    """Each row and column one by one, as fractions without rounding."""
+    rows, columns = ([next(b for b in range(side) if (b + 1) * n > i * side) for i in range(n)] for n in grid)
+    expected = torch.stack([table(side)[r * side + c] for r in rows for c in columns])
+    assert torch.equal(resize_positions(table(side), [(1, *grid)], mode="bucketed"), expected)
+
+
 def test_swapped_sides_differ():
     a, b = resize_positions(table(), [(1, 13, 19)]), resize_positions(table(), [(1, 19, 13)])
     assert (a - b).abs().max() > 0.1
 
 
-def test_identity_is_bit_exact_at_the_tables_own_size():
-    assert torch.equal(resize_positions(table(), [(1, 16, 16)]), table())
-    assert torch.equal(resize_positions(table(side=27), [(1, 27, 27)]), table(side=27))
+@pytest.mark.parametrize("mode", MODES)
+def test_identity_is_bit_exact_at_the_tables_own_size(mode):
+    for side in (1, 2, 16, 27):
+        assert torch.equal(resize_positions(table(side), [(1, side, side)], mode=mode), table(side))
 
 
-def test_a_pack_is_its_images_in_order_and_frames_share_positions():
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pack_is_its_images_in_order_and_frames_share_positions(mode):
     grids = [(1, 13, 19), (2, 3, 5), (1, 16, 16), (1, 3, 5), (1, 13, 19), (3, 1, 9)]
-    alone = [resize_positions(table(), [(1, h, w)]) for t, h, w in grids for _ in range(t)]
-    assert torch.equal(resize_positions(table(), grids), torch.cat(alone))
+    alone = [resize_positions(table(), [(1, h, w)], mode=mode) for t, h, w in grids for _ in range(t)]
+    assert torch.equal(resize_positions(table(), grids, mode=mode), torch.cat(alone))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_resize_is_linear_and_its_gradient_the_transpose(mode):
+    grids = [(1, 13, 19), (1, 8, 32), (2, 3, 5), (1, 1, 40), (1, 7, 1), (1, 24, 31)]
+    weight = table().requires_grad_()
+    out = resize_positions(weight, grids, mode=mode)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (found,) = torch.autograd.grad(out, weight, grad)
+    matrix = resize_positions(torch.eye(256), grids, mode=mode).double()  # [T, G·G]
+    assert relative_error(out, matrix @ table(dtype=torch.float64)) <= 1e-6
+    assert relative_error(found, matrix.T @ grad.double()) <= 1e-6
 
 
 def test_gradient_of_the_table_matches_the_reference():
@@ -171,12 +204,18 @@ def test_a_kernel_adds_what_nobody_follows(trusted, monkeypatch):
 
     def calls(*given, dtype=torch.float32):
         ran.clear()
-        assert relative_error(add_positions(*given, dtype).float(), expected) <= 1e-2
+        assert relative_error(add_positions(*given, dtype).float(), expected) <= 1e-2  # the `expected` of then
         return ran.count(12)
 
     with torch.no_grad():
         assert calls(x, weight, Places(grids)) == 1
         assert calls(x, weight, Places(grids, torch.arange(12))) == 0
+        for mode in ("bicubic", "bucketed"):
+            expected = eager.add_positions(x, weight, Places(grids, mode=mode), torch.float32)
+            assert calls(x, weight, Places(grids, mode=mode)) == 0
+            with pytest.raises(Refused, match=f"does not compute {mode} positions"):
+                kernel(x, weight, Places(grids, mode=mode), torch.float32)
+        expected = eager.add_positions(x, weight, Places(grids), torch.float32)
         assert calls(x, weight.bfloat16(), Places(grids)) == 0
         assert calls(x, weight, Places(grids), dtype=torch.bfloat16) == 0
         assert calls(x.bfloat16(), weight, Places(grids)) == 0

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from siglip2_packed.ops.positions.places import Places
+from siglip2_packed.ops.positions.places import ANTIALIASED, Places
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Results, random
 from siglip2_packed.ops.runtime.choice import Function
 from siglip2_packed.ops.runtime.tracing import traced
 
-__all__ = ["ADD_POSITIONS", "Places", "add_positions"]
+__all__ = ["ADD_POSITIONS", "ANTIALIASED", "Places", "add_positions"]
 
 MODULES = {"eager": "siglip2_packed.ops.positions.eager", "triton": "siglip2_packed.ops.positions.triton"}
 GRIDS = ((1, 13, 19), (1, 8, 32), (2, 2, 3), (1, 16, 16), (1, 7, 1), (1, 40, 2))
@@ -46,7 +46,7 @@ def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.d
         wide = torch.promote_types(table.dtype, dtype)
         nothing = torch.zeros(patches.shape, dtype=wide, device=patches.device)
         return patches + add_positions(nothing, table.to(wide), places, wide).to(dtype)
-    if traced() or places.ids is not None or mixed:
+    if traced() or places.ids is not None or places.mode != ANTIALIASED or mixed:
         return ADD_POSITIONS.of("eager")(patches, table, places, dtype)  # type: ignore[no-any-return]
     order, gradients = choice.rows(choice.card(patches.device), patches.dtype), torch.is_grad_enabled()
     G, D = int(table.shape[0] ** 0.5), table.shape[1]

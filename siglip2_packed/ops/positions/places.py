@@ -16,6 +16,8 @@ from siglip2_packed.ops.runtime.check import Refused
 from siglip2_packed.ops.runtime.transfer import to_device
 
 Grids = Sequence[tuple[int, int, int]]
+ANTIALIASED = "bilinear_antialias"
+"""How NaFlex resizes the table. At the table's own size every mode is the identity, this one's kernels included."""
 
 
 class Places:
@@ -24,18 +26,19 @@ class Places:
     Attributes:
         grids: (t, h, w) of each image; frames of a video share their image's positions.
         ids: `[T]`, the patch that each row is of those that the grids cover; None: all, in order.
+        mode: how the table gets to the size of a grid, one of `eager.WEIGHTS`.
     """
 
-    def __init__(self, grids: Grids, ids: Tensor | None = None):
+    def __init__(self, grids: Grids, ids: Tensor | None = None, mode: str = ANTIALIASED):
         self._grids: tuple | None = tuple(grids)
-        self.ids = ids
+        self.ids, self.mode = ids, mode
         self._known: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def on_device(cls, images: Tensor, image_of_row: Tensor) -> Places:
         """Places that only the device knows, as `on` gives them: images may be unused, all zeros, and rows of none."""
-        self = cls.__new__(cls)
-        self._grids, self.ids, self._known = None, None, (images, image_of_row)
+        self = cls(())
+        self._grids, self._known = None, (images, image_of_row)
         return self
 
     @property

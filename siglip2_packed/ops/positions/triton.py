@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.positions.places import Places
+from siglip2_packed.ops.positions.places import ANTIALIASED, Places
+from siglip2_packed.ops.runtime.check import Refused
 from siglip2_packed.ops.runtime.launch import ceil_div, launch, next_power_of_2
 from siglip2_packed.ops.runtime.once import once_differentiable
 from siglip2_packed.ops.runtime.tracing import batched, traced
@@ -19,6 +20,8 @@ def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.d
     """See `positions.eager`; all in one dtype, differentiable once. Rows of no image become zeros, and so does their
     gradient. The gradient of the table is summed in float32, in an order that images without rows do not change.
     """
+    if places.mode != ANTIALIASED:
+        raise Refused(f"the kernel does not compute {places.mode} positions")
     images, image_of_row = places.on(patches.device)
     if torch.is_grad_enabled():
         return AddPositions.apply(patches, table, images, image_of_row, places.padded)  # type: ignore[no-any-return]
