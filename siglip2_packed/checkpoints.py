@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Siglip2VisionConfig
 from siglip2_packed import files, quantized, weights
 from siglip2_packed.attention import requested_attention
 from siglip2_packed.configuration import adopt_config, read_config
+from siglip2_packed.kinds import kind_of, uses_head
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -81,7 +82,8 @@ class CheckpointedModel(PreTrainedModel):
         if not any(name.startswith("head.") for name in tower.state):
             if head_wanted:
                 raise NoPoolingHead(f"vision_use_head=True, but checkpoint {str(ckpt)!r} has no pooling head")
-            config.vision_use_head = False
+            if uses_head(config):
+                config.vision_use_head = False
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", "auto")
         with torch.device("meta"), not_partitioned():
@@ -146,14 +148,16 @@ class CheckpointedModel(PreTrainedModel):
         state_dict: dict | None = None,
         **kwargs: Any,
     ):
-        """Writes config.json and safetensors that `transformers.Siglip2VisionModel` of 4.57 and 5.x loads.
+        """Writes config.json and safetensors that transformers' class of the same tower loads, in 4.57 and in 5.x:
+        `Siglip2VisionModel`, or that which a relative came from, whose names, shapes and model_type are as they were.
 
-        Keys get the `vision_model.` prefix, the one form that both generations read.
+        SigLIP's keys get the `vision_model.` prefix, the one form that both generations read.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # transformers writes the adapter alone, under its own keys
             return super().save_pretrained(save_directory, is_main_process, state_dict=state_dict, **kwargs)
         state = self.state_dict() if state_dict is None else state_dict
-        prefixed = {f"vision_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in state.items()}
+        prefix = kind_of(self.config.model_type).prefix
+        prefixed = {prefix + name.removeprefix("vision_model."): tensor for name, tensor in state.items()}
         replacing = files.replacing_weights(save_directory) if is_main_process else contextlib.nullcontext()
         with replacing, quantized.saved_as(self, prefixed):
             super().save_pretrained(save_directory, is_main_process, state_dict=prefixed, **kwargs)

@@ -18,9 +18,20 @@ from transformers.activations import ACT2FN
 
 from siglip2_packed import timm_files
 from siglip2_packed.files import find_file, read_json, read_shapes
+from siglip2_packed.kinds import (
+    COSMOS,
+    COSMOS_DEFAULTS,
+    KINDS,
+    NAFLEX,
+    POSITION_MODES,
+    WITHIN,
+    Kind,
+    kind_of,
+    num_patches,
+    other,
+)
 from siglip2_packed.quantized import FLOATING
 
-MODEL_TYPE = "siglip2_vision_model"
 COUNTS = {  # and what no tower comes near
     "hidden_size": 2**20,
     "intermediate_size": 2**20,
@@ -28,10 +39,11 @@ COUNTS = {  # and what no tower comes near
     "num_attention_heads": 2**16,
     "num_channels": 2**12,
     "patch_size": 2**12,
-    "num_patches": 2**24,
 }
+TABLE = {False: ("num_patches", 2**24), True: ("image_size", 2**16)}
+"""The count that tells the size of the position table, by whether that is a fixed-size tower's."""
 FLAGS = ("vision_use_head", "return_dict", "output_hidden_states", "output_attentions")
-OWN = {*COUNTS, *FLAGS, "hidden_act", "layer_norm_eps", "attention_dropout", "select_layer"}
+OWN = {*COUNTS, *FLAGS, *"hidden_act layer_norm_eps attention_dropout select_layer num_patches position_mode".split()}
 DESCRIPTIVE = set(  # fields that say nothing of what a tower computes: transformers' general ones, and common others
     """
     add_cross_attention architectures auto_map bad_words_ids base_model_pp_plan base_model_tp_plan begin_suppress_tokens
@@ -45,6 +57,7 @@ DESCRIPTIVE = set(  # fields that say nothing of what a tower computes: transfor
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class top_k top_p
     torch_dtype torchscript transformers_version transformers_weights typical_p use_bfloat16 use_cache
     attn_implementation freeze gradient_checkpointing num_image_tokens seed trust_remote_code use_flash_attn
+    max_image_size projector_hidden_act size use_base_siglip vocab_size
     """.split()
 )
 PARTS = "act activation attention attn embed embedding ffn layer mlp norm pe pool pooling pos position rope".split()
@@ -116,8 +129,8 @@ def read_config(
 def adopt_config(config: PretrainedConfig, changes: dict[str, Any]) -> Siglip2VisionConfig:
     """One made elsewhere, or the `vision_config` inside, with `changes` as in `read_config`; left as it is itself."""
     given = getattr(config, "vision_config", config)
-    fields = given.to_dict()
-    if fields.get("model_type") != MODEL_TYPE:
+    fields = _fields_of_tower(given.to_dict(), given.model_type)
+    if fields["model_type"] not in KINDS:
         raise ValueError(f"config is a {type(given).__name__}; expected a Siglip2VisionConfig")
     adopted = make_config(_change_fields(fields, changes), "config")
     adopted._attn_implementation = given._attn_implementation
@@ -126,8 +139,8 @@ def adopt_config(config: PretrainedConfig, changes: dict[str, Any]) -> Siglip2Vi
 
 def _change_fields(fields: Mapping[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The fields with `changes`, out of which they are taken; not those that transformers sees to itself."""
-    names = {*Siglip2VisionConfig().to_dict(), *OWN, *fields}
-    names -= {"dtype", "torch_dtype", "attn_implementation", "quantization_config"}
+    names = {*kind_of(fields.get("model_type")).config().to_dict(), *OWN, *fields}
+    names -= {"model_type", "dtype", "torch_dtype", "attn_implementation", "quantization_config"}
     return {**fields, **{name: changes.pop(name) for name in names & changes.keys()}}
 
 
@@ -139,36 +152,48 @@ def _read_fields(ckpt: str | os.PathLike, hub: dict) -> tuple[dict[str, Any], st
     config = read_json(path)
     if timm_files.is_timm(config):
         return timm_files.fields(config, read_shapes(ckpt, **hub), str(path)), str(path)
-    model_type = config.get("model_type")
-    vision = config
+    vision: Any = config
+    model_type: Any = config.get("model_type")
     while "vision_config" in vision:
         vision = vision["vision_config"]
         if not isinstance(vision, dict):
             raise ValueError(f"{path}: vision_config is {vision!r}, expected an object")
-        # Siglip2Config's own vision_config may leave out its type
-        model_type = vision.get("model_type", MODEL_TYPE if model_type == "siglip2" else None)
-    if model_type in ("siglip", "siglip_vision_model"):
-        raise ValueError(_fixed_resolution(ckpt, config, vision, hub))
-    if model_type != MODEL_TYPE:
+        model_type = vision.get("model_type", model_type)
+        model_type = WITHIN.get(model_type, model_type)
+    fields = _fields_of_tower(vision, model_type)
+    if fields["model_type"] not in KINDS:
+        what = other(model_type)
         raise ValueError(
-            f"{path}: model_type {config.get('model_type')!r}; expected 'siglip2', {MODEL_TYPE!r} or a model whose "
-            "vision_config is one"
+            f"{path}: model_type {config.get('model_type')!r}"
+            + (f" has a tower with {what}, which this model does not compute" if what else "")
+            + f"; expected 'siglip2', or a model whose vision_config is one of {', '.join(KINDS)}"
         )
-    fields = {name: value for name, value in vision.items() if name != "model_type"}
     if config.get("quantization_config"):  # of all that the checkpoint holds
         fields["quantization_config"] = config["quantization_config"]
     return fields, str(path)
+
+
+def _fields_of_tower(fields: Mapping[str, Any], model_type: Any) -> dict[str, Any]:
+    """The fields under the type of one of `KINDS`, if it is one; Cosmos3 Edge's are NaFlex's.
+
+    What that one's merge size says is the order of the rows that the model around it wants, and how it joins them.
+    """
+    if model_type == COSMOS:
+        fields = {name: value for name, value in fields.items() if name != "spatial_merge_size"}
+        return {**COSMOS_DEFAULTS, **fields, "model_type": NAFLEX}
+    return {**fields, "model_type": model_type}
 
 
 def make_config(fields: Mapping[str, Any], source: str) -> Siglip2VisionConfig:
     """A configuration of these fields; ValueError, with their source, for what the model would not honour."""
     _check_fields(fields, source)
     _refuse_others(fields, source)
-    counts = {name: operator.index(fields[name]) for name in fields.keys() & COUNTS.keys()}
+    kind = kind_of(fields.get("model_type"))
+    counts = {name: operator.index(fields[name]) for name in fields.keys() & _counts(kind).keys()}
     if fields.get("select_layer") is not None:
         counts["select_layer"] = _as_integer(fields["select_layer"], source)
     try:
-        config = Siglip2VisionConfig.from_dict({**fields, **counts})
+        config: Any = kind.config.from_dict({**fields, **counts})
     except Exception as error:  # of transformers' own validation, which has an exception for each version
         raise ValueError(f"{source}: {error}") from error
     check_config(config, source)
@@ -180,7 +205,7 @@ def check_config(config: Siglip2VisionConfig, source: str = "config") -> None:
     if not isinstance(config, PretrainedConfig):
         raise TypeError(f"{source} is a {type(config).__name__}; expected a Siglip2VisionConfig")
     fields = config.to_dict()
-    if missing := sorted(COUNTS.keys() - fields.keys()):
+    if missing := sorted(_counts(kind_of(config.model_type)).keys() - fields.keys()):
         raise ValueError(
             f"{source} is a {type(config).__name__} without {', '.join(missing)}; expected Siglip2VisionConfig"
         )
@@ -191,24 +216,35 @@ def check_config(config: Siglip2VisionConfig, source: str = "config") -> None:
             f"{source}: hidden_size {fields['hidden_size']} is not a multiple of num_attention_heads "
             f"{fields['num_attention_heads']}"
         )
-    if math.isqrt(fields["num_patches"]) ** 2 != fields["num_patches"]:
-        raise ValueError(
-            f"{source}: num_patches {fields['num_patches']} is not a square number, as the position table has to be"
-        )
+    entries = num_patches(config)
+    if math.isqrt(entries) ** 2 != entries:
+        raise ValueError(f"{source}: num_patches {entries} is not a square number, as the position table has to be")
+    if not entries:
+        raise ValueError(f"{source}: image_size {fields['image_size']} is less than a patch of {fields['patch_size']}")
     layer_index(fields.get("select_layer"), fields["num_hidden_layers"], source)
+
+
+def _counts(kind: Kind) -> dict[str, int]:
+    """The fields that are numbers of something, and what no tower comes near."""
+    name, most = TABLE[kind.convolution]
+    return {**COUNTS, name: most}
 
 
 def _check_fields(fields: Mapping[str, Any], source: str) -> None:
     """ValueError for fields of a wrong type or size."""
-    for name in fields.keys() & COUNTS.keys():
+    most = _counts(kind_of(fields.get("model_type")))
+    for name in fields.keys() & most.keys():
         value = fields[name]
         if isinstance(value, bool) or not hasattr(value, "__index__"):
-            square = " (square patches)" if name == "patch_size" else ""
+            square = {"patch_size": " (square patches)", "image_size": " (square images)"}.get(name, "")
             raise ValueError(f"{source}: {name} must be one integer{square}, got {value!r}")
         if value < 1:
             raise ValueError(f"{source}: {name} must be at least 1, got {value}")
-        if value > COUNTS[name]:
-            raise ValueError(f"{source}: {name} is {value}, more than any tower has ({COUNTS[name]})")
+        if value > most[name]:
+            raise ValueError(f"{source}: {name} is {value}, more than any tower has ({most[name]})")
+    mode = fields.get("position_mode")
+    if mode is not None and mode not in POSITION_MODES:
+        raise ValueError(f"{source}: position_mode must be one of {', '.join(POSITION_MODES)}, got {mode!r}")
     for name in fields.keys() & set(FLAGS):
         if fields[name] is not None and not isinstance(fields[name], bool):
             raise ValueError(f"{source}: {name} must be true or false, got {fields[name]!r}")
@@ -229,8 +265,8 @@ def _check_fields(fields: Mapping[str, Any], source: str) -> None:
 def _refuse_others(fields: Mapping[str, Any], source: str, words: re.Pattern = re.compile("")) -> None:
     """ValueError for fields of other computations that are on; of those alone whose names hold one of the words."""
     changes = sorted(name for name in fields if words.search(name) and _changes(name, fields))
-    # what is on in every SigLIP2 tower of the transformers that is installed changes none
-    defaults = Siglip2VisionConfig().to_dict() if changes else {}
+    # what is on in every tower of its kind of the transformers that is installed changes none
+    defaults = kind_of(fields.get("model_type")).config().to_dict() if changes else {}
     for name in (x for x in changes if x not in defaults or fields[x] != defaults[x]):
         raise ValueError(
             f"{source}: {name} is {fields[name]!r}, which this model does not implement: its features would be others "
@@ -241,6 +277,9 @@ def _refuse_others(fields: Mapping[str, Any], source: str, words: re.Pattern = r
 def _changes(name: str, fields: Mapping[str, Any]) -> bool:
     """Whether a field belongs to another computation, and is on."""
     value = fields[name]
+    kind = kind_of(fields.get("model_type"))
+    if name in ("num_patches", "num_positions") and kind.convolution:
+        return value not in (None, num_patches(kind.config.from_dict(dict(fields))))
     if name in OWN or name in DESCRIPTIVE or NOTES.fullmatch(name) or value is None:
         return False
     if name in SAME:
@@ -289,19 +328,3 @@ def _as_integer(select_layer: Any, source: str) -> int:
     if isinstance(select_layer, bool) or not hasattr(select_layer, "__index__"):
         raise ValueError(f"{source}: select_layer must be an integer, got {select_layer!r}")
     return operator.index(select_layer)
-
-
-def _fixed_resolution(ckpt: str | os.PathLike, config: Mapping, vision: Mapping, hub: dict) -> str:
-    ends = ("patch_embedding.weight", "position_embedding.weight")
-    shapes = {
-        key.split(".")[-2]: shape
-        for key, shape in read_shapes(ckpt, **hub).items()
-        if key.endswith(ends) and "text_model" not in key
-    }
-    width, patch, channels = vision.get("hidden_size", 768), vision.get("patch_size", 16), vision.get("num_channels", 3)
-    return (
-        f"{str(ckpt)!r} has model_type {config.get('model_type')!r}: a fixed-resolution SigLIP checkpoint, with "
-        f"patch_embedding {shapes.get('patch_embedding')} and position_embedding {shapes.get('position_embedding')}. "
-        f"This model needs a NaFlex one, with patch_embedding [{width}, {patch * patch * channels}] and a square table "
-        f"[256, {width}], such as google/siglip2-so400m-patch16-naflex"
-    )

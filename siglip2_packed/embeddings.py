@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip2_packed import plain
 from siglip2_packed.configuration import patch_dim
-from siglip2_packed.ops.positions import Places, add_positions
+from siglip2_packed.kinds import NATIVE, kind_of, num_patches, position_mode
+from siglip2_packed.ops.positions import ANTIALIASED, Places, add_positions
 from siglip2_packed.quantized import FLOATING
+
+
+class PatchConvolution(nn.Conv2d):
+    """A convolution whose windows have been cut out already: its parameters, `[D, C, p, p]` and `[D]`, on rows."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`[T, P]` of (py, px, c) -> `[T, D]`."""
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class Siglip2PackedEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.patch_embedding = nn.Linear(patch_dim(config), config.hidden_size)
-        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+        if kind_of(config.model_type).convolution:
+            patch = config.patch_size
+            convolution = PatchConvolution(config.num_channels, config.hidden_size, patch, patch)
+            self.patch_embedding: nn.Linear | PatchConvolution = convolution
+        else:
+            self.patch_embedding = nn.Linear(patch_dim(config), config.hidden_size)
+        self.position_embedding = nn.Embedding(num_patches(config), config.hidden_size)
+        self.position_mode = position_mode(config)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -38,6 +56,26 @@ class Siglip2PackedEmbeddings(nn.Module):
         if frozen and patches.requires_grad and patches.is_leaf and made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
         return add_positions(patches, self._table(pixel_values.device), places, dtype)
+
+    @torch.compiler.disable
+    def resize_mode(self, grids: Sequence[tuple[int, int, int]]) -> str:
+        """How the table gets to these grids; as any mode would where all of them are its own size.
+
+        Raises:
+            ValueError: a grid of another size, where the position mode is that there is none.
+        """
+        side = math.isqrt(self.position_embedding.num_embeddings)
+        other = next((i for i, (_, h, w) in enumerate(grids) if not h == w == side), None)
+        if other is None or self.position_mode == ANTIALIASED:
+            return ANTIALIASED
+        if self.position_mode == NATIVE:
+            _, h, w = grids[other]
+            raise ValueError(
+                f"grid_thw[{other}] has {h}x{w} patches, the position table {side}x{side}, and position_mode is "
+                f"{NATIVE!r}: resize images to {side}x{side} patches, or load with position_mode='bicubic', which is "
+                "transformers' interpolate_pos_encoding=True"
+            )
+        return self.position_mode
 
     def _table(self, device: torch.device) -> Tensor:
         """`[num_patches, D]`, resized as a whole: nothing is looked up, and what is around lookups would be idle."""

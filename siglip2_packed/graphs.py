@@ -26,6 +26,7 @@ from siglip2_packed.capture import Ground, InferenceGraph, foreign_allocator
 from siglip2_packed.encoder import join_projections
 from siglip2_packed.layout import Layout
 from siglip2_packed.ops.attention import Refused, VarlenAttention, buckets_unmet, for_bucket, serves_buckets
+from siglip2_packed.ops.positions import ANTIALIASED
 from siglip2_packed.ops.runtime.tracing import backward_followed, capturing, traced
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.plain import unhooked
@@ -82,6 +83,9 @@ class Graphs:
         if bucket is None or len(pixel_values) < self.least or traced() or capturing(pixel_values.device):
             return None
         if pixel_values.requires_grad and torch.is_grad_enabled():
+            return None
+        if (mode := model.embeddings.resize_mode(layout.grids)) != ANTIALIASED:
+            self._say(f"{mode} positions have no kernel, other than at the table's own size")
             return None
         device = next((p.device for p in model.parameters()), pixel_values.device)
         if pixel_values.device != device:

@@ -26,6 +26,7 @@ from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder, join_projections
 from siglip2_packed.graphs import BUDGETS, Graphs
+from siglip2_packed.kinds import uses_head
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
 from siglip2_packed.ops.attention import VarlenAttention, for_pack
 from siglip2_packed.ops.positions import Places
@@ -99,7 +100,7 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         self.encoder = Siglip2PackedEncoder(config, num_layers)
         if select_layer is None:
             self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            if getattr(config, "vision_use_head", True):
+            if uses_head(config):
                 self.head = Siglip2PackedPoolingHead(config)
         self.register_load_state_dict_pre_hook(strip_prefix)
         self.post_init()
@@ -215,7 +216,7 @@ class Siglip2PackedVisionModel(CheckpointedModel):
             self._settle()
         return self._features(
             pixel_values,
-            Places(layout.grids, position_ids),
+            Places(layout.grids, position_ids, self.embeddings.resize_mode(layout.grids)),
             self._attention(Segments(layout.lengths, device)),
             Segments(layout.image_lengths, device) if hasattr(self, "head") else None,
             output_hidden_states,
@@ -348,6 +349,9 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, PoolingAttention):
             nn.init.xavier_uniform_(module.in_proj_weight)
             nn.init.zeros_(module.in_proj_bias)

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Siglip2VisionConfig
+from transformers import PretrainedConfig
 
 from siglip2_packed import timm_files
 from siglip2_packed.configuration import layer_index, patch_dim
 from siglip2_packed.files import open_weights, weight_files
+from siglip2_packed.kinds import num_patches
 from siglip2_packed.quantized import FLOATING
 
 logger = logging.getLogger("siglip2_packed")
@@ -101,7 +102,7 @@ def read_tensors(ckpt: str | os.PathLike, names: Sequence[str], **hub) -> dict[s
     return found
 
 
-def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source: str) -> None:
+def check_sizes(state: Mapping[str, Tensor], config: PretrainedConfig, source: str) -> None:
     """ValueError, naming the field, if the configuration's sizes are not the weights': before anything is built."""
     layers = {found[1] for found in (re.match(r"encoder\.layers\.(\d+)\.", name) for name in state) if found}
     wanted = layer_index(getattr(config, "select_layer", None), config.num_hidden_layers)
@@ -113,12 +114,12 @@ def check_sizes(state: Mapping[str, Tensor], config: Siglip2VisionConfig, source
     fc1 = state.get("encoder.layers.0.mlp.fc1.bias") if wanted else None
     rows, width = (None, None) if table is None or table.ndim != 2 else table.shape
     sizes = {
-        "num_patches": (config.num_patches, rows),
+        "num_patches": (num_patches(config), rows),
         "hidden_size": (config.hidden_size, width),
         "intermediate_size": (config.intermediate_size, None if fc1 is None else fc1.numel()),
         "patch_size² · num_channels": (
             patch_dim(config),
-            None if patches is None or patches.ndim != 2 or _packed(state, PATCH_EMBEDDING) else patches.shape[1],
+            None if patches is None or patches.ndim < 2 or _packed(state, PATCH_EMBEDDING) else patches[0].numel(),
         ),
     }
     for name, (told, found) in sizes.items():

@@ -4,14 +4,7 @@ import pytest
 import torch
 from checkpoint_copies import bare, copy_with, read_json, same
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    Siglip2VisionConfig,
-    Siglip2VisionModel,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import AutoConfig, AutoModel, Siglip2VisionConfig, Siglip2VisionModel
 
 from siglip2_packed import NoPoolingHead, PackedPatches, Siglip2NaflexPacking, Siglip2PackedVisionModel
 from siglip2_packed.weights import PATCH_EMBEDDING
@@ -117,20 +110,6 @@ def test_a_headless_checkpoint_never_grows_a_random_head(checkpoint, tmp_path, p
         assert not any(name.startswith("head.") for name, _ in model.named_parameters())
         with pytest.raises(NoPoolingHead, match="checkpoint has no pooling head"):
             _ = out.pooler_output
-
-
-def test_a_fixed_resolution_checkpoint_is_refused(tmp_path):
-    config = SiglipVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        patch_size=16,
-        image_size=224,
-    )
-    SiglipVisionModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'siglip_vision_model'.*\[64, 3, 16, 16\].*\[196, 64\].*\[64, 768\].*naflex"):
-        Siglip2PackedVisionModel.from_pretrained(tmp_path)
 
 
 def test_an_unknown_model_type_is_refused(checkpoint, tmp_path):
