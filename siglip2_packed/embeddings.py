@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from siglip2_packed import plain
 from siglip2_packed.configuration import patch_dim
@@ -17,25 +18,16 @@ from siglip2_packed.ops.positions import ANTIALIASED, Places, add_positions
 from siglip2_packed.quantized import FLOATING
 
 
-class PatchConvolution(nn.Conv2d):
-    """A convolution whose windows have been cut out already: its parameters, `[D, C, p, p]` and `[D]`, on rows."""
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """`[T, P]` of (py, px, c) -> `[T, D]`."""
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
-
-
 class Siglip2PackedEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
+        patch, channels = config.patch_size, config.num_channels
+        self.patch_embedding: nn.Linear | nn.Conv2d = nn.Linear(patch_dim(config), config.hidden_size)
         if kind_of(config.model_type).convolution:
-            patch = config.patch_size
-            convolution = PatchConvolution(config.num_channels, config.hidden_size, patch, patch)
-            self.patch_embedding: nn.Linear | PatchConvolution = convolution
-        else:
-            self.patch_embedding = nn.Linear(patch_dim(config), config.hidden_size)
+            self.patch_embedding = nn.Conv2d(channels, config.hidden_size, patch, stride=patch)
         self.position_embedding = nn.Embedding(num_patches(config), config.hidden_size)
         self.position_mode = position_mode(config)
+        self._window = (patch, patch, channels) if kind_of(config.model_type).convolution else None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -52,10 +44,19 @@ class Siglip2PackedEmbeddings(nn.Module):
         frozen: nothing of the model learns, and it has no use for hooks that make a gradient go through it.
         """
         dtype = self.compute_dtype
-        patches = self.patch_embedding(pixel_values.to(dtype))
+        patches = self._projected(pixel_values.to(dtype))
         if frozen and patches.requires_grad and patches.is_leaf and made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
-        return add_positions(patches, self._table(pixel_values.device), places, dtype)
+        return add_positions(patches.flatten(1), self._table(pixel_values.device), places, dtype)
+
+    def _projected(self, pixel_values: Tensor) -> Tensor:
+        """`[T, P]` -> `[T, D]`, with two more dimensions of 1 where a convolution was called."""
+        module, window = self.patch_embedding, self._window
+        if window is None:
+            return module(pixel_values)  # type: ignore[no-any-return]
+        if type(module) is nn.Conv2d and plain.unhooked(module) and not _has_any_global_hook():  # rows are its windows
+            return F.linear(pixel_values, module.weight.permute(0, 2, 3, 1).flatten(1), module.bias)
+        return module(pixel_values.unflatten(1, window).permute(0, 3, 1, 2))  # type: ignore[no-any-return]
 
     @torch.compiler.disable
     def resize_mode(self, grids: Sequence[tuple[int, int, int]]) -> str:

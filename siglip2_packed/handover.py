@@ -37,7 +37,13 @@ def hand_over(source: nn.Module, target: nn.Module, twins: Twins, name: str) -> 
     """
     for theirs, ours in list(_pairs(source, target, twins, name)):
         ours._parameters.update((key, p) for key, p in theirs._parameters.items() if p is not None)
-        ours._modules.update((key, theirs._modules[key]) for key, m in ours._modules.items() if type(m) not in twins)
+        ours._buffers.update((key, theirs._buffers[key]) for key in theirs._non_persistent_buffers_set)
+        ours._non_persistent_buffers_set |= theirs._non_persistent_buffers_set
+        kept = {key: m if type(m) in twins else theirs._modules[key] for key, m in ours._modules.items()}
+        ours._modules.clear()
+        ours._modules.update(
+            (key, kept[key]) for key in sorted(kept, key=list(theirs._modules).index)
+        )  # in their order
         for setting in SETTINGS:
             if setting in vars(theirs):
                 setattr(ours, setting, vars(theirs)[setting])
@@ -59,7 +65,10 @@ def _pairs(source: nn.Module, target: nn.Module, twins: Twins, name: str) -> Ite
     """A module, its twin, and those inside: checked."""
     _check_call(source, name)
     for table in ("_parameters", "_buffers", "_modules"):
-        given, expected = ({k for k, part in vars(m)[table].items() if part is not None} for m in (source, target))
+        given, expected = (
+            {k for k, part in vars(m)[table].items() if part is not None} - m._non_persistent_buffers_set
+            for m in (source, target)
+        )
         if given != expected:
             raise ValueError(
                 f"{name or 'the model'}: {table[1:]} are {sorted(given)}, expected {sorted(expected)}, as in a "

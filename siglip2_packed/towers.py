@@ -8,6 +8,7 @@ Shapes: N images, T patches of all of them, P patch_dim, D hidden size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from siglip2_packed.checkpoints import not_partitioned
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer, Siglip2PackedMLP
-from siglip2_packed.handover import HOOKS, hand_over
-from siglip2_packed.layout import to_host
+from siglip2_packed.handover import HOOKS, Twins, hand_over
+from siglip2_packed.layout import Grid, to_host
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.runtime.transfer import to_device
@@ -43,7 +44,7 @@ class PackedTower(Siglip2PackedVisionModel):
         config: the original's, the same object.
     """
 
-    twins: dict[type[nn.Module], type[nn.Module]]
+    twins: Twins
     original: tuple[Any, ...] = ()
 
     @classmethod
@@ -64,6 +65,12 @@ class PackedTower(Siglip2PackedVisionModel):
     @classmethod
     def check(cls, tower: Any, name: str) -> None:
         """ValueError for what one of both towers would compute otherwise than the other."""
+        out_proj = tower.head.attention.out_proj if hasattr(tower, "head") else None
+        if hasattr(out_proj, "base_layer"):
+            raise ValueError(
+                f"{name or 'the model'}: head.attention.out_proj is {type(out_proj).__name__} of an adapter, which "
+                "nn.MultiheadAttention passes over and the packed tower does not: leave it out of target_modules"
+            )
 
     @classmethod
     def config_of(cls, original: Any) -> Siglip2VisionConfig:
@@ -90,23 +97,48 @@ class PackedTower(Siglip2PackedVisionModel):
         self.config._attn_implementation = str(self.config._attn_implementation)  # a name that transformers knows
         return original  # type: ignore[no-any-return]
 
+    def packed(
+        self,
+        pixel_values: Tensor,
+        grid_thw: Any,
+        output_hidden_states: Any,
+        output_attentions: bool | None,
+        return_dict: bool | None,
+        others: Mapping[str, Any],
+    ) -> ModelOutput | tuple:
+        """A pack `[T, P]`, as `Siglip2PackedVisionModel` takes it."""
+        return super().forward(
+            pixel_values,
+            grid_thw,
+            output_hidden_states=None if output_hidden_states is None else bool(output_hidden_states),
+            output_attentions=output_attentions,
+            return_dict=return_dict,
+            **others,
+        )
+
     @torch.compiler.disable(recursive=False)  # as the model's
     def run(
-        self, pack: ImagePack, output_hidden_states: Any, output_attentions: bool | None, return_dict: bool | None
+        self,
+        pixel_values: Tensor,
+        grids: list[Grid],
+        longest: int,
+        output_hidden_states: Any,
+        output_attentions: bool | None,
+        return_dict: bool | None,
     ) -> ModelOutput | tuple:
-        """What a caller of transformers' tower reads, of a padded batch `[N, max, P]` that was packed."""
+        """What a caller of transformers' tower reads, `[N, longest, D]`, of the pack `[T, P]` that his images are."""
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_states = asked is not None and asked is not False
         out: Any = super().forward(
-            pack.pixel_values,
-            pack.grids,
+            pixel_values,
+            grids,
             output_hidden_states=wants_states,
             output_attentions=output_attentions,
             return_dict=True,
         )
 
         def pad(x: Tensor) -> Tensor:
-            return _pad(x, pack.counts, pack.images.shape[1])  # type: ignore[union-attr]
+            return _pad(x, [h * w for _, h, w in grids], longest)
 
         states: Any = None
         if wants_states:
@@ -130,15 +162,6 @@ class Siglip2PackedVisionTower(PackedTower):
         Siglip2PackedPoolingHead: modeling_siglip2.Siglip2MultiheadAttentionPoolingHead,
         PoolingAttention: nn.MultiheadAttention,
     }
-
-    @classmethod
-    def check(cls, tower: Any, name: str) -> None:
-        out_proj = tower.head.attention.out_proj if hasattr(tower, "head") else None
-        if hasattr(out_proj, "base_layer"):
-            raise ValueError(
-                f"{name or 'the model'}: head.attention.out_proj is {type(out_proj).__name__} of an adapter, which "
-                "nn.MultiheadAttention passes over and the packed tower does not: leave it out of target_modules"
-            )
 
     @torch.compiler.disable(recursive=False)  # as the model's
     def forward(  # type: ignore[override]
@@ -171,17 +194,11 @@ class Siglip2PackedVisionTower(PackedTower):
             ValueError: mask and shapes that disagree; `output_attentions`.
         """
         if grid_thw is not None:
-            return super().forward(
-                pixel_values,
-                grid_thw,
-                output_hidden_states=None if output_hidden_states is None else bool(output_hidden_states),
-                output_attentions=output_attentions,
-                return_dict=return_dict,
-                **kwargs,
-            )
+            return self.packed(pixel_values, grid_thw, output_hidden_states, output_attentions, return_dict, kwargs)
         mask = attention_mask if pixel_attention_mask is None else pixel_attention_mask
         pack = _pack(pixel_values, mask, spatial_shapes, patch_dim(self.config))
-        return self.run(pack, output_hidden_states, output_attentions, return_dict)
+        longest = pixel_values.shape[1]
+        return self.run(pack.pixel_values, pack.grids, longest, output_hidden_states, output_attentions, return_dict)
 
 
 @torch.compiler.disable

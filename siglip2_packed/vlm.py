@@ -1,6 +1,6 @@
 """The packed tower in the place of transformers' own, inside any model, and back.
 
-    replace_vision_tower(model)     # LFM2-VL, Siglip2Model, Siglip2ForImageClassification, ...
+    replace_vision_tower(model)     # LFM2-VL, Siglip2Model, PaliGemma, Gemma 3, LLaVA-OneVision, Idefics3, SmolVLM, ...
     restore_vision_tower(model)
 
 The model around it stays as it is, and calls the tower as ever.
@@ -12,15 +12,17 @@ from torch import nn
 from transformers.models.siglip2 import modeling_siglip2
 
 from siglip2_packed.handover import check_whole
+from siglip2_packed.image_towers import IMAGE_TOWERS
 from siglip2_packed.towers import PackedTower, Siglip2PackedVisionTower
 
 _SIGLIP2 = getattr(modeling_siglip2, "Siglip2VisionTransformer", modeling_siglip2.Siglip2VisionModel)  # 4.57: inside
-TOWERS: dict[type[nn.Module], type[PackedTower]] = {_SIGLIP2: Siglip2PackedVisionTower}
+TOWERS: dict[type[nn.Module], type[PackedTower]] = {_SIGLIP2: Siglip2PackedVisionTower, **IMAGE_TOWERS}
 """What stands in the place of which class of transformers."""
 
 
 def replace_vision_tower(model: nn.Module, *, cuda_graphs: bool = False) -> dict[str, PackedTower]:
-    """Puts the packed tower in the place of every SigLIP2 NaFlex tower of transformers in a model.
+    """Puts the packed tower in the place of transformers' in a model: of SigLIP2 NaFlex, of SigLIP at a fixed size (in
+    PaliGemma, Gemma 3, LLaVA-OneVision), of Idefics3, of SmolVLM. Of every one, if there are several.
 
     Parameters are moved, not copied: the same objects under the same names, in the same order, with the same dtype,
     device and `requires_grad`, so that optimisers, adapters, quantised weights, device maps and files go on as before.

@@ -85,7 +85,7 @@ TEXT = dict(
 def vlm(name):
     """A model with a tower inside, and the tower."""
     config, model, text, vision, more = VLMS[name]
-    kind = {} if config is SiglipConfig else {"model_type": text}
+    kind = {"projection_size": 64} if config is SiglipConfig else {"model_type": text}
     built = made(lambda: model(config(vision_config=vision, text_config={**TEXT, **kind}, **more)))
     inner = getattr(built, "model", built)
     found = getattr(inner, "vision_tower", None) or getattr(inner, "visual", None) or inner.vision_model
