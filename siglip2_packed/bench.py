@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import Siglip2VisionConfig
 
 from siglip2_packed.flags import pick_device
+from siglip2_packed.kinds import position_mode
 from siglip2_packed.measure import PEAK_TFLOPS, Rows, card_name, check_rate, cpu_name, relative_error
 from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.positions import ANTIALIASED
 from siglip2_packed.packing import PackedPatches, unpack
 from siglip2_packed.peers import PROVIDERS, Packed, Padded
 from siglip2_packed.random_checkpoint import randomize
@@ -402,6 +404,8 @@ def weights(ckpt: str | None, shape: str, device: torch.device | str) -> tuple[S
     if ckpt is not None:
         say(f"reading {ckpt}")
         model = Siglip2PackedVisionModel.from_pretrained(ckpt, vision_use_head=False, dtype="float32")
+        if position_mode(model.config) != ANTIALIASED:
+            raise ValueError(f"{ckpt!r} is no NaFlex tower, which is what bench has other encoders of")
     else:
         say(f"making random weights: {shape}")
         config = Siglip2VisionConfig(**SHAPES[shape], vision_use_head=False)

@@ -28,6 +28,13 @@ logger = logging.getLogger("siglip2_packed")
 
 PATCH_EMBEDDING = "embeddings.patch_embedding.weight"
 LINEAR = re.compile(r".*(patch_embedding|_proj|fc1|fc2)\._?weight.*")
+DIFFUSERS = (  # names in what transformers 5 saves of Cosmos3 Edge, and ours
+    (".self_attn.to_q.", ".self_attn.q_proj."),
+    (".self_attn.to_k.", ".self_attn.k_proj."),
+    (".self_attn.to_v.", ".self_attn.v_proj."),
+    (".mlp.up_proj.", ".mlp.fc1."),
+    (".mlp.down_proj.", ".mlp.fc2."),
+)
 TORCHAO = "embeddings.patch_embedding._weight_qdata"  # torchao writes the parts of its weights
 
 
@@ -89,6 +96,10 @@ def _read(files: dict[Path, list[str]], prefix: str) -> dict[str, Tensor]:
             for key in keys:
                 name = key.removeprefix(prefix)
                 if key.startswith(prefix) and name.startswith(("embeddings.", "encoder.", "post_layernorm.", "head.")):
+                    for theirs, ours in DIFFUSERS:
+                        name = name.replace(theirs, ours)
+                    if name in state:
+                        raise ValueError(f"{path}: {key} is there under another name, too, as {prefix}{name}")
                     state[name] = file.get_tensor(key)
     return state
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from relative_models import EXACT_BUCKETS, IMAGES, SIDE, TOWERS, VLMS, pictures, run, tower, vlm
+from checkpoint_copies import same
+from relative_models import EXACT_BUCKETS, IMAGES, SIDE, TEXT, TOWERS, VLMS, made, pictures, run, tower, vlm
 
 from siglip2_packed import NoPoolingHead, Siglip2PackedVisionModel, convert_to_packing_format
 from siglip2_packed.measure import relative_error
@@ -85,8 +86,7 @@ def test_the_tower_inside_a_model_loads_from_its_folder(tmp_path, name, shards):
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == shards
     ours = load(tmp_path)
     expected = inside.state_dict()
-    assert ours.state_dict().keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.state_dict().items())
+    assert same(ours.state_dict(), expected)
     if name == "lfm2_vl":
         return
     side = ours.config.image_size // 4
@@ -94,3 +94,29 @@ def test_the_tower_inside_a_model_loads_from_its_folder(tmp_path, name, shards):
     if EXACT_BUCKETS or ours.embeddings.position_mode != "bucketed":
         theirs = torch.cat([run(inside, image, interpolate=False).last_hidden_state[0] for image in images])
         assert relative_error(ours(**packed(images)).last_hidden_state, theirs) <= BOUND
+
+
+def test_cosmos3_edges_tower_loads_from_its_folder(tmp_path):
+    """Rows are in raster order here, and come block by block there; fields that are its defaults are in no file."""
+    transformers = pytest.importorskip("transformers", minversion="5")
+    if not hasattr(transformers, "Cosmos3EdgeForConditionalGeneration"):
+        pytest.skip("this transformers has no Cosmos3 Edge")
+    text = {key: x for key, x in TEXT.items() if key != "pad_token_id"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, patch_size=4, num_patches=16)
+    config = transformers.Cosmos3EdgeConfig(text_config=text, vision_config=vision, projector_hidden_size=48)
+    model = made(lambda: transformers.Cosmos3EdgeForConditionalGeneration(config))
+    model.save_pretrained(tmp_path)
+    ours, inside = load(tmp_path), model.model.visual
+    assert ours.config.num_attention_heads == 16 and not hasattr(ours, "head")
+    assert same(ours.state_dict(), inside.state_dict())
+    grids = torch.tensor([(1, 4, 6), (1, 8, 2), (1, 2, 10)])
+    rows = torch.arange(len(grids) * 100)
+    blocks, first = [], 0
+    for _, h, w in grids.tolist():
+        image = rows[first : first + h * w].view(h // 2, 2, w // 2, 2)
+        blocks, first = [*blocks, image.transpose(1, 2).flatten()], first + h * w
+    order = torch.cat(blocks)
+    patches = torch.randn(len(order), 48, generator=torch.Generator().manual_seed(0))
+    expected = inside(patches[order], grids).last_hidden_state
+    assert relative_error(ours(patches, grids).last_hidden_state[order], expected) <= BOUND

@@ -23,8 +23,8 @@ LONGEST_PATH = 1 << 15
 UNSTEADY = "unsteady"
 """The stamp of what changed while it was read: no other is like it, not even itself."""
 TOWER = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels num_patches patch_size "
-    "hidden_act layer_norm_eps"
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size hidden_act "
+    "layer_norm_eps"
 ).split()
 
 
@@ -67,7 +67,10 @@ def versions() -> dict[str, str]:
 
 def tower(config: Any) -> dict[str, Any]:
     """What the computation takes from the configuration."""
-    return {name: getattr(config, name) for name in TOWER}
+    from siglip2_packed.kinds import num_patches, position_mode
+
+    fields = {name: getattr(config, name) for name in TOWER}
+    return {**fields, "num_patches": num_patches(config), "position_mode": position_mode(config)}
 
 
 def weights_digest(weights: Mapping[str, Tensor], threads: int = 1) -> str:
