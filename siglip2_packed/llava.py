@@ -22,8 +22,10 @@ from siglip2_packed import weights
 from siglip2_packed.configuration import layer_index, patch_dim, read_config
 from siglip2_packed.files import find_file
 from siglip2_packed.graphs import Graphs
+from siglip2_packed.kinds import position_mode
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.positions import ANTIALIASED
 from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import pad
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -91,7 +93,9 @@ class SigLip2NaflexVisionTower(nn.Module):
         select_layer = getattr(vision_tower_cfg, "mm_vision_select_layer", None)
         self.select_layer: int = -2 if select_layer is None else select_layer
         self.vision_tower_name = vision_tower
-        self.config, _ = read_config(vision_tower)
+        self.config, source = read_config(vision_tower)
+        if position_mode(self.config) != ANTIALIASED:
+            raise ValueError(f"{source}: position_mode is {position_mode(self.config)}, this tower is NaFlex's")
         layer_index(self.select_layer, self.config.num_hidden_layers)
         self.image_processor = _read_processor(vision_tower, self.config)
         self.register_load_state_dict_pre_hook(_receive_weights)

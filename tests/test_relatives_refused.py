@@ -1,6 +1,7 @@
 """Towers that only look like relatives, and images that a relative has no positions for, are refused by name."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from test_relatives import load, mode_of, packed
 from transformers import SiglipVisionConfig
 
-from siglip2_packed import NoPoolingHead, Siglip2PackedVisionModel
+from siglip2_packed import NoPoolingHead, SigLip2NaflexVisionTower, Siglip2PackedVisionModel, bench
 from siglip2_packed.measure import relative_error
 
 
@@ -120,6 +121,15 @@ def test_towers_of_another_computation_are_refused_by_what_they_do(folder, tmp_p
     config = {"model_type": "some_vlm", "vision_config": inner} if nested else inner
     with pytest.raises(ValueError, match=rf"has a tower with {what}, which this model does not compute; expected 'si"):
         load(copy_with(folder("siglip"), tmp_path / "x", config=config))
+
+
+@pytest.mark.parametrize("delay_load", [False, True])
+def test_what_resizes_images_as_naflex_does_takes_none_of_these(folder, delay_load):
+    for name, mode in (("siglip", "native"), ("smolvlm", "bucketed")):
+        with pytest.raises(ValueError, match=f"config.json: position_mode is {mode}, this tower is NaFlex's"):
+            SigLip2NaflexVisionTower(str(folder(name)), SimpleNamespace(), delay_load=delay_load)
+        with pytest.raises(ValueError, match="is no NaFlex tower, which is what bench has other encoders of"):
+            bench.weights(str(folder(name)), "tiny", "cpu")
 
 
 def test_two_towers_are_listed(folder, tmp_path):
