@@ -17,7 +17,7 @@ from siglip2_packed.ops.positions import ANTIALIASED
 
 NAFLEX = "siglip2_vision_model"
 COSMOS = "cosmos3_edge_vision"
-"""NaFlex's tower without a head, under a name of its own, whose files leave out what is as in `COSMOS_DEFAULTS`."""
+"""NaFlex's tower without a head, under a name of its own and with other defaults."""
 COSMOS_DEFAULTS = {
     "hidden_size": 1152,
     "intermediate_size": 4304,

@@ -1,8 +1,10 @@
 """SigLIP's fixed-size tower and those made of it: checkpoints load as they are, and give transformers' features."""
 
+import json
+
 import pytest
 import torch
-from checkpoint_copies import same
+from checkpoint_copies import read_json, same
 from relative_models import EXACT_BUCKETS, IMAGES, SIDE, TEXT, TOWERS, VLMS, made, pictures, run, tower, vlm
 
 from siglip2_packed import NoPoolingHead, Siglip2PackedVisionModel, convert_to_packing_format
@@ -97,7 +99,7 @@ def test_the_tower_inside_a_model_loads_from_its_folder(tmp_path, name, shards):
 
 
 def test_cosmos3_edges_tower_loads_from_its_folder(tmp_path):
-    """Rows are in raster order here, and come block by block there; fields that are its defaults are in no file."""
+    """Rows are in raster order here, and come block by block there."""
     transformers = pytest.importorskip("transformers", minversion="5")
     if not hasattr(transformers, "Cosmos3EdgeForConditionalGeneration"):
         pytest.skip("this transformers has no Cosmos3 Edge")
@@ -107,6 +109,9 @@ def test_cosmos3_edges_tower_loads_from_its_folder(tmp_path):
     config = transformers.Cosmos3EdgeConfig(text_config=text, vision_config=vision, projector_hidden_size=48)
     model = made(lambda: transformers.Cosmos3EdgeForConditionalGeneration(config))
     model.save_pretrained(tmp_path)
+    written = read_json(tmp_path)
+    assert written["vision_config"].pop("num_attention_heads") == 16  # its default, which a file need not have
+    (tmp_path / "config.json").write_text(json.dumps(written))
     ours, inside = load(tmp_path), model.model.visual
     assert ours.config.num_attention_heads == 16 and not hasattr(ours, "head")
     assert same(ours.state_dict(), inside.state_dict())
