@@ -1,4 +1,4 @@
-"""Small models of transformers with a SigLIP2 tower inside, random weights, and batches for them."""
+"""Small models of transformers with a SigLIP2 tower inside, random weights, batches for them, and what they give."""
 
 import functools
 import inspect
@@ -87,6 +87,31 @@ def vision(model, batch, **kwargs):
     if "pixel_attention_mask" not in inspect.signature(tower.forward).parameters:  # inside, in transformers 4
         batch = {name.removeprefix("pixel_") if "mask" in name else name: x for name, x in batch.items()}
     return tower(**batch, **kwargs)
+
+
+BOUND = 2e-5
+
+
+def relative(found, expected):
+    """NaN is not below any bound."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def step(model, batch):
+    """Logits, and the gradients of what learns."""
+    model.zero_grad()
+    logits = model(**batch).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()).sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(found, expected, bound=BOUND):
+    (logits, gradients), (e_logits, e_gradients) = found, expected
+    assert relative(logits, e_logits) <= bound
+    assert gradients.keys() == e_gradients.keys() and gradients
+    largest = max(g.norm() for g in e_gradients.values())
+    for name, gradient in e_gradients.items():
+        assert (gradients[name] - gradient).norm() <= bound * max(gradient.norm(), 1e-3 * largest), name
 
 
 def packed_tower(model):
