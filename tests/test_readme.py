@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from siglip2_packed import (
+    PackedPatches,
     Siglip2NaflexPacking,
     Siglip2PackedImageProcessor,
     Siglip2PackedVisionModel,
@@ -99,6 +100,27 @@ def test_the_tower_has_its_own_learning_rate():
         for part, lr in (("vision_tower", 2e-6), ("mm_projector", 1e-5))
         for name in ("weight", "bias")
     }
+
+
+def test_a_tower_is_replaced_and_put_back(checkpoint):
+    from transformers import AutoModel
+
+    model = torch.nn.ModuleDict({"tower": AutoModel.from_pretrained(checkpoint("tiny"))})
+    before = list(model.modules())
+    scope = {"model": model}
+    exec(example("<!-- other people's models -->"), scope)
+    assert len(scope["towers"]) == 1 and list(model.modules()) == before
+
+
+def test_a_model_is_exported(checkpoint, monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    packed = PackedPatches(torch.zeros(6, 48), [(1, 2, 3)])
+    scope = dict(torch=torch, model=Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).eval(), packed=packed)
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *args, **kwargs: None)  # takes a minute
+    exec(example("### Export\n"), scope)
+    assert scope["tokens"].shape == (6, 64) and scope["pooled"].shape == (1, 64)
+    assert (tmp_path / "siglip2.onnx").exists()
 
 
 def test_tables_are_those_of_the_committed_results(monkeypatch):
