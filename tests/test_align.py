@@ -176,12 +176,12 @@ def plant(monkeypatch, change):
 
 def swap_positions(monkeypatch):
     resize = positions.resize_positions
-    swapped = lambda table, grids, ids: resize(table, [(t, w, h) for t, h, w in grids], ids)  # noqa: E731
+    swapped = lambda table, grids, *more: resize(table, [(t, w, h) for t, h, w in grids], *more)  # noqa: E731
     monkeypatch.setattr(positions, "resize_positions", swapped)
 
 
 def no_antialias(monkeypatch):
-    def resize(table, grids, ids):
+    def resize(table, grids, ids, mode):
         side = math.isqrt(len(table))
         image = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
         sizes = [(h, w) for _, h, w in grids]
