@@ -30,8 +30,10 @@ from siglip2_packed import plain
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer
+from siglip2_packed.kinds import NAFLEX, kind_of, position_mode
 from siglip2_packed.layout import make_layout
 from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.positions import ANTIALIASED
 from siglip2_packed.packing import PackedPatches, check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 from siglip2_packed.quantized import FLOATING
@@ -265,9 +267,9 @@ def check_exportable(model: nn.Module) -> None:
             f"only a Siglip2PackedVisionModel can be exported, got {type(model).__name__}: give the model within, "
             "neither wrapped nor sharded"
         )
-    mode = getattr(model.config, "position_mode", "bilinear_antialias")
-    if mode != "bilinear_antialias":
-        raise ValueError(f"{mode} positions cannot be exported, only bilinear_antialias")
+    tower, mode = model.config.model_type, position_mode(model.config)
+    if mode != ANTIALIASED or kind_of(tower).convolution:
+        raise ValueError(f"{tower} with {mode} positions cannot be exported, only {NAFLEX} with {ANTIALIASED} ones")
     for name, module, kind in _arithmetic(model):
         if type(module) is not kind:
             raise ValueError(f"{name} is {type(module).__name__}, which cannot be exported, only {kind.__name__}")

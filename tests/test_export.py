@@ -6,6 +6,7 @@ import shutil
 import textwrap
 
 import pytest
+import relative_models
 import torch
 from torch import nn
 
@@ -235,10 +236,19 @@ REFUSED = {
     replaced_forward: r"encoder.layers.1 \(Siglip2PackedEncoderLayer\) has hooks or a forward of its own",
     float8: "encoder is Float8Encoder",
     another_layer: "encoder.layers.0 is Wrapper",
-    half_quantised: r"encoder.layers.0.self_attn.q_proj \(Linear\) is quantised",
+    half_quantised: r"encoder.layers.0.self_attn.k_proj \(Linear\) is quantised",
     integers: "encoder.layers.1.mlp.fc1.weight is Parameter of torch.int8",
     training: r"encoder.layers.1 \(Siglip2PackedEncoderLayer\) is in training mode",
 }
+
+
+@pytest.mark.parametrize("name", relative_models.TOWERS)
+def test_towers_of_other_positions_say_so(tmp_path, pack, name):
+    relative_models.tower(name).save_pretrained(tmp_path)
+    for kwargs in ({}, {"position_mode": "bicubic"}, {"position_mode": "bilinear_antialias"}):
+        for packed in (None, pack("13x19")):
+            with pytest.raises(ValueError, match=r"vision.* with \w+ positions cannot be exported"):
+                export(load(tmp_path, **kwargs), packed)
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
