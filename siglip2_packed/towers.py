@@ -107,6 +107,7 @@ class PackedTower(Siglip2PackedVisionModel):
         others: Mapping[str, Any],
     ) -> ModelOutput | tuple:
         """A pack `[T, P]`, as `Siglip2PackedVisionModel` takes it."""
+        self.check(self, "")
         return super().forward(
             pixel_values,
             grid_thw,
@@ -127,6 +128,7 @@ class PackedTower(Siglip2PackedVisionModel):
         return_dict: bool | None,
     ) -> ModelOutput | tuple:
         """What a caller of transformers' tower reads, `[N, longest, D]`, of the pack `[T, P]` that his images are."""
+        self.check(self, "")  # an adapter may have come since
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_states = asked is not None and asked is not False
         out: Any = super().forward(

@@ -62,6 +62,12 @@ def test_an_adapter_that_transformers_passes_over_is_refused():
         pytest.skip("PEFT adapts nn.MultiheadAttention otherwise")
     with pytest.raises(ValueError, match=r"head.attention.out_proj is Linear of an adapter"):
         replace_vision_tower(wrapped)
+    later = siglip2()
+    (packed,) = replace_vision_tower(later).values()
+    adapted(later, target_modules=["q_proj", "out_proj"])
+    for call in (lambda: vision(later, images(ODD)), lambda: packed(torch.randn(6, 48), grid_thw=[[1, 2, 3]])):
+        with pytest.raises(ValueError, match=r"head.attention.out_proj is Linear of an adapter"):
+            call()
 
 
 def test_a_saved_module_around_the_head_is_refused():
