@@ -95,9 +95,14 @@ class Siglip2PackedEmbeddings(nn.Module):
 
 
 def made_to_require_grad(module: nn.Module) -> bool:
-    """Whether `enable_input_require_grads`, transformers' or PEFT's, hung its hook here, as it does on all of a VLM.
+    """Whether a hook sees to it that what the module gives requires a gradient.
 
-    It is there for layers that learn under reentrant checkpointing; a frozen tower would keep all its activations.
+    `enable_input_require_grads` hangs it on all of a VLM, for layers that learn under reentrant checkpointing; a frozen
+    tower would keep all its activations.
     """
-    hooks = module._forward_hooks.values()
-    return any(getattr(hook, "__name__", "").startswith("make_inputs_require_grad") for hook in hooks)
+    return any(map(makes_inputs_require_grad, module._forward_hooks.values()))
+
+
+def makes_inputs_require_grad(hook: Any) -> bool:
+    """Whether it is that of `enable_input_require_grads`, transformers' or PEFT's."""
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")

@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
+from siglip2_packed.embeddings import makes_inputs_require_grad
+
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -91,12 +93,17 @@ def _pairs(source: nn.Module, target: nn.Module, twins: Twins, name: str) -> Ite
 def _check_hooks(module: nn.Module, name: str) -> None:
     """ValueError for hooks, which a twin would show other tensors: packed rows instead of padded ones, or back."""
     tables = (vars(module)[table].values() for table in (*HOOKS, "_load_state_dict_pre_hooks"))
-    for hook in filter(callable, itertools.chain.from_iterable(tables)):
-        if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":  # idle where nobody asks for it
-            raise ValueError(
-                f"{name} has a hook, {getattr(hook, '__qualname__', hook)}, which would see other tensors in the "
-                "module that takes its place: remove it, and hang it there later"
-            )
+    for hook in itertools.filterfalse(_is_idle, filter(callable, itertools.chain.from_iterable(tables))):
+        raise ValueError(
+            f"{name} has a hook, {getattr(hook, '__qualname__', hook)}, which would see other tensors in the module "
+            "that takes its place: remove it, and hang it there later"
+        )
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether its module keeps it and its twin needs none: what records outputs for those who ask for them, and what
+    reentrant checkpointing, which there is not in ours, wants."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing" or makes_inputs_require_grad(hook)
 
 
 def _check_call(module: nn.Module, name: str) -> None:

@@ -24,7 +24,7 @@ from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLay
 from siglip2_packed.handover import Twins
 from siglip2_packed.kinds import num_patches
 from siglip2_packed.layout import to_host
-from siglip2_packed.packing import convert_to_packing_format
+from siglip2_packed.packing import patchify
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 from siglip2_packed.towers import PackedTower
 
@@ -49,7 +49,7 @@ class PackedImageTower(PackedTower):
         """`[N, C, H, W]` -> `last_hidden_state [N, h·w, D]`, hidden states of that form, and `pooler_output [N, D]`."""
         h, w = self._grid(images)
         patch: Any = self.config.patch_size
-        pixel_values, _ = convert_to_packing_format(images[..., : h * patch, : w * patch], patch)
+        pixel_values = patchify(images[..., : h * patch, : w * patch], patch)
         grids = [(1, h, w)] * len(images)
         return self.run(pixel_values, grids, h * w, output_hidden_states, output_attentions, return_dict)
 

@@ -168,9 +168,13 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
     n, _, height, width = images.shape
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"image size {height}x{width} is not a multiple of patch_size {patch_size}")
-    patches = rearrange(images, "n c (h py) (w px) -> (n h w) (py px c)", py=patch_size, px=patch_size)
     grid = [[1, height // patch_size, width // patch_size]]
-    return patches, torch.tensor(grid, dtype=torch.long, device=images.device).repeat(n, 1)
+    return patchify(images, patch_size), torch.tensor(grid, dtype=torch.long, device=images.device).repeat(n, 1)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """`[N, C, H, W]`, multiples of `patch_size` -> `[N·h·w, P]`; waits for no device."""
+    return rearrange(images, "n c (h py) (w px) -> (n h w) (py px c)", py=patch_size, px=patch_size)
 
 
 GridLike: TypeAlias = Tensor | np.ndarray | Sequence[Sequence[int]]

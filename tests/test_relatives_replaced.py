@@ -203,3 +203,34 @@ def test_a_frozen_tower_that_is_made_to_require_gradients_keeps_nothing():
     (image,) = pictures([(SIDE, SIDE)])
     out = ours(image).last_hidden_state
     assert not out.requires_grad and relative_error(out, run(expected, image, False).last_hidden_state) <= BOUND
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointing_that_the_model_turned_on_before(name, reentrant):
+    """And made the tower's embeddings require gradients for."""
+    model, _ = vlm(name)
+    expected, gradients = outcome(name, model.train())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    ((_, ours),) = replace_vision_tower(model).items()
+    calls = []
+    handle = ours.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    found, ours_gradients = outcome(name, model)
+    handle.remove()
+    assert len(calls) == 2 and relative_error(found, expected) <= BOUND
+    largest = max(g.norm() for g in gradients.values())
+    assert ours_gradients.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        assert (ours_gradients[key] - gradient).norm() <= 3e-5 * max(gradient.norm(), 1e-2 * largest), key
+    restore_vision_tower(model)
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_nothing_is_made_on_the_images_device(monkeypatch):
+    """Which would wait for all that it has to do."""
+    _, ours = replaced("siglip")
+    (image,) = pictures([(SIDE, SIDE)])
+    monkeypatch.setattr(torch, "tensor", None)
+    ours(image)
