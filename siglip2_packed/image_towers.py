@@ -55,10 +55,14 @@ class PackedImageTower(PackedTower):
 
     def _grid(self, images: Any) -> tuple[int, int]:
         """h and w; what is left of a patch at the right and at the bottom is none, as in a convolution."""
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            got = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"pixel_values must be [N, C, H, W], got {got}; a pack [T, P] comes with its grid_thw")
         patch: Any = self.config.patch_size
+        channels = self.config.num_channels
+        tensor = isinstance(images, Tensor)
+        if not (tensor and images.ndim == 4 and images.shape[1] == channels and min(images.shape[2:]) >= patch):
+            raise ValueError(
+                f"pixel_values must be [N, {channels}, H, W] of at least {patch}x{patch} pixels, got "
+                f"{list(images.shape) if tensor else type(images).__name__}; a pack [T, P] comes with its grid_thw"
+            )
         return images.shape[2] // patch, images.shape[3] // patch
 
 

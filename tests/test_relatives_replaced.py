@@ -208,11 +208,10 @@ def test_a_frozen_tower_that_is_made_to_require_gradients_keeps_nothing():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_checkpointing_that_the_model_turned_on_before(name, reentrant):
-    """And made the tower's embeddings require gradients for."""
+    """transformers 5 then makes the embeddings of all that is inside require gradients."""
     model, _ = vlm(name)
     expected, gradients = outcome(name, model.train())
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
     hooks = [len(module._forward_hooks) for module in model.modules()]
     ((_, ours),) = replace_vision_tower(model).items()
     calls = []
@@ -226,6 +225,13 @@ def test_checkpointing_that_the_model_turned_on_before(name, reentrant):
         assert (ours_gradients[key] - gradient).norm() <= 3e-5 * max(gradient.norm(), 1e-2 * largest), key
     restore_vision_tower(model)
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 28, 28), (1, 4, 28, 28), (1, 3, 3, 28), (3, 28, 28)])
+def test_what_is_no_image_of_the_towers_is_told_as_it_came(shape):
+    _, ours = replaced("siglip")
+    with pytest.raises(ValueError, match=rf"must be \[N, 3, H, W\] of at least 4x4 pixels, got \[{str(shape)[1:-1]}\]"):
+        ours(torch.zeros(shape))
 
 
 def test_nothing_is_made_on_the_images_device(monkeypatch):
