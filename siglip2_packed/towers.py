@@ -18,12 +18,13 @@ from transformers import Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.siglip2 import modeling_siglip2
 
-from siglip2_packed.attention import Siglip2PackedAttention, attention_name
+from siglip2_packed.attention import Siglip2PackedAttention, attention_name, head_dim
 from siglip2_packed.checkpoints import not_partitioned
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer, Siglip2PackedMLP
 from siglip2_packed.handover import HOOKS, Twins, hand_over
+from siglip2_packed.kinds import num_patches
 from siglip2_packed.layout import Grid, to_host
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
@@ -53,6 +54,7 @@ class PackedTower(Siglip2PackedVisionModel):
         cls.check(original, name)
         with torch.device("meta"), not_partitioned():
             tower = cls(cls.config_of(original))
+        _check_settings(original, name or "the model")
         hand_over(original, tower, cls.twins, name)
         own = vars(tower)
         own |= {key: vars(original)[key] for key in HOOKS}  # what is hung on one, or removed, is so on the other
@@ -94,8 +96,11 @@ class PackedTower(Siglip2PackedVisionModel):
         self.check(self, name)
         hand_over(self, original, {theirs: ours for ours, theirs in self.twins.items()}, name)
         original._is_full_backward_hook = self._is_full_backward_hook
-        self.config._attn_implementation = str(self.config._attn_implementation)  # a name that transformers knows
         return original  # type: ignore[no-any-return]
+
+    def leave_place(self) -> None:
+        """From now on the configuration has a name that is transformers'."""
+        self.config._attn_implementation = str(self.config._attn_implementation)
 
     def packed(
         self,
@@ -201,6 +206,20 @@ class Siglip2PackedVisionTower(PackedTower):
         pack = _pack(pixel_values, mask, spatial_shapes, patch_dim(self.config))
         longest = pixel_values.shape[1]
         return self.run(pack.pixel_values, pack.grids, longest, output_hidden_states, output_attentions, return_dict)
+
+
+def _check_settings(tower: Any, name: str) -> None:
+    """ValueError for what its modules compute otherwise than its configuration says."""
+    entries = num_patches(tower.config)
+    found = getattr(tower.embeddings.position_embedding, "num_embeddings", entries)
+    if found != entries:
+        raise ValueError(f"{name}: embeddings.position_embedding has {found} entries, its configuration says {entries}")
+    for number, layer in enumerate(tower.encoder.layers):
+        attention = getattr(layer, "self_attn", None)
+        for setting, expected in {"scale": head_dim(tower.config) ** -0.5, "dropout": 0}.items():
+            value = getattr(attention, setting, expected)
+            if value != expected:
+                raise ValueError(f"{name}: encoder.layers.{number}.self_attn.{setting} is {value}, expected {expected}")
 
 
 @torch.compiler.disable

@@ -64,7 +64,8 @@ def restore_vision_tower(model: nn.Module) -> dict[str, nn.Module]:
         Them, by their names in the model.
 
     Raises:
-        ValueError: no replaced tower; weights that have been sharded, or modules that have been wrapped, since.
+        ValueError: no replaced tower; weights that have been sharded, or modules that have been wrapped, since. Nothing
+            has changed then.
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, PackedTower) and m.original}
     if not found:
@@ -74,6 +75,7 @@ def restore_vision_tower(model: nn.Module) -> dict[str, nn.Module]:
         _check_wrapper(model, tower, name)
     originals = {name: tower.give_back(name) for name, tower in found.items()}
     for name, tower in found.items():
+        tower.leave_place()
         _put(model, tower, originals[name])
     return originals
 

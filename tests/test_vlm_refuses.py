@@ -7,6 +7,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import CLIPVisionConfig, CLIPVisionModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
 from vlm_models import ODD, images, lfm2_vl, packed_tower, siglip2, tower, vision
 
+from siglip2_packed.attention import requested_attention
 from siglip2_packed.vlm import TOWERS, replace_vision_tower, restore_vision_tower
 
 SMALL = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
@@ -122,6 +123,21 @@ def dropout(model):
     return "attention_dropout 0.1 is not supported"
 
 
+def dropout_of_one(model):
+    layer(model).self_attn.dropout = 0.1
+    return r"encoder.layers.1.self_attn.dropout is 0.1, expected 0"
+
+
+def another_scale(model):
+    layer(model).self_attn.scale *= 2
+    return r"encoder.layers.1.self_attn.scale is 0.5, expected 0.25"
+
+
+def another_table(model):
+    model.vision_model.embeddings.position_embedding = nn.Embedding(81, 64)
+    return r"position_embedding has 81 entries, its configuration says 16"
+
+
 def unknown_attention(model):
     model.config.vision_config._attn_implementation_internal = "flex_attention"
     return "unknown attn_implementation 'flex_attention'"
@@ -129,7 +145,8 @@ def unknown_attention(model):
 
 CHANGES = [
     hook, backward_hook, state_hook, own_forward, compiled_layer, compiled_tower, wrapped, another_class, more_modules,
-    more_parameters, pruned, no_bias, other_computation, dropout, unknown_attention,
+    more_parameters, pruned, no_bias, other_computation, dropout, dropout_of_one,
+    another_scale, another_table, unknown_attention,
 ]  # fmt: skip
 
 
@@ -154,6 +171,15 @@ def test_nor_is_it_given_back(change):
     with pytest.raises(ValueError, match=message.replace("Siglip2EncoderLayer", "Siglip2PackedEncoderLayer")):
         restore_vision_tower(model)
     assert packed_tower(model) is packed
+
+
+def test_towers_before_one_that_is_not_given_back_stay_as_they_were():
+    model = nn.ModuleDict({"first": lfm2_vl(), "other": siglip2()})
+    first, _ = replace_vision_tower(model).values()
+    hook(model["other"])
+    with pytest.raises(ValueError, match="has a hook"):
+        restore_vision_tower(model)
+    assert requested_attention(first.config) == "auto"
 
 
 def test_what_transformers_captures_outputs_with_is_no_reason():
