@@ -37,6 +37,7 @@ from siglip2_packed.ops.positions import ANTIALIASED
 from siglip2_packed.packing import PackedPatches, check_patches
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 from siglip2_packed.quantized import FLOATING
+from siglip2_packed.towers import Siglip2PackedVisionTower
 
 INPUTS = {"pixel_values": "patches", "grid_thw": "images", "seqlens": "segments"}
 """Their names, and what their first dimensions count."""
@@ -51,7 +52,7 @@ def export(
     """The model as one graph: `(last_hidden_state [T, D], pooler_output [N, D])`, the first alone without a head.
 
     Args:
-        model: in eval mode. Adapters are exported as they compute.
+        model: in eval mode; a tower that `replace_vision_tower` gave back, too. Adapters are exported as they compute.
         packed: the graph is for packs laid out as this one (`PackedPatches`), and takes their `pixel_values`.
             None: for any pack, as `export_inputs` gives it; attention then pads every segment to the longest.
         strict: as `torch.export.export` takes it.
@@ -262,7 +263,7 @@ def position_weights(index: Tensor, target: Tensor, side: int) -> Tensor:
 
 def check_exportable(model: nn.Module) -> None:
     """Raises ValueError, with the name of the module, for what the graph would compute otherwise than the model."""
-    if type(model) is not Siglip2PackedVisionModel:
+    if type(model) not in (Siglip2PackedVisionModel, Siglip2PackedVisionTower):
         raise ValueError(
             f"only a Siglip2PackedVisionModel can be exported, got {type(model).__name__}: give the model within, "
             "neither wrapped nor sharded"

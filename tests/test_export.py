@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import relative_models
 import torch
+import vlm_models
 from torch import nn
 
 import kernels_ref
@@ -15,6 +16,7 @@ from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, fp8
 from siglip2_packed.export import export, export_inputs, export_onnx, position_weights
 from siglip2_packed.measure import relative_error
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
+from siglip2_packed.vlm import replace_vision_tower
 
 PACKS = {
     "three shapes": [(1, 13, 19), (1, 8, 32), (1, 1, 40)],
@@ -257,6 +259,12 @@ def test_what_cannot_be_exported_says_so(ckpt, spoil):
     spoil(model)
     with pytest.raises(ValueError, match=REFUSED[spoil]):
         export(model)
+
+
+def test_a_replaced_tower_is_exported_as_the_model_that_it_is(pack):
+    holder = nn.ModuleDict({"tower": vlm_models.tower("tiny72")})
+    (replaced,) = replace_vision_tower(holder).values()
+    check(export(replaced).module()(**export_inputs(pack("13x19"))), expected(replaced, pack("13x19")))
 
 
 def test_wrappers_are_named(model, tower):
