@@ -162,10 +162,11 @@ class Encoder(nn.Module):
         """
         _, h, w = grid_thw[images.of_row].unbind(1)
         patch = images.step_of_row % (h * w)
-        entries = self.model.config.num_patches
-        side = int(entries**0.5)
+        embedding: Any = self.model.embeddings.position_embedding
+        entries = embedding.weight.shape[0]
+        side = math.isqrt(entries)
         of_row, of_column = position_weights(patch // w, h, side), position_weights(patch % w, w, side)
-        table = self.model.embeddings.position_embedding(torch.arange(entries, device=grid_thw.device))
+        table = embedding(torch.arange(entries, device=grid_thw.device))
         return (of_row[:, :, None] * of_column[:, None, :]).flatten(1) @ table.float()
 
 
@@ -261,7 +262,7 @@ def position_weights(index: Tensor, target: Tensor, side: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def check_exportable(model: nn.Module) -> None:
+def check_exportable(model: Any) -> None:
     """Raises ValueError, with the name of the module, for what the graph would compute otherwise than the model."""
     if type(model) not in (Siglip2PackedVisionModel, Siglip2PackedVisionTower):
         raise ValueError(

@@ -267,6 +267,18 @@ def test_a_replaced_tower_is_exported_as_the_model_that_it_is(pack):
     check(export(replaced).module()(**export_inputs(pack("13x19"))), expected(replaced, pack("13x19")))
 
 
+def test_a_table_of_another_size_is_exported_as_the_model_resizes_it(ckpt, pack):
+    model, packed = load(ckpt, num_hidden_layers=1), pack("13x19")
+    model.embeddings.position_embedding = nn.Embedding(81, model.config.hidden_size).eval()
+    with torch.no_grad():
+        reference = model(**packed).last_hidden_state
+    for features in (
+        export(model).module()(**export_inputs(packed)),
+        export(model, packed).module()(pixel_values=packed["pixel_values"]),
+    ):
+        assert relative_error(features[0], reference) <= BOUND
+
+
 def test_wrappers_are_named(model, tower):
     for other in (tower, nn.Sequential(model)):
         with pytest.raises(ValueError, match=f"got {type(other).__name__}"):
