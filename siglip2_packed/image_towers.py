@@ -1,6 +1,7 @@
-"""The packed tower in the place of those of transformers' that take images `[N, C, H, W]`: all of one size in a call.
+"""The packed tower in the place of those of transformers' that take images `[N, C, H, W]`: of one size in a call, or in
+Idefics2 of several, padded to one.
 
-Shapes: N images, h and w patches of each, T = N·h·w, D hidden size.
+Shapes: N images, h and w patches of each, padding included, T patches of all of them without it, D hidden size.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.idefics2 import modeling_idefics2
 from transformers.models.idefics3 import modeling_idefics3
 from transformers.models.siglip import modeling_siglip
 from transformers.models.smolvlm import modeling_smolvlm
@@ -24,6 +27,7 @@ from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLay
 from siglip2_packed.handover import Twins
 from siglip2_packed.kinds import num_patches
 from siglip2_packed.layout import to_host
+from siglip2_packed.ops.runtime.transfer import to_device
 from siglip2_packed.packing import patchify
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 from siglip2_packed.towers import PackedTower
@@ -43,15 +47,33 @@ def _twins(module: ModuleType, *names: str) -> Twins:
 
 
 class PackedImageTower(PackedTower):
+    @torch.compiler.disable(recursive=False)  # as the model's
     def _encoded(
-        self, images: Tensor, output_hidden_states: Any, output_attentions: bool | None, return_dict: bool | None
+        self,
+        images: Tensor,
+        marks: np.ndarray,
+        output_hidden_states: Any,
+        output_attentions: bool | None,
+        return_dict: bool | None,
     ) -> ModelOutput | tuple:
-        """`[N, C, H, W]` -> `last_hidden_state [N, h·w, D]`, hidden states of that form, and `pooler_output [N, D]`."""
-        h, w = self._grid(images)
+        """`[N, C, H, W]` -> `last_hidden_state [N, h·w, D]`, hidden states of that form, and `pooler_output [N, D]`.
+
+        marks: `[N, h, w]` booleans, true at an image's own patches, a rectangle at the top left.
+        """
+        n, h, w = marks.shape
         patch: Any = self.config.patch_size
         pixel_values = patchify(images[..., : h * patch, : w * patch], patch)
-        grids = [(1, h, w)] * len(images)
-        return self.run(pixel_values, grids, h * w, output_hidden_states, output_attentions, return_dict)
+        if not marks.all():
+            own = to_device(torch.from_numpy(np.flatnonzero(marks)), images.device)
+            pixel_values = pixel_values.index_select(0, own)
+        grids = [(1, int(m[:, 0].sum()), int(m[0].sum())) for m in marks]
+        marks = marks.reshape(n, h * w)
+        return self.run(pixel_values, grids, marks, output_hidden_states, output_attentions, return_dict)
+
+    def _marks(self, images: Any) -> np.ndarray:
+        """Those of images without padding."""
+        h, w = self._grid(images)
+        return np.ones((len(images), h, w), dtype=bool)
 
     def _grid(self, images: Any) -> tuple[int, int]:
         """h and w; what is left of a patch at the right and at the bottom is none, as in a convolution."""
@@ -115,12 +137,18 @@ class SiglipPackedVisionTower(PackedImageTower):
                 f"pixel_values have {h}x{w} patches, the position table {side}x{side}: pass "
                 "interpolate_pos_encoding=True"
             )
-        return self._encoded(pixel_values, output_hidden_states, output_attentions, return_dict)
+        marks = self._marks(pixel_values)
+        return self._encoded(pixel_values, marks, output_hidden_states, output_attentions, return_dict)
 
 
 class IdeficsPackedVisionTower(PackedImageTower):
-    """In the place of Idefics3's tower."""
+    """In the place of Idefics3's tower.
 
+    Attributes:
+        padding: whether images may have some. What is behind the tower must not read it, as it comes back as zeros.
+    """
+
+    padding = False
     twins = _twins(
         modeling_idefics3,
         "Idefics3VisionEmbeddings",
@@ -156,16 +184,31 @@ class IdeficsPackedVisionTower(PackedImageTower):
         """As transformers' tower; a pack (`tower(**packed)`) as `Siglip2PackedVisionModel`.
 
         Args:
-            patch_attention_mask: `[N, h, w]`, all of it true; None says so, too.
+            patch_attention_mask: `[N, h, w]`, true at an image's own patches; None: all are.
 
         Raises:
-            ValueError: a mask that leaves out patches; `output_attentions`.
+            ValueError: a mask that leaves out patches, where `padding` may not be; `output_attentions`.
         """
         if grid_thw is not None:
             return self.packed(pixel_values, grid_thw, output_hidden_states, output_attentions, return_dict, kwargs)
+        marks = self._marks(pixel_values)
         if patch_attention_mask is not None:
-            _check_mask(patch_attention_mask, (len(pixel_values), *self._grid(pixel_values)))
-        return self._encoded(pixel_values, output_hidden_states, output_attentions, return_dict)
+            marks = _read_mask(patch_attention_mask, marks.shape, self.padding)
+        return self._encoded(pixel_values, marks, output_hidden_states, output_attentions, return_dict)
+
+
+class Idefics2PackedVisionTower(IdeficsPackedVisionTower):
+    """In the place of Idefics2's tower, whose connector has padding masked."""
+
+    padding = True
+    twins = _twins(
+        modeling_idefics2,
+        "Idefics2VisionEmbeddings",
+        "Idefics2Encoder",
+        "Idefics2EncoderLayer",
+        "Idefics2VisionAttention",
+        "Idefics2VisionMLP",
+    )
 
 
 class SmolVLMPackedVisionTower(IdeficsPackedVisionTower):
@@ -182,18 +225,25 @@ class SmolVLMPackedVisionTower(IdeficsPackedVisionTower):
 
 
 @torch.compiler.disable
-def _check_mask(mask: Any, expected: tuple[int, int, int]) -> None:
-    """One device-to-host copy."""
-    (marks,) = to_host(patch_attention_mask=torch.as_tensor(mask).bool().long())
+def _read_mask(mask: Any, expected: tuple[int, ...], padding: bool) -> np.ndarray:
+    """`[N, h, w]` booleans, with one device-to-host copy."""
+    marks = to_host(patch_attention_mask=torch.as_tensor(mask).bool().long())[0].astype(bool)
     if marks.shape != expected:
         raise ValueError(f"patch_attention_mask is {list(marks.shape)}, pixel_values have {list(expected)} patches")
-    partial = next((i for i, image in enumerate(marks) if not image.all()), None)
-    if partial is not None:
-        raise ValueError(
-            f"patch_attention_mask: image {partial} has {marks[partial].sum()} of {marks[partial].size} patches. The "
-            "connector joins those beyond it with its own, and only transformers' tower computes them: give images "
-            "without padding (do_image_splitting=True; else, all of one size), or restore the tower"
-        )
+    for i, image in enumerate(marks):
+        if not padding and not image.all():
+            raise ValueError(
+                f"patch_attention_mask: image {i} has {image.sum()} of {image.size} patches. The connector joins those "
+                "beyond it with its own, and only transformers' tower computes them: give images without padding "
+                "(do_image_splitting=True; else, all of one size), or restore the tower"
+            )
+        h, w = image[:, 0].sum(), image[0].sum()
+        if not image[:h, :w].all() or image.sum() != h * w or not h:
+            raise ValueError(
+                f"patch_attention_mask: the {image.sum()} patches of image {i} are no rectangle at the top left: pad "
+                "images at the right and at the bottom, and leave out those that are nothing but padding"
+            )
+    return marks
 
 
 @cache
@@ -211,6 +261,7 @@ def _right_buckets(embeddings: Any, config: Any) -> bool:
 _SIGLIP = getattr(modeling_siglip, "SiglipVisionTransformer", modeling_siglip.SiglipVisionModel)  # 4.57: inside
 IMAGE_TOWERS: dict[type[nn.Module], type[PackedTower]] = {
     _SIGLIP: SiglipPackedVisionTower,
+    modeling_idefics2.Idefics2VisionTransformer: Idefics2PackedVisionTower,
     modeling_idefics3.Idefics3VisionTransformer: IdeficsPackedVisionTower,
     modeling_smolvlm.SmolVLMVisionTransformer: SmolVLMPackedVisionTower,
 }

@@ -127,12 +127,15 @@ class PackedTower(Siglip2PackedVisionModel):
         self,
         pixel_values: Tensor,
         grids: list[Grid],
-        longest: int,
+        marks: np.ndarray,
         output_hidden_states: Any,
         output_attentions: bool | None,
         return_dict: bool | None,
     ) -> ModelOutput | tuple:
-        """What a caller of transformers' tower reads, `[N, longest, D]`, of the pack `[T, P]` that his images are."""
+        """What a caller of transformers' tower reads, `[N, longest, D]`, of the pack `[T, P]` that his images are.
+
+        marks: `[N, longest]` booleans, true where the pack's rows go, in their order; the others are zeros.
+        """
         self.check(self, "")  # an adapter may have come since
         asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         wants_states = asked is not None and asked is not False
@@ -145,7 +148,7 @@ class PackedTower(Siglip2PackedVisionModel):
         )
 
         def pad(x: Tensor) -> Tensor:
-            return _pad(x, [h * w for _, h, w in grids], longest)
+            return _pad(x, marks)
 
         states: Any = None
         if wants_states:
@@ -204,8 +207,8 @@ class Siglip2PackedVisionTower(PackedTower):
             return self.packed(pixel_values, grid_thw, output_hidden_states, output_attentions, return_dict, kwargs)
         mask = attention_mask if pixel_attention_mask is None else pixel_attention_mask
         pack = _pack(pixel_values, mask, spatial_shapes, patch_dim(self.config))
-        longest = pixel_values.shape[1]
-        return self.run(pack.pixel_values, pack.grids, longest, output_hidden_states, output_attentions, return_dict)
+        marks = np.arange(pixel_values.shape[1]) < np.array(pack.counts)[:, None]
+        return self.run(pack.pixel_values, pack.grids, marks, output_hidden_states, output_attentions, return_dict)
 
 
 def _check_settings(tower: Any, name: str) -> None:
@@ -247,14 +250,12 @@ def _pack(pixel_values: Any, mask: Any, spatial_shapes: Any, patch_dim: int) -> 
 
 
 @torch.compiler.disable
-def _pad(rows: Tensor, counts: list[int], longest: int) -> Tensor:
-    """`[T, D]` -> `[N, longest, D]`, zeros beyond an image's own rows; no copy where there are none beyond."""
-    size = len(counts), longest, rows.shape[1]
-    if len(rows) == len(counts) * longest:
-        return rows.reshape(size)
-    places = [np.arange(count) + i * longest for i, count in enumerate(counts)]
-    index = to_device(torch.from_numpy(np.concatenate(places)), rows.device)
-    return rows.new_zeros(len(counts) * longest, rows.shape[1]).index_copy_(0, index, rows).view(size)
+def _pad(rows: Tensor, marks: np.ndarray) -> Tensor:
+    """`[T, D]` -> `[N, longest, D]`, zeros where `marks [N, longest]` are false; no copy where all are true."""
+    if len(rows) == marks.size:
+        return rows.unflatten(0, marks.shape)
+    index = to_device(torch.from_numpy(np.flatnonzero(marks)), rows.device)
+    return rows.new_zeros(marks.size, rows.shape[1]).index_copy_(0, index, rows).unflatten(0, marks.shape)
 
 
 @torch.compiler.disable

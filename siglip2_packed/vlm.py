@@ -1,6 +1,6 @@
 """The packed tower in the place of transformers' own, inside any model, and back.
 
-    replace_vision_tower(model)     # LFM2-VL, Siglip2Model, PaliGemma, Gemma 3, LLaVA-OneVision, Idefics3, SmolVLM, ...
+    replace_vision_tower(model)     # LFM2-VL, Siglip2Model, PaliGemma, Gemma 3, Idefics2 and 3, SmolVLM, ...
     restore_vision_tower(model)
 
 The model around it stays as it is, and calls the tower as ever.
@@ -22,7 +22,7 @@ TOWERS: dict[type[nn.Module], type[PackedTower]] = {_SIGLIP2: Siglip2PackedVisio
 
 def replace_vision_tower(model: nn.Module, *, cuda_graphs: bool = False) -> dict[str, PackedTower]:
     """Puts the packed tower in the place of transformers' in a model: of SigLIP2 NaFlex, of SigLIP at a fixed size (in
-    PaliGemma, Gemma 3, LLaVA-OneVision), of Idefics3, of SmolVLM. Of every one, if there are several.
+    PaliGemma, Gemma 3, LLaVA-OneVision), of Idefics2 and 3, of SmolVLM. Of every one, if there are several.
 
     Parameters are moved, not copied: the same objects under the same names, in the same order, with the same dtype,
     device and `requires_grad`, so that optimisers, adapters, quantised weights, device maps and files go on as before.

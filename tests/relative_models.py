@@ -5,6 +5,8 @@ import transformers
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Lfm2VlConfig,
@@ -68,6 +70,17 @@ def pictures(sizes, seed=0):
     return [torch.randn(1, 3, 4 * h, 4 * w, generator=generator) for h, w in sizes]
 
 
+def framed(sizes, seed=0):
+    """`[N, C, H, W]` of all sizes in one frame, noise around them, and a mask `[N, h, w]` of their own patches."""
+    h, w = (max(sides) for sides in zip(*sizes))
+    images = torch.cat(pictures([(h, w)] * len(sizes), seed + 1))
+    mask = torch.zeros(len(sizes), h, w, dtype=torch.bool)
+    for i, ((own_h, own_w), (picture,)) in enumerate(zip(sizes, pictures(sizes, seed))):
+        images[i, :, : 4 * own_h, : 4 * own_w] = picture
+        mask[i, :own_h, :own_w] = True
+    return images, mask
+
+
 def run(model, image, interpolate=True):
     """transformers' output for one picture."""
     if not isinstance(model, SiglipVisionModel):
@@ -94,6 +107,10 @@ def vlm(name):
 
 _SIGLIP = {"model_type": "siglip_vision_model", "vision_use_head": False, **fields()}
 _EVEN = fields(side=8)
+_PERCEIVER = dict(
+    hidden_size=32, resampler_n_latents=4, resampler_depth=2, resampler_n_heads=2, resampler_head_dim=16,
+    num_key_value_heads=1,
+)  # fmt: skip
 VLMS = {
     "siglip": (SiglipConfig, SiglipModel, "", fields(), {}),
     "paligemma": (
@@ -107,6 +124,10 @@ VLMS = {
     "llava_onevision": (
         LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, "qwen2", _SIGLIP,
         {"image_token_index": 60, "vision_feature_layer": -1},
+    ),
+    "idefics2": (
+        Idefics2Config, Idefics2ForConditionalGeneration, "mistral", fields(),
+        {"image_token_id": 60, "perceiver_config": _PERCEIVER},
     ),
     "idefics3": (Idefics3Config, Idefics3ForConditionalGeneration, "llama", _EVEN, {"image_token_id": 60}),
     "smolvlm": (SmolVLMConfig, SmolVLMForConditionalGeneration, "llama", _EVEN, {"image_token_id": 60}),

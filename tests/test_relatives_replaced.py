@@ -1,10 +1,10 @@
-"""`replace_vision_tower` in models around SigLIP's fixed-size tower, Idefics3's and SmolVLM's."""
+"""`replace_vision_tower` in models around SigLIP's fixed-size tower, Idefics2's and 3's, and SmolVLM's."""
 
 import copy
 
 import pytest
 import torch
-from relative_models import EXACT_BUCKETS, SIDE, TOWERS, VLMS, pictures, run, tower, vlm
+from relative_models import EXACT_BUCKETS, SIDE, TOWERS, VLMS, framed, pictures, run, tower, vlm
 from test_relatives import packed
 from torch import nn
 
@@ -12,28 +12,33 @@ from siglip2_packed.measure import relative_error
 from siglip2_packed.vlm import replace_vision_tower, restore_vision_tower
 
 BOUND = 1e-5
+BUCKETED = ["idefics2", "idefics3", "smolvlm"]
+SIZES = [(13, 19), (8, 32), (3, 5)]
 MODELS = [
     pytest.param(name, marks=pytest.mark.skipif(bucketed and not EXACT_BUCKETS, reason="refused with transformers 4"))
-    for name, bucketed in [(name, name in ("idefics3", "smolvlm")) for name in VLMS if name != "lfm2_vl"]
+    for name, bucketed in [(name, name in BUCKETED) for name in VLMS if name != "lfm2_vl"]
 ]
 
 
 def batch(name, model):
-    """Two pictures for the model: pixels and, where it has a language model, its words."""
+    """Two pictures for the model, or three of several sizes: pixels and, where it has a language model, its words."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     pixels = torch.cat(pictures([(side, side)] * 2))
     words = torch.arange(3, 9)
     if name == "siglip":
         return {"pixel_values": pixels, "input_ids": words[None].expand(2, -1)}
-    tokens = {"paligemma": 49, "gemma3": 16, "llava_onevision": 0, "idefics3": 16, "smolvlm": 16}[name]
+    tokens = {"paligemma": 98, "gemma3": 32, "llava_onevision": 0, "idefics2": 12, "idefics3": 32, "smolvlm": 32}[name]
     more = {}
+    if name == "idefics2":
+        pixels, mask = framed(SIZES)
+        pixels, more["pixel_attention_mask"] = pixels[None], mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[None]
     if name in ("idefics3", "smolvlm"):
         pixels = pixels[None]
         more["pixel_attention_mask"] = torch.ones(1, 2, 4 * side, 4 * side, dtype=torch.bool)
     if name == "gemma3":
         more["token_type_ids"] = None
-    ids = torch.cat([words[:3], torch.full((2 * tokens,), 60), words[3:]])[None]
+    ids = torch.cat([words[:3], torch.full((tokens,), 60), words[3:]])[None]
     if name == "gemma3":
         more["token_type_ids"] = (ids == 60).long()
     return {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
@@ -137,7 +142,7 @@ def test_positions_are_interpolated_where_the_caller_asks(size):
 
 
 @pytest.mark.skipif(not EXACT_BUCKETS, reason="refused with transformers 4")
-@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("name", BUCKETED)
 @pytest.mark.parametrize("size", [(13, 19), (8, 32), (1, 40), (SIDE, SIDE), (14, 14)])
 def test_images_of_any_size_in_buckets(name, size):
     expected, ours = replaced(name)
@@ -148,7 +153,7 @@ def test_images_of_any_size_in_buckets(name, size):
     assert relative_error(ours(image, patch_attention_mask=mask).last_hidden_state, theirs) <= BOUND
 
 
-@pytest.mark.parametrize("name", [name for name in TOWERS if name != "idefics2"])
+@pytest.mark.parametrize("name", TOWERS)
 def test_edges_that_are_no_whole_patch_and_no_images(name):
     if name != "siglip" and not EXACT_BUCKETS:
         pytest.skip("refused with transformers 4")
@@ -176,8 +181,39 @@ def test_a_mask_that_leaves_out_patches_is_refused():
         ours(images, patch_attention_mask=mask[:, :, :7])
 
 
+@pytest.mark.skipif(not EXACT_BUCKETS, reason="refused with transformers 4")
+@pytest.mark.parametrize("sizes", [SIZES, [(1, 40), (9, 1), (7, 7)], [(3, 5)] * 3], ids=str)
+def test_padding_is_left_out(sizes):
+    """Images of several sizes in a frame, each of them alone in transformers; NaN around them is not read."""
+    expected, ours = replaced("idefics2")
+    images, mask = framed(sizes)
+    theirs = expected(images, patch_attention_mask=mask, output_hidden_states=True)
+    pixels = mask.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    images = images.masked_fill(~pixels, torch.nan).requires_grad_()
+    out = ours(images, patch_attention_mask=mask, output_hidden_states=True)
+    found = [out.last_hidden_state, *out.hidden_states]
+    for x, reference in zip(found, [theirs.last_hidden_state, *theirs.hidden_states], strict=True):
+        assert x.shape == (3, mask[0].numel(), 64) and (x[~mask.flatten(1)] == 0).all()
+        assert relative_error(x[mask.flatten(1)], reference[mask.flatten(1)]) <= BOUND
+    for x, picture, own in zip(out.last_hidden_state, pictures(sizes), mask):
+        assert relative_error(x[own.flatten()], run(expected, picture).last_hidden_state[0]) <= BOUND
+    out.last_hidden_state.sum().backward()
+    assert (images.grad.masked_select(~pixels) == 0).all() and images.grad.masked_select(pixels).all()
+
+
+@pytest.mark.skipif(not EXACT_BUCKETS, reason="refused with transformers 4")
+def test_padding_elsewhere_is_refused():
+    _, ours = replaced("idefics2")
+    images, mask = framed([(8, 8), (6, 5)])
+    hole, moved, empty = mask.clone(), mask.clone(), mask.clone()
+    hole[1, 2, 3], moved[1, 2, 3], moved[1, 7, 7], empty[1] = False, False, True, False
+    for wrong, count in [(mask.flip(1), 30), (mask.flip(2), 30), (hole, 29), (moved, 30), (empty, 0)]:
+        with pytest.raises(ValueError, match=f"the {count} patches of image 1 are no rectangle at the top left"):
+            ours(images, patch_attention_mask=wrong)
+
+
 @pytest.mark.skipif(EXACT_BUCKETS, reason="right in transformers 5")
-@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+@pytest.mark.parametrize("name", BUCKETED)
 def test_buckets_of_transformers_4_are_refused(name):
     with pytest.raises(ValueError, match="one entry of the position table too low.*take transformers 5"):
         replaced(name)
