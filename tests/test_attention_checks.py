@@ -35,6 +35,7 @@ from siglip2_packed.ops.attention import (
     operators,
 )
 from siglip2_packed.ops.runtime import check, choice
+from siglip2_packed.ops.runtime.base2 import LOG2_E
 from siglip2_packed.ops.runtime.choice import Card
 from siglip2_packed.ops.segments import Segments
 
@@ -119,12 +120,17 @@ def wrong_backward(fault):
         last = int(cu_seqlens[-1])
         if fault == "does not compile":
             raise RuntimeError("no such layout")
-        if fault == "delta left out":
-            out = out * 0
         if fault == "offsets beside":
             cu_seqlens = cu_seqlens + (cu_seqlens == cu_seqlens[1]).int()
         before = dk.clone()
         eager.backward(grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
+        if fault.startswith("delta"):
+            for begin, end in itertools.pairwise(cu_seqlens.tolist()):
+                of = out if fault == "delta of the rounded output" else out * 0
+                g, q_s, k_s, v_s, o = (x[begin:end].transpose(0, 1).float() for x in (grad, q, k, v, of))
+                p = torch.exp2(q_s @ k_s.mT * (scale * LOG2_E) - lse[:, begin:end, None])
+                ds = p * (g @ v_s.mT - (g * o).sum(-1, keepdim=True)) * scale
+                dq[begin:end], dk[begin:end] = (ds @ k_s).transpose(0, 1), (ds.mT @ q_s).transpose(0, 1)
         if fault == "is wrong":
             dq *= 1.5
         if fault == "is NaN":
@@ -157,8 +163,8 @@ FORWARD_FAULTS = [
     "a row left out", "rows beyond left out", "natural logarithm",
 ]  # fmt: skip
 BACKWARD_FAULTS = [
-    "does not compile", "is wrong", "is NaN", "delta left out", "offsets beside", "scale left out",
-    "dk and dv swapped", "a row left out", "rows beyond left out", "writes beside",
+    "does not compile", "is wrong", "is NaN", "delta left out", "delta of the rounded output", "offsets beside",
+    "scale left out", "dk and dv swapped", "a row left out", "rows beyond left out", "writes beside",
 ]  # fmt: skip
 FAULTS = [*itertools.product(["forward"], FORWARD_FAULTS), *itertools.product(["backward"], BACKWARD_FAULTS)]
 

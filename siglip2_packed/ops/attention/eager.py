@@ -32,12 +32,8 @@ def gradients(
     """Fills `into`, dq, dk and dv `[T, H, K]`, with the gradients of `attention`, without autograd."""
     scale = q.shape[-1] ** -0.5
     for g_s, q_s, k_s, v_s, *into_s in zip(*(x.split(segments.lengths) for x in (grad, q, k, v, *into))):
-        g, q_h, k_h, v_h = map(_heads_first, (g_s, q_s, k_s, v_s))
-        p = (q_h @ k_h.mT * scale).softmax(-1)
-        dp = g @ v_h.mT
-        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-        for x, gradient in zip(into_s, (ds @ k_h, ds.mT @ q_h, p.mT @ g)):
-            x.copy_(gradient.transpose(0, 1))
+        for x, gradient in zip(into_s, _gradients(g_s, q_s, k_s, v_s, scale)):
+            x.copy_(gradient)
 
 
 def forward(
@@ -66,15 +62,25 @@ def backward(
     max_seqlen: int,
     scale: float,
 ) -> None:
-    """Fills dq, dk and dv `[T, H, K]`, zeros beyond the last segment, from what `forward` left."""
+    """Fills dq, dk and dv `[T, H, K]`, zeros beyond the last segment. What `forward` left is rounded, and not read."""
     for x in (dq, dk, dv):
         x.zero_()
     for rows in _segments(cu_seqlens):
-        g_s, q_s, k_s, v_s, o_s = (_heads_first(x[rows]) for x in (grad, q, k, v, out))
-        p = torch.exp2(q_s @ k_s.mT * (scale * LOG2_E) - lse[:, rows, None])
-        ds = p * (g_s @ v_s.mT - (g_s * o_s).sum(-1, keepdim=True)) * scale
-        for x, gradient in ((dq, ds @ k_s), (dk, ds.mT @ q_s), (dv, p.mT @ g_s)):
-            x[rows] = gradient.transpose(0, 1)
+        for x, gradient in zip((dq, dk, dv), _gradients(grad[rows], q[rows], k[rows], v[rows], scale)):
+            x[rows] = gradient
+
+
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv `[n, H, K]` of one segment.
+
+    The sum of p dp is not taken as that of out * grad, `out` being rounded: rows of ds would not add up to zero, and dq
+    would get what they do add up to times the mean key.
+    """
+    grad, q, k, v = map(_heads_first, (grad, q, k, v))
+    p = (q @ k.mT * scale).softmax(-1)
+    dp = grad @ v.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    return (ds @ k).transpose(0, 1), (ds.mT @ q).transpose(0, 1), (p.mT @ grad).transpose(0, 1)
 
 
 def _segments(cu_seqlens: Tensor) -> Iterator[slice]:

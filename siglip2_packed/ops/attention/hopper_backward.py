@@ -7,7 +7,11 @@ Two kernels, seven products, no sums by atomics: every result is deterministic.
     backward_q   64 * WGS queries of a head, one key tile after another: S = Q kT, dP = dO vT, dQ += dS K
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q
 
-with P = exp2(S * scale_log2 - lse), dS = P * (dP - delta), and delta = sum(out * dO) left by the first for the second.
+with P = exp2(S * scale_log2 - lse), dS = P * (dP - delta), and delta = sum(P * dP). The first kernel begins with
+sum(out * dO), which is that delta but for the rounding of `out`. What it lacks is r = sum(dS): it is added to the delta
+that is left for the second, and taken from dS evenly over the last tile's keys, so that dQ does not get r times all that
+keys have in common.
+
 As in the forward, thread blocks stay resident and draw items, long segments first; one warp (the producer) brings tiles
 through the copy engine (TMA), running ahead into the next item, and warpgroups of 64 rows (the consumers) compute. They
 are told of an item before its tiles are there, to load lse and delta meanwhile. A product is issued before the previous
@@ -263,7 +267,6 @@ def _q_consumer(
             fence_async_shared()  # reads by load, unlike those of products, may still be under way at the barrier
             mbarrier.arrive(empty.index(slot), count=1)
             count += gl.minimum((length - row + 63) // 64, WGS)
-            gl.store(delta + place + rows, d, mask=rows < left)
             slot = count % SLOTS
             mbarrier.wait(full.index(slot), count // SLOTS & 1)
             if length < 64:
@@ -274,6 +277,7 @@ def _q_consumer(
                 barrier()
             acc = gl.zeros([64, 64], gl.float32, ACC)
             acc_t = gl.zeros([64, 16], gl.float32, ACC_TAIL)
+            r = gl.zeros([64], gl.float32, OF_ROW)
             s = warpgroup_mma_wait(0, [_product(q, qt, main, tail, slot, K)])
             p = gl.exp2(s * scale_log2 - e[:, None])
             for _ in range(1, count_tiles):
@@ -287,6 +291,7 @@ def _q_consumer(
                 dp = warpgroup_mma_wait(2 if TAIL else 1, [dp_a])
                 ds = (p * (dp - d[:, None])).to(DTYPE)
                 acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
+                r += gl.sum(ds.to(gl.float32), 1)
                 s = warpgroup_mma_wait(2 if TAIL else 1, [s_a])
                 mbarrier.arrive(empty.index(vs), count=1)
                 p = gl.exp2(s * scale_log2 - e[:, None])
@@ -306,7 +311,8 @@ def _q_consumer(
                 start = count_tiles * 64 - 64
                 keys = _at(start, length) + gl.arange(0, 64, gl.SliceLayout(0, ACC))
                 ds = gl.where(((keys >= start) & (keys < length))[None, :], ds, 0.0)
-            ds = ds.to(DTYPE)
+            r += gl.sum(ds, 1)
+            ds = (ds - (r / gl.minimum(length, 64))[:, None]).to(DTYPE)
             acc_a, acc_ta, ds_m, ds_t = _accumulate(ds, main, tail, ks, acc, acc_t, K)
             if TAIL:
                 acc, acc_t, ds_m, ds_t = warpgroup_mma_wait(0, [acc_a, acc_ta, ds_m, ds_t])
@@ -316,6 +322,8 @@ def _q_consumer(
             count += 2
             first, head, row = _item(message, turn)  # again: the loop has no registers for them
             left = length - row - 64 * W
+            rows = gl.arange(0, 64, OF_ROW)
+            gl.store(delta + head.to(gl.int64) * T + first + row + 64 * W + rows, d + r, mask=rows < left)
             lane, lane_tail = cut(head, K)
             ptr = dq + head.to(gl.int64) * sdh + (first + row + 64 * W).to(gl.int64) * sdt
             _save(acc * scale, acc_t * scale, q, qt, ptr, sdt, lane, lane_tail, left, K)
@@ -339,7 +347,7 @@ def backward_q(
     sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """dq, of strides (sdt, sdh, 1), and delta `[H, T]` of all rows within segments.
+    """dq, of strides (sdt, sdh, 1), and delta `[H, T]` of all rows within segments, which backward_kv reads.
 
     q, k, v, out, grad are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at
     K = 64. blocks: those of max_seqlen rows. The work counter `counters[slot]` is zero before and after.

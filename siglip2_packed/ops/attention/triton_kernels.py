@@ -64,6 +64,16 @@ def _cut(head, K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     return main, tail
 
 
+@triton.jit
+def _centred(dq, r, keys, count):
+    """dq = sum(ds k) as sum(ds (k - c)), c being the mean of `count` keys [., LANES] of the segment.
+
+    The two differ by r c, r = sum(ds) of each row. In exact arithmetic r is zero; what roundings make of it would be
+    multiplied with all that keys have in common.
+    """
+    return dq - r[:, None] * (tl.sum(keys.to(tl.float32), 0) / count)[None, :]
+
+
 @triton.jit(do_not_specialize=["T", "S", "blocks"])
 def forward_kernel(
     q,
@@ -205,7 +215,10 @@ def backward_q_kernel(
     N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of M query rows of a head, and delta = sum(out * grad), which backward_kv_kernel reads."""
+    """dq of M query rows of a head, and delta = sum(p * dp), which backward_kv_kernel reads.
+
+    sum(out * grad) is that delta but for the rounding of `out`; what it lacks is the sum of ds.
+    """
     WIDTH: tl.constexpr = min(K, MAIN)
     sqt, sqh, skt, skh, svt, svh, sot, soh = sqt * 8, sqh * 8, skt * 8, skh * 8, svt * 8, svh * 8, sot * 8, soh * 8
     sgt, sgh, sdt, sdh = sgt * 8, sgh * 8, sdt * 8, sdh * 8
@@ -245,7 +258,7 @@ def backward_q_kernel(
         g_tail = _load(grad + tail, sgt, rows, left, TAIL, K - MAIN)
         o_tail = _load(out + tail, sot, rows, left, TAIL, K - MAIN)
         d += tl.sum(o_tail.to(tl.float32) * g_tail.to(tl.float32), 1)
-    tl.store(delta + rows, d, mask=rows < left)
+    r = tl.zeros([M], tl.float32)
     e = tl.load(lse + rows, mask=rows < left, other=float("inf"))
     for start in range(0, length, N):
         limit = length - start
@@ -262,13 +275,19 @@ def backward_q_kernel(
         if limit < N:  # a key of zeros has exp2(-lse), which may overflow
             p = tl.where(cols[None, :] < limit, p, 0.0)
         ds = (p * (dp - d[:, None])).to(q_main.dtype)
+        r += tl.sum(ds.to(tl.float32), 1)
         acc = tl.dot(ds, k_main, acc, input_precision=PRECISION)
         if TAIL > 0:
             acc_tail = tl.dot(ds, k_tail, acc_tail, input_precision=PRECISION)
         k += N * skt
         v += N * svt
+    tl.store(delta + rows, d + r, mask=rows < left)
+    k -= tl.cdiv(length, N) * N * skt
+    sample = tl.arange(0, M) * length // M  # of keys all over the segment
+    acc = _centred(acc, r, _load(k, skt, sample, length, MAIN, WIDTH), M)
     _store(dq, sdt, rows, left, acc * scale, MAIN, WIDTH)
     if TAIL > 0:
+        acc_tail = _centred(acc_tail, r, _load(k + tail, skt, sample, length, TAIL, K - MAIN), M)
         _store(dq + tail, sdt, rows, left, acc_tail * scale, TAIL, K - MAIN)
 
 
@@ -457,7 +476,10 @@ def backward_short_kernel(
     if TAIL > 0:
         _store(dv + tail, sdt, rows, length, tl.dot(p, g_tail, input_precision=PRECISION), TAIL, K - MAIN)
         _store(dk + tail, sdt, rows, length, tl.dot(ds, q_tail, input_precision=PRECISION) * scale, TAIL, K - MAIN)
+    r = tl.sum(ds.to(tl.float32), 0)
     ds = tl.trans(ds)
-    _store(dq, sdt, rows, length, tl.dot(ds, k_main, input_precision=PRECISION) * scale, MAIN, WIDTH)
+    dq_main = _centred(tl.dot(ds, k_main, input_precision=PRECISION), r, k_main, length)
+    _store(dq, sdt, rows, length, dq_main * scale, MAIN, WIDTH)
     if TAIL > 0:
-        _store(dq + tail, sdt, rows, length, tl.dot(ds, k_tail, input_precision=PRECISION) * scale, TAIL, K - MAIN)
+        dq_tail = _centred(tl.dot(ds, k_tail, input_precision=PRECISION), r, k_tail, length)
+        _store(dq + tail, sdt, rows, length, dq_tail * scale, TAIL, K - MAIN)
