@@ -3,12 +3,14 @@
 Compared with two independent computations of the same images in float32: `kernels_ref`, and
 `transformers.Siglip2VisionModel`, both padded. A stage passes only if the largest absolute difference, the relative
 error and the worst token's cosine are all within their bounds; a cosine alone would pass wrong positions.
+`--gradients` also compares those of every parameter with transformers' in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
+from siglip2_packed.inspection.gradients import Gradient, compare_gradients
 from siglip2_packed.inspection.references import (
     MISPLACED,
     Case,
@@ -86,7 +89,16 @@ def run(args: argparse.Namespace) -> int:
             show(case, compared, backends[case.name])
             return compared
 
+        def differentiate(case: Case) -> list[Gradient]:
+            wrong = wrong_positions(references.theirs.model, case.grids)
+            if references.theirs.not_loaded or len(wrong) == len(case.images):
+                return []
+            found = compare_gradients(case, ours, references, dtype, args.seed, wrong)
+            print_gradients(case, found, attention_of(ours, case.grids, gradients=True))
+            return found
+
         compared = [weights]
+        gradients: list[Gradient] = []
         if files:
             print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
             for file in files:
@@ -97,20 +109,23 @@ def run(args: argparse.Namespace) -> int:
             cases = random_cases(ours.config, args.batch_size, args.image_size, args.seed)
         for case in cases:
             compared += examine(case, print_stages)
+            gradients += differentiate(case) if args.gradients else []
 
-    failed = sum(not one.passed for one in compared)
-    summary = f"{failed} of {len(compared)} FAILED" if failed else f"ALL TESTS PASSED ({len(compared)} comparisons)"
+    verdicts = [one.passed for one in compared] + [one.passed for one in gradients]
+    failed = verdicts.count(False)
+    summary = f"{failed} of {len(verdicts)} FAILED" if failed else f"ALL TESTS PASSED ({len(verdicts)} comparisons)"
     print(f"\n{summary}")
     if args.json:
         rows = [asdict(one) | {"attention": backends.get(one.case, "")} for one in compared]
-        write_json(args.json, {"passed": not failed, "summary": summary, "environment": found, "rows": rows})
+        report = {"passed": not failed, "summary": summary, "environment": found, "rows": rows}
+        write_json(args.json, report | ({"gradients": [asdict(one) for one in gradients]} if args.gradients else {}))
     return 1 if failed else 0
 
 
-@torch.no_grad()
-def attention_of(model: Siglip2PackedVisionModel, grids: Sequence[tuple[int, int]]) -> str:
+def attention_of(model: Siglip2PackedVisionModel, grids: Sequence[tuple[int, int]], gradients: bool = False) -> str:
     """The backend that runs for images of these (h, w)."""
-    return model._attention(Segments([h * w for h, w in grids], model.device)).backend
+    with torch.set_grad_enabled(gradients):
+        return model._attention(Segments([h * w for h, w in grids], model.device)).backend
 
 
 @torch.inference_mode()
@@ -148,6 +163,20 @@ def print_stages(case: Case, compared: Sequence[Comparison], backend: str) -> No
         print(f"  {'stage':<14} {NUMBERS}          worst")
         for one in stages:
             print(f"  {one.stage:<14} {one.numbers}   {': '.join(filter(None, (one.where, one.note)))}")
+
+
+def print_gradients(case: Case, compared: Sequence[Gradient], backend: str) -> None:
+    """Those that failed, at least the five that came closest to their bounds, worst first; and the largest error."""
+    patches = sum(h * w for h, w in case.grids)
+    print(f"\n{case.name}, {patches} patches, attention {backend}, gradients against transformers in float32")
+    print(f"  {f'of {len(compared)} parameters':<52} {'relative':>9} {'transformers':>13} {'bound':>8}")
+    worst = sorted(compared, key=lambda one: -one.severity)
+    for one in worst[: max(5, sum(not one.passed for one in compared))]:
+        theirs = "-" if math.isnan(one.transformers_error) else f"{one.transformers_error:.1e}"
+        numbers = f"{one.relative_error:9.1e} {theirs:>13} {one.bound:8.1e}"
+        print(f"  {one.parameter:<52} {numbers}   {'PASS' if one.passed else 'FAIL'}   {one.note}")
+    largest = max(compared, key=lambda one: one.relative_error)
+    print(f"  largest: {largest.relative_error:.1e} of {largest.parameter}")
 
 
 def _by_reference(compared: Sequence[Comparison]) -> Iterator[tuple[str, list[Comparison]]]:

@@ -99,7 +99,9 @@ def align(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, default=0.99, help="smallest cosine of any token (0.99)")
     add("--use-real-images", action="store_true", help="photographs that come with scikit-image")
     add("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
-    add("--seed", type=int, default=0, help="seed of the random images (0)")
+    add("--gradients", action="store_true",
+        help="also of every parameter, beside transformers in the same dtype, against it in float32")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the random images and of the loss (0)")
     add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("align"))
 

@@ -37,9 +37,10 @@ def test_a_checkpoint_of_zeros_fails(checkpoint, capsys, tmp_path, small, zeroed
     state = load_file(tmp_path / "model.safetensors")
     state = {name: torch.zeros_like(x) if zeroed in name else x for name, x in state.items()}
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    assert main(["align", "--ckpt", str(tmp_path), *SMALL]) == 1
+    assert main(["align", "--ckpt", str(tmp_path), *SMALL, "--gradients"]) == 1
     out = capsys.readouterr().out
     assert "nothing to compare: in the reference every feature is 0" in out and "ALL TESTS PASSED" not in out
+    assert "FAIL   nothing to compare: in the reference it is 0" in out
 
 
 # the command
@@ -237,6 +238,55 @@ def test_a_fault_in_preprocessing_fails_image_by_image(checkpoint, capsys, monke
     rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *flags])
     assert any(row.startswith("  a.png ") for row in rows)
     assert any(row.startswith("  patches ") for row in rows)
+
+
+GRADIENTS = ["--gradients", *SMALL]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_of_every_parameter_pass(checkpoint, capsys, tmp_path, small, dtype):
+    """The 7x1 image is no part of the loss where transformers misplaces it."""
+    report, ckpt = tmp_path / "report.json", checkpoint("tiny72")
+    assert main(["align", "--ckpt", str(ckpt), *GRADIENTS, "--dtype", dtype, "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(report.read_text())["gradients"]
+    expected = [name for name, _ in align.load_packed(str(ckpt), "cpu", torch.float32, "auto").named_parameters()]
+    for case in ("2 random images of 8x12", "4 random images of different shapes"):
+        of_case = [row for row in rows if row["case"] == case]
+        assert sorted(row["parameter"] for row in of_case) == sorted(expected)
+        assert all(row["passed"] and 0 <= row["relative_error"] <= row["bound"] for row in of_case)
+        assert all((row["transformers_error"] is None) == (dtype == "float32") for row in of_case)
+        largest = max(of_case, key=lambda row: row["relative_error"])
+        assert f"largest: {largest['relative_error']:.1e} of {largest['parameter']}" in out
+    assert out.count("gradients against transformers in float32") == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("planted", "says"), [(lambda g: g * 1.1, "FAIL"), (lambda g: g * math.nan, "FAIL   non-finite values")]
+)
+def test_one_wrong_gradient_fails(checkpoint, capsys, monkeypatch, small, dtype, planted, says):
+    """Which no comparison of features sees."""
+    plant(monkeypatch, lambda model: model.encoder.layers[1].self_attn.q_proj.weight.register_hook(planted))
+    argv = ["align", "--ckpt", str(checkpoint("tiny72")), *SMALL, "--dtype", dtype]
+    assert main(argv) == 0
+    rows = failing_rows(capsys, [*argv, "--gradients"])
+    assert len(rows) == 2 and all("layers.1.self_attn.q_proj.weight" in row and says in row for row in rows)
+
+
+def test_a_parameter_without_a_gradient_fails(checkpoint, capsys, monkeypatch, small):
+    """And names itself, although its feature is right."""
+    run = references.run_packed
+
+    def detached(model, case):
+        stages = run(model, case)
+        return stages | {"pooled": stages["pooled"].detach()}
+
+    monkeypatch.setattr("siglip2_packed.inspection.gradients.run_packed", detached)
+    rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *GRADIENTS])
+    assert (
+        all(row.startswith("  head.") and "this model has no such gradient" in row for row in rows) and len(rows) > 10
+    )
 
 
 def poison(stages, value):

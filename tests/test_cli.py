@@ -214,6 +214,21 @@ def test_doctor_shows_errors_forward_and_backward(examined):
         assert eager["right"] is None and eager["why_not"] is None
 
 
+def test_doctor_shows_dq_at_a_shared_mean(examined):
+    """Of all that run here: sdpa's flash kernel takes delta from its rounded output, the formula does not."""
+    out, report = examined
+    for model in report["models"]:
+        found = {one["implementation"]: one for one in model["operations"] if one["operation"] == "attention"}
+        error = {name: one["dq_at_shared_mean"] for name, one in found.items() if one["why_not"] is None}
+        assert set(error) == {"eager", "sdpa"}
+        assert all(one["dq_at_shared_mean"] is None for name, one in found.items() if name not in error)
+        assert all(f"dQ at a shared mean {x:.1e}\n" in out for x in error.values())
+        eps = torch.finfo(getattr(torch, model["dtype"])).eps
+        assert eps / 10 < error["eager"] < 100 * eps
+        assert model["dtype"] == "float32" or error["sdpa"] > 5 * error["eager"]
+    assert out.count("where keys and values have a mean of 3 in common") == 1
+
+
 def test_doctor_says_what_runs_for_packs(examined):
     out, report = examined
     for model in report["models"]:
@@ -254,6 +269,8 @@ def test_doctor_says_what_runs_on_another_card(tmp_path, forced, monkeypatch):
     for one in launches:
         hopper = one["implementation"].startswith("hopper")
         assert one["right"] is not hopper and bool(one["raised"]) is hopper, one
+        measured = one["operation"] == "attention.backward" and not hopper
+        assert one["dq_at_shared_mean"] < 2e-3 if measured else one["dq_at_shared_mean"] is None, one
     (pack,) = model["packs"]
     for plan in (pack["inference"], pack["training"]):
         assert plan["attention"] == "triton" and not any(ran.startswith("hopper") for ran in plan.values())

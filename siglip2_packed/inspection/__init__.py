@@ -2,6 +2,7 @@
 
 references   kernels_ref and transformers, loaded and run beside ours on the same images
 compare      bounds, and the stages of a model against a reference   (imports references)
+gradients    those of every parameter, against a reference        (imports references)
 views        colours, attention, cosines, differences of every patch (imports references)
 report       views as a panel, and as a page: page.html              (imports views)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from siglip2_packed.ops import columns, float8, layer, mlp, norm, pool, positions
-from siglip2_packed.ops.attention import backends, for_pack, kernels
+from siglip2_packed.ops.attention import backends, for_pack, kernels, shared_mean
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.ops.runtime.choice import Function, Launch
@@ -40,14 +40,17 @@ class Finding(NamedTuple):
     """Why it cannot run here; None if it can."""
     verdict: Verdict | None = None
     """What its check says, forward and backward. None where it is the reference itself, or cannot run."""
+    dq_at_shared_mean: float | None = None
+    """Attention's alone; see `attention.shared_mean`."""
 
     def __str__(self) -> str:
-        """`right: forward 2.1e-03 (bound 1e-02)`."""
+        """`right: forward 2.1e-03 (bound 1e-02); dQ at a shared mean 1.2e-01`."""
         if self.why_not is not None:
             return f"not here: {self.why_not}"
-        if self.verdict is None:
-            return "the reference" if self.implementation == "eager" else "own kernels, chosen by the pack: below"
-        return f"{'right' if self.verdict.right else 'WRONG'}: {self.verdict}"
+        found = f"{'right' if self.verdict.right else 'WRONG'}: {self.verdict}" if self.verdict else "the reference"
+        if self.verdict is None and self.implementation != "eager":
+            return "own kernels, chosen by the pack: below"
+        return found if self.dq_at_shared_mean is None else f"{found}; dQ at a shared mean {self.dq_at_shared_mean:.1e}"
 
 
 def findings(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator[Finding]:
@@ -57,7 +60,9 @@ def findings(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator
         own = backends.BACKENDS[backend].run is None
         checked = reason is None and backend != "eager" and not own
         verdict = backends.verdict_on(backend, device, dtype, shape.K, gradients=True) if checked else None
-        yield Finding("attention", backend, reason, verdict)
+        runs = backend == "eager" or (verdict is not None and verdict.right)
+        error = shared_mean.of_backend(backend, device, dtype, shape.K) if runs else None
+        yield Finding("attention", backend, reason, verdict, error)
         if own and reason is None:
             yield from _own_attention(device, dtype, shape)
     for function, sizes in _functions(shape):
@@ -83,7 +88,9 @@ def _own_attention(device: torch.device, dtype: torch.dtype, shape: Shape) -> It
                 launches |= dict.fromkeys(forward if direction == "forward" else backward)
         for launch in launches:
             verdict = kernels.verdict_on(direction, launch, device, dtype, H, K, packed=True)
-            yield Finding(f"attention.{direction}", _name(launch), None, verdict)
+            measured = direction == "backward" and verdict is not None and verdict.right
+            error = shared_mean.of_launch(launch, device, dtype, H, K) if measured else None
+            yield Finding(f"attention.{direction}", _name(launch), None, verdict, error)
 
 
 def _functions(shape: Shape) -> list[tuple[Function, tuple]]:

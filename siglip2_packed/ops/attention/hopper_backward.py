@@ -8,9 +8,9 @@ Two kernels, seven products, no sums by atomics: every result is deterministic.
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q
 
 with P = exp2(S * scale_log2 - lse), dS = P * (dP - delta), and delta = sum(P * dP). The first kernel begins with
-sum(out * dO), which is that delta but for the rounding of `out`. What it lacks is r = sum(dS): it is added to the delta
-that is left for the second, and taken from dS evenly over the last tile's keys, so that dQ does not get r times all that
-keys have in common.
+sum(out * dO), which is that delta but for the rounding of `out`. What it lacks is r = sum(dS): that is added to the
+delta that the second reads, and taken from dS evenly over the last tile's keys, so that dQ does not get r times all
+that keys have in common.
 
 As in the forward, thread blocks stay resident and draw items, long segments first; one warp (the producer) brings tiles
 through the copy engine (TMA), running ahead into the next item, and warpgroups of 64 rows (the consumers) compute. They

@@ -82,12 +82,13 @@ def _first_right(direction: str, launches: tuple[Launch, ...], *key) -> tuple[Ca
     for launch in launches:
         verdict = verdict_on(direction, launch, *key)
         if verdict is not None and verdict.right:
-            return partial(_function(direction, launch), launch[1]), launch
+            return partial(implementation(direction, launch), launch[1]), launch
         reason = str(verdict or "has not been checked yet: run the model once before graph capture")
     raise Refused(f"its {direction}: {reason}")
 
 
-def _function(direction: str, launch: Launch) -> Callable[..., None]:
+def implementation(direction: str, launch: Launch) -> Callable[..., None]:
+    """What is called as `function(how, ...)`, and fills its results."""
     module, name = (FORWARD if direction == "forward" else BACKWARD)[launch[0]]
     return getattr(importlib.import_module(module), name)
 
@@ -106,7 +107,7 @@ def verdict_on(
     return check(
         what,
         (device, dtype, packed, launch),
-        partial(results, partial(_function(direction, launch), how)),
+        partial(results, partial(implementation(direction, launch), how)),
         partial(results, getattr(eager, direction)),
         lambda: make(device, dtype, H, K, packed, how),
         device,
