@@ -59,8 +59,8 @@ def compare_gradients(
     low: dict[str, Tensor] = {}
     if references.low is not None:
         low = gradients(references.low, run_transformers(references.low, case), weights)
-    depth = len(model.encoder.layers)
-    return [compare(case.name, name, ours, exact, low, dtype, depth) for name in exact | ours]
+    depth, patches = len(model.encoder.layers), sum(h * w for h, w in case.grids)
+    return [compare(case.name, name, ours, exact, low, dtype, depth, patches) for name in exact | ours]
 
 
 def projection(case: Case, model: Any, dtype: torch.dtype, seed: int, wrong: Sequence[int]) -> Stages:
@@ -91,12 +91,13 @@ def compare(
     low: dict[str, Tensor],
     dtype: torch.dtype,
     depth: int,
+    patches: int,
 ) -> Gradient:
     """One parameter.
 
     float32: 1e-5, growing with the root of the depth. bfloat16, float16: 1.2 times transformers' own error, plus an
-    allowance for chance where there are few values, and a rounding. The bias of k_proj has no gradient in exact
-    arithmetic: what roundings make of it is measured by the gradient of k_proj's weight.
+    allowance for chance where there are few values, or few patches whose roundings they sum, and a rounding. The bias
+    of k_proj has no gradient in exact arithmetic: what roundings make of it is measured by that of k_proj's weight.
     """
     if name not in ours or name not in exact:
         whose = "this model" if name in exact else "transformers"
@@ -111,6 +112,7 @@ def compare(
     relative, theirs, bound = error(ours[name]), math.nan, 1e-5 * math.sqrt(1 + depth)
     if dtype != torch.float32:
         theirs = error(low[name])
-        bound = (1.2 + 4 / math.sqrt(exact[name].numel())) * theirs + torch.finfo(dtype).eps / 2
+        factor = 1.2 + 4 / math.sqrt(min(exact[name].numel(), patches))
+        bound = factor * theirs + torch.finfo(dtype).eps / 2
     note = "" if math.isfinite(relative) and not math.isnan(bound) else "non-finite values"
     return Gradient(case, name, relative <= bound and not note, relative, theirs, bound, note)
