@@ -11,15 +11,14 @@ import torch
 
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.measure import cpu_name
-from siglip2_packed.ops.attention.shared_mean import MEAN
-from siglip2_packed.ops.survey import Finding, Plan, Shape, findings, plan
+from siglip2_packed.ops.survey import SHARED_MEAN, Finding, Plan, Shape, findings, plan
 from siglip2_packed.version import __version__
 
 SHAPES = {"base": Shape(768, 3072, 12, 16), "so400m": Shape(1152, 4304, 16, 16)}
-SHARED_MEAN = f"""\
-dQ at a shared mean: the relative error of the gradient of queries where keys and values have a mean of {MEAN:g} in
-common (biases, an attention sink). FlashAttention, and kernels that are made after it, lose it to the rounding of their
-output without a word. It is their known arithmetic, and none is refused for it."""
+OF_QUERIES = f"""\
+dQ at a shared mean: the relative error of the gradient of queries where keys and values have in common a mean of
+{SHARED_MEAN:g} (biases, an attention sink). FlashAttention, and kernels that are made after it, lose it to the rounding
+of their output without a word. It is their known arithmetic, and none is refused for it."""
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "safetensors", "numpy")
 
 
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
                     ],
                 }
             )
-    print(f"\n{SHARED_MEAN}")
+    print(f"\n{OF_QUERIES}")
     if args.json:
         write_json(args.json, report)
     return 0

@@ -17,6 +17,9 @@ from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.ops.runtime.choice import Function, Launch
 from siglip2_packed.ops.segments import Segments
 
+SHARED_MEAN = shared_mean.MEAN
+"""At which dQ's error is measured."""
+
 
 class Shape(NamedTuple):
     """Of a model; the sizes that kernels are compiled for."""
