@@ -24,6 +24,7 @@ files: list[str]
 dataset: torch.utils.data.Dataset[PackedPatches]
 epochs: int
 model: Siglip2PackedVisionModel
+packed: PackedPatches
 processor: Siglip2PackedImageProcessor
 """
 ENGINE = """# mypy: disable-error-code="import-untyped, no-untyped-def, misc"
