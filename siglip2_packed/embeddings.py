@@ -65,10 +65,12 @@ class Siglip2PackedEmbeddings(nn.Module):
         Raises:
             ValueError: a grid of another size, where the position mode is that there is none.
         """
+        if self.position_mode == ANTIALIASED:
+            return ANTIALIASED
         table: Any = getattr(self.position_embedding, "base_layer", self.position_embedding)  # of an adapter
         side = math.isqrt(table.num_embeddings)
         other = next((i for i, (_, h, w) in enumerate(grids) if not h == w == side), None)
-        if other is None or self.position_mode == ANTIALIASED:
+        if other is None:
             return ANTIALIASED
         if self.position_mode == NATIVE:
             _, h, w = grids[other]

@@ -159,7 +159,7 @@ def train(layers: Sequence[LayerWeights], hidden_states: Tensor, attention: Varl
     by = for_training(x, layers[0].second.fc1_bias.shape[0], torch.is_grad_enabled()) if layers else None
     if attention.written_out and T:
         for some in _at_once(layers, choice.layers_at_once(T)):
-            weights = [x for first, second, _, _ in some for x in (*first, *second)]
+            weights = [weight for first, second, _, _ in some for weight in (*first, *second)]
             x = _Layers.apply(alive(x), attention, by, [layer[2:] for layer in some], *weights)
         return x
     for first, second, (eps1, eps2), head_dim in layers:
