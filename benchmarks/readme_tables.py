@@ -167,9 +167,9 @@ def encoder_table(rows: pd.DataFrame) -> str:
 
 SMALL = {
     "siglip2_packed": "packed",
-    "siglip2_packed:cudagraph": "packed, CUDA graphs",
+    "siglip2_packed:cudagraph": "packed in graphs",
     "transformers_sdpa_padded": "transformers",
-    "transformers_sdpa_padded:cudagraph": "transformers, CUDA graphs",
+    "transformers_sdpa_padded:cudagraph": "transformers in graphs",
     "transformers_sdpa_padded:compile": "transformers, reduce-overhead",
 }
 

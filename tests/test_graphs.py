@@ -185,7 +185,7 @@ def test_the_least_recently_used_graph_goes(world):
 def test_buckets_share_the_memory_of_the_largest(world, training):
     model = world.model()
     graphs = CUDAGraphs(model, range(64, 2881, 256))
-    packs = [world.pack([(1, side, 56)]) for side in range(50, 1, -8)]
+    packs = [world.pack([(1, side, 56)]) for side in (50, 2, *range(42, 2, -8))]
     for number, packed in enumerate(packs, 1):
         if training:
             step(graphs, model, packed)
@@ -193,7 +193,7 @@ def test_buckets_share_the_memory_of_the_largest(world, training):
             features(graphs, packed)
         count, size = graphs.held()
         assert count == number
-        if number == 1:
+        if number == 2:  # of few rows a second stream takes part, which has a cuBLAS workspace of its own
             largest = size
             assert largest >= 2**20
     assert size <= 1.25 * largest + number * 2**21  # what each graph hands out lies for itself, in blocks
