@@ -365,6 +365,28 @@ def bulk() -> str:
     return "\n".join(lines)
 
 
+def many_ranks() -> str:
+    lines = []
+    for path in sorted(RESULTS.glob("many_ranks_*.csv")):
+        rows = pd.read_csv(path)
+        value = rows.pivot(index="workload", columns="metric", values="p50")
+        images = int(rows.workload[0].split("_images")[1].split("_")[0])
+        lines += [
+            f"{rows.card[0]}, {images:,} images as in workload mixed, {rows.date[0]}",
+            "",
+            "| plan | ranks | s | GiB | batches, or inputs of a shard | full | slowest or busiest rank over mean |",
+            "|---" * 7 + "|",
+        ]
+        for workload in rows.workload.unique():
+            row, (name, ranks) = value.loc[workload], workload.split(f"_images{images}_ranks")
+            count, over = row[["batches", "shard_size"]].max(), row[["whole_epoch", "busiest_over_mean"]].max()
+            name = name.replace("sampler_budget", "sampler, budget ").replace("_", ", ")
+            full = "" if pd.isna(row.utilisation) else f"{row.utilisation:.3f}"
+            took = f"{row.plan_time:.2f} | {row.memory:.2f}"
+            lines.append(f"| {name} | {int(ranks):,} | {took} | {count:,.0f} | {full} | {over:.3f} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "attention": attention,
     "encoder": encoder,
@@ -373,6 +395,7 @@ TABLES = {
     "cpu_encoder": cpu_encoder,
     "train_tower": train_tower,
     "bulk": bulk,
+    "many_ranks": many_ranks,
 }
 
 

@@ -95,9 +95,11 @@ def encode_inputs(
     device = local_device(args.device)
     # a run goes on as what it was begun, wherever that was
     before = {} if is_one_file(out) else read_run(out)
-    before = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
-    args.dtype = args.dtype or before.get("dtype") or default_dtype(device)
-    args.save_dtype = args.save_dtype or before.get("save_dtype")
+    dtypes = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
+    args.dtype = args.dtype or dtypes.get("dtype") or default_dtype(device)
+    args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
+    begun = before.get("shard_size") if isinstance(before.get("shard_size"), int) else None
+    args.shard_size = args.shard_size or begun or shard_size(args.patches, len(inputs), ranks.world)
     settings = run_settings(args, processor)
     if not is_one_file(out):
         check_run(out, complete(settings, inputs), args.resume, inputs)  # before the model, which takes longer
@@ -234,11 +236,23 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+SHARDS_OF_A_RANK = 4
+
+
+def shard_size(patches: bool, inputs: int, ranks: int) -> int:
+    """Inputs a shard, where nobody asks for a number: of several ranks each has as many shards as the others."""
+    most = 1024 if patches else 8192
+    if ranks == 1:
+        return most
+    each = max(SHARDS_OF_A_RANK, -(-inputs // (most * ranks)))
+    return max(1, -(-inputs // (each * ranks)))
+
+
 def run_settings(args: argparse.Namespace, processor: Siglip2PackedImageProcessor) -> dict[str, Any]:
     """What all rows depend on, and `--resume` compares; the model's come to it once it is there."""
     return {
         "column": args.column,
-        "shard_size": args.shard_size or (1024 if args.patches else 8192),
+        "shard_size": args.shard_size,
         "format": args.format,
         "kept": kept(args),
         "dtype": args.dtype,

@@ -149,7 +149,8 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
-    add("--shard-size", type=int, metavar="N", help="inputs a shard (1024; 8192 with --no-patches)")
+    add("--shard-size", type=int, metavar="N",
+        help="inputs a shard (1024, 8192 with --no-patches; of several ranks fewer, so that all are busy)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
     add("--retry-errors", action="store_true",
         help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip

@@ -12,6 +12,8 @@ from encode_runs import GOOD, SETTINGS, check, run, start
 
 from siglip2_packed.cli import main
 from siglip2_packed.collection.lock import Lock, lock_of
+from siglip2_packed.collection.run import read_run
+from siglip2_packed.encode import shard_size
 
 
 def command(argv, environment, output):
@@ -52,6 +54,31 @@ def test_torchrun(checkpoint, photos, expected, tmp_path, finished):
     check(tmp_path, expected, GOOD)
 
 
+@pytest.mark.parametrize("world", [1, 2, 8, 64, 1024])
+@pytest.mark.parametrize("inputs", [1, 15, 20_000, 1_000_000])
+def test_all_ranks_are_busy(world, inputs):
+    """The busiest rank has less than a shard more than the mean; of many inputs less than half a percent."""
+    size = shard_size(True, inputs, world)
+    sizes = [min(size, inputs - first) for first in range(0, inputs, size)]
+    busiest = max(sum(sizes[rank::world]) for rank in range(world))
+    assert 1 <= size <= 1024 and busiest < inputs / world + size
+    if inputs == 1_000_000:
+        assert busiest < 1.005 * inputs / world
+
+
+def test_a_run_goes_on_with_its_own_shards(checkpoint, photos, tmp_path):
+    """Begun by two ranks, whose shards are smaller; resumed by one without a word about them."""
+    argv = ["encode", str(photos), "--ckpt", str(checkpoint()), "--device", "cpu", "--out", str(tmp_path)]
+    for process in (processes := ranks(argv, 2, tmp_path)):
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert read_run(tmp_path)["shard_size"] == 2
+    index = (tmp_path / "index.csv").read_bytes()
+    (tmp_path / ".parts" / "00002.csv").unlink()
+    assert main([*argv, "--resume"]) == 0
+    assert (tmp_path / "index.csv").read_bytes() == index
+
+
 def test_ranks_over_a_folder_that_is_written_to(checkpoint, photos, tmp_path):
     lock = Lock(lock_of(tmp_path / "out", False))
     lock.take()
@@ -71,7 +98,7 @@ def test_ranks_that_disagree(checkpoint, photos, tmp_path):
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [2, 2]
-    assert "error: rank 1 has shard_size 3, rank 0 1024" in (tmp_path / "rank0.log").read_text()
+    assert "error: rank 1 has shard_size 3, rank 0 2" in (tmp_path / "rank0.log").read_text()
     assert not (tmp_path / "out").exists()
 
 
