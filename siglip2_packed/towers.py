@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.siglip2 import modeling_siglip2
 
 from siglip2_packed.attention import Siglip2PackedAttention, attention_name, head_dim
@@ -28,7 +29,9 @@ from siglip2_packed.kinds import num_patches
 from siglip2_packed.layout import Grid, to_host
 from siglip2_packed.llava_inputs import ImagePack, pack_images
 from siglip2_packed.modeling import Siglip2PackedVisionModel
+from siglip2_packed.ops.attention import ATTN_IMPLEMENTATIONS, VarlenAttention
 from siglip2_packed.ops.runtime.transfer import to_device
+from siglip2_packed.ops.segments import Segments
 from siglip2_packed.pooling import PoolingAttention, Siglip2PackedPoolingHead
 
 CALLED = {"forward", "_old_forward", "_hf_hook"}
@@ -102,6 +105,18 @@ class PackedTower(Siglip2PackedVisionModel):
         """From now on the configuration has a name that is transformers'."""
         self.config._attn_implementation = str(self.config._attn_implementation)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """What the model around it may have and this one not (`flex_attention`) changes nothing here."""
+        own: str = self.config._attn_implementation
+        return own if _is_foreign(requested_attention) and not _is_foreign(own) else attention_name(requested_attention)
+
+    _check_and_adjust_attn_implementation = get_correct_attn_implementation  # type: ignore[assignment]
+
+    def _attention(self, segments: Segments) -> VarlenAttention:
+        if _is_foreign(self.config._attn_implementation):  # transformers 4 asks the module around it alone
+            self.config._attn_implementation = attention_name("auto")
+        return super()._attention(segments)  # type: ignore[no-any-return]
+
     def packed(
         self,
         pixel_values: Tensor,
@@ -157,6 +172,12 @@ class PackedTower(Siglip2PackedVisionModel):
         padded = BaseModelOutputWithPooling(pad(out.last_hidden_state), out.get("pooler_output"), states)  # type: ignore
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return padded if return_dict else padded.to_tuple()
+
+
+def _is_foreign(name: str | None) -> bool:
+    """Whether it is transformers' name (or of its hub, or a paged one) of what has no place in a tower."""
+    known = name in ALL_ATTENTION_FUNCTIONS.valid_keys() or "|" in (name or "") or "/" in (name or "")
+    return known and getattr(name, "requested", name) not in ATTN_IMPLEMENTATIONS
 
 
 class Siglip2PackedVisionTower(PackedTower):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import SIDE_OF_ONE
 from test_parity import EXACT_POSITIONS
 from vlm_models import GRIDS, MODELS, ODD, images, lfm2_vl, packed_tower, sample, siglip2, tower, vision
@@ -264,6 +265,23 @@ def test_the_configuration_is_shared_and_holds_names_that_transformers_knows():
     restore_vision_tower(model)
     assert type(config._attn_implementation) is str and config._attn_implementation == "sdpa"
     assert config.to_dict() == before
+
+
+def test_attention_of_the_model_around_that_the_tower_does_not_have():
+    """flex_attention is for the language model: the tower goes on as it was, also where it was set by name."""
+    model = lfm2_vl()
+    replace_vision_tower(model)
+    batch, config = images(ODD), model.config.vision_config
+    before = vision(model, batch).last_hidden_state
+    for name in ("auto", "eager"):
+        packed_tower(model).set_attn_implementation(name)
+        model.set_attn_implementation("flex_attention")
+        assert model.config.text_config._attn_implementation == "flex_attention"
+        assert relative(vision(model, batch).last_hidden_state, before) < BOUND
+        if transformers.__version__ >= "5":  # 4 asks the module around the tower
+            assert getattr(config._attn_implementation, "requested", config._attn_implementation) == name
+    with pytest.raises(ValueError, match="unknown attn_implementation 'fast'"):
+        packed_tower(model).get_correct_attn_implementation("fast")
 
 
 @pytest.mark.parametrize("name", MODELS)
