@@ -199,10 +199,10 @@ class _Layers(Function):
         for number, (eps, head_dim) in enumerate(kinds):
             first, second = parts(weights[number * PER_LAYER :][:PER_LAYER])
             qkv = _norm_qkv(by, x, first, eps[0]).view(x.shape[0], 3, -1, head_dim)
-            out, lse = attention.forward(qkv, gradients=number >= ctx.lowest)
+            out, low, lse = attention.forward(qkv, gradients=number >= ctx.lowest)
             result, wide, update = _project_mlp(by, x, out.flatten(1), second, eps[1])
             if number >= ctx.lowest:
-                saved += x, qkv, out, lse, wide, update, *_used_backward(first), *_used_backward(second)
+                saved += x, qkv, out, low, lse, wide, update, *_used_backward(first), *_used_backward(second)
             x = result
         ctx.save_for_backward(*saved)
         ctx.attention, ctx.by, ctx.kinds, ctx.aside = attention, by, kinds, _weight_gradients.get()
@@ -225,10 +225,10 @@ class _Layers(Function):
 
 
 PER_LAYER = len(NormQKV._fields) + len(ProjectMLP._fields)
-SAVED = 6 + PER_LAYER
+SAVED = 7 + PER_LAYER
 
 
-def _layer_backward(attention, by, eps, dout, needed, x, qkv, out, lse, wide, update, *weights):
+def _layer_backward(attention, by, eps, dout, needed, x, qkv, out, low, lse, wide, update, *weights):
     """The gradient of x, and those of the weights."""
     (first, second), (needs_first, needs_second) = parts(weights), parts(needed)
     spare, (eps1, eps2), attended = _spare(wide), eps, out.flatten(1)
@@ -236,7 +236,7 @@ def _layer_backward(attention, by, eps, dout, needed, x, qkv, out, lse, wide, up
         by, needs_second, dout, x, attended, wide, update, spare, second, eps2
     )
     dqkv = torch.empty_like(qkv) if is_beside() else _within(spare, qkv.shape)
-    attention.backward(dattended.view(out.shape), qkv, out, lse, dqkv)
+    attention.backward(dattended.view(out.shape), qkv, out, low, lse, dqkv)
     place = dattended if dattended.shape == x.shape else None  # heads may have been pruned
     dx, dfirst = _norm_qkv_backward(by, needs_first, dh, dqkv.flatten(1), x, first, eps1, place)
     return dx, (*dfirst, *dsecond)

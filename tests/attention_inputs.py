@@ -8,6 +8,7 @@ import contextlib
 import itertools
 
 import torch
+import triton
 
 from siglip2_packed.ops.attention import VarlenAttention, kernels
 from siglip2_packed.ops.runtime import check, choice
@@ -42,6 +43,15 @@ def own_launches(qkv, cu_seqlens, max_seqlen, packed=False, gradients=True):
     return [name for name, _ in found.launches]
 
 
+@contextlib.contextmanager
+def few_tiles(longest):
+    """Tiles of half a segment, if there is more than one: Triton's interpreter takes its time for each."""
+    tile = choice.Tile(*[triton.next_power_of_2(longest) // 2] * 2)
+    launches = dict(attention_forward=[("triton", tile)], attention_backward=[("triton", (tile, tile))])
+    with choice.forced(**launches) if longest > 64 and not CUDA else contextlib.nullcontext():
+        yield
+
+
 def loop(q, k, v, lengths, scale=None):
     """One segment after another in float64; rows beyond the last segment are zeros."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -70,9 +80,9 @@ def written_out(attention, qkv, grad):
     """`[out, lse, dqkv]` of a fused projection, from `forward` and `backward`, without autograd."""
     dqkv = torch.full_like(qkv, float("nan"), memory_format=torch.contiguous_format)
     with torch.no_grad():
-        out, lse = attention.forward(qkv, gradients=True)
+        out, low, lse = attention.forward(qkv, gradients=True)
         if len(qkv):
-            attention.backward(grad, qkv, out, lse, dqkv)
+            attention.backward(grad, qkv, out, low, lse, dqkv)
     return [out, lse, dqkv]
 
 

@@ -85,7 +85,7 @@ def compute_backward(how, *arguments):
 def wrong_forward(fault):
     """`eager.forward` with a fault."""
 
-    def run(how, q, k, v, out, lse, cu_seqlens, max_seqlen, scale):
+    def run(how, q, k, v, out, low, lse, cu_seqlens, max_seqlen, scale):
         last = int(cu_seqlens[-1])
         if fault == "does not compile":
             raise RuntimeError("no such layout")
@@ -98,7 +98,7 @@ def wrong_forward(fault):
             for begin, end in itertools.pairwise(cu_seqlens.tolist()):
                 k[begin + 64 : end], v[begin + 64 : end] = 0, 0
         before = out.clone()
-        eager.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale)
+        eager.forward(q, k, v, out, low, lse, cu_seqlens, max_seqlen, scale)
         if fault == "is wrong":
             out *= 1.5
         if fault == "is NaN":
@@ -109,6 +109,12 @@ def wrong_forward(fault):
             out[last:] = before[last:]
         if fault == "natural logarithm":
             lse *= 0.6931
+        if fault == "low part left out":
+            low.zero_()
+        if fault == "low part of the other sign":
+            low.neg_()
+        if fault == "low part of another row":
+            low[1:] = low[:-1].clone()
 
     return run
 
@@ -116,14 +122,14 @@ def wrong_forward(fault):
 def wrong_backward(fault):
     """`eager.backward` with a fault."""
 
-    def run(how, grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale):
+    def run(how, grad, q, k, v, out, low, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale):
         last = int(cu_seqlens[-1])
         if fault == "does not compile":
             raise RuntimeError("no such layout")
         if fault == "offsets beside":
             cu_seqlens = cu_seqlens + (cu_seqlens == cu_seqlens[1]).int()
         before = dk.clone()
-        eager.backward(grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
+        eager.backward(grad, q, k, v, out, low, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
         if fault.startswith("delta"):
             for begin, end in itertools.pairwise(cu_seqlens.tolist()):
                 of = out if fault == "delta of the rounded output" else out * 0
@@ -166,6 +172,7 @@ BACKWARD_FAULTS = [
     "does not compile", "is wrong", "is NaN", "delta left out", "delta of the rounded output", "offsets beside",
     "scale left out", "dk and dv swapped", "a row left out", "rows beyond left out", "writes beside",
 ]  # fmt: skip
+LOW_FAULTS = ["low part left out", "low part of the other sign", "low part of another row"]
 FAULTS = [*itertools.product(["forward"], FORWARD_FAULTS), *itertools.product(["backward"], BACKWARD_FAULTS)]
 
 
@@ -175,6 +182,16 @@ FAULTS = [*itertools.product(["forward"], FORWARD_FAULTS), *itertools.product(["
 def test_faults_that_the_check_catches(fresh, planted, direction, fault, packed, launch):
     planted(direction, "hopper", (wrong_forward if direction == "forward" else wrong_backward)(fault))
     verdict = kernels.verdict_on(direction, launch, DEVICE, torch.float16, 2, 72, packed)
+    assert verdict.right == (not fault)
+    assert SAYS.get(fault, "bound") in str(verdict)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+@pytest.mark.parametrize("fault", ["", *FORWARD_FAULTS, *LOW_FAULTS])
+def test_faults_of_a_forward_in_training(fresh, planted, fault, packed):
+    """What it keeps of the output's rounding is compared, too."""
+    planted("forward", "hopper", wrong_forward(fault))
+    verdict = kernels.verdict_on("forward", ("hopper", 3), DEVICE, torch.float16, 2, 72, packed, low=True)
     assert verdict.right == (not fault)
     assert SAYS.get(fault, "bound") in str(verdict)
 
@@ -199,7 +216,8 @@ def test_triton_runs_where_a_hopper_kernel_fails_its_check(fresh, planted, caplo
     assert names == {direction: "triton", other: "hopper"}
     assert rows and 153 not in rows
     (warning,) = warnings(caplog)
-    assert f"attention.{direction} (hopper) for 2 heads of 72 is not used on {DEVICE} in float16: " in warning
+    heads = "2 heads of 72" + " in training" * (direction == "forward")
+    assert f"attention.{direction} (hopper) for {heads} is not used on {DEVICE} in float16: " in warning
     assert SAYS[fault] in warning
 
 
@@ -237,7 +255,8 @@ def test_none_of_our_own_runs_where_none_is_right(fresh, planted, caplog, direct
             assert take("auto", gradients).backend == "sdpa"
         else:
             assert take("triton", gradients).backend == take("auto", gradients).backend == "triton"
-    assert len(warnings(caplog)) == 2
+    inference = 2 if direction == "forward" else 0
+    assert len(warnings(caplog)) == inference + 2
     qkv = random_qkv(153, 2, 72, torch.float16)
     exact = with_gradients(lambda *x: loop(*x, LENGTHS), qkv.unbind(1), qkv[:, 0])
     by_name = VarlenAttention(Segments(LENGTHS, DEVICE), "triton")
@@ -250,7 +269,7 @@ def test_none_of_our_own_runs_where_none_is_right(fresh, planted, caplog, direct
                 run()
         by_auto = VarlenAttention(Segments(LENGTHS, DEVICE), "triton", otherwise="sdpa")
         assert_close(with_gradients(by_auto, qkv.unbind(1), qkv[:, 0]), exact, 2e-3)
-    assert len(warnings(caplog)) == 4  # of the layout that was not asked for before
+    assert len(warnings(caplog)) == inference + 4  # of the layout that was not asked for before
 
 
 @pytest.mark.parametrize(("direction", "wrong"), [("forward", wrong_forward), ("backward", wrong_backward)])
@@ -349,11 +368,11 @@ def test_kernels_get_the_tensors_as_they_are(fresh, planted):
     qkv, cu = random_qkv(153, 2, 72, torch.float16), offsets(LENGTHS)
     grad, dqkv = random_qkv(153, 2, 72, torch.float16, 1)[:, 0], torch.empty_like(qkv)
     attention = own(cu, 131)
-    out, lse = attention.forward(qkv, gradients=True)
-    attention.backward(grad, qkv, out, lse, dqkv)
+    out, low, lse = attention.forward(qkv, gradients=True)
+    attention.backward(grad, qkv, out, low, lse, dqkv)
     expected = {
-        "forward": (3, *qkv.unbind(1), out, lse, cu, 131, 72**-0.5),
-        "backward": (3, grad, *qkv.unbind(1), out, lse, *dqkv.unbind(1), cu, 131, 72**-0.5),
+        "forward": (3, *qkv.unbind(1), out, low, lse, cu, 131, 72**-0.5),
+        "backward": (3, grad, *qkv.unbind(1), out, low, lse, *dqkv.unbind(1), cu, 131, 72**-0.5),
     }
     for name, arguments in expected.items():
         for given, wanted in zip(seen[name], arguments, strict=True):

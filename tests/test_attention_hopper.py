@@ -32,7 +32,7 @@ FOLDER = "siglip2_packed.ops.attention"
 if reason := missing(f"{FOLDER}.hopper_forward") or missing(f"{FOLDER}.hopper_backward"):
     pytest.skip(reason, allow_module_level=True)  # they are not used; see test_attention_checks.py
 
-from siglip2_packed.ops.attention import cases, hopper_backward, hopper_forward, hopper_items  # noqa: E402
+from siglip2_packed.ops.attention import cases, hopper_backward, hopper_forward, hopper_items, low_order  # noqa: E402
 
 MODULES = {"forward": hopper_forward, "backward": hopper_backward}
 
@@ -125,17 +125,19 @@ def launched(items, monkeypatch):
     return launches
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["low", ""])
 @pytest.mark.parametrize("K", [64, 72])
 @pytest.mark.parametrize("WGS", [2, 3])
-def test_kernels_get_all_their_arguments(launched, K, WGS):
+def test_kernels_get_all_their_arguments(launched, K, WGS, keeps):
     """Tiles of the tensors where they lie, no copies; a counter a launch, shared by the two of a backward."""
     qkv, dqkv = torch.zeros(2, 500, 3, 5, K, dtype=torch.float16, device=DEVICE)
     grad, out = torch.zeros(2, 500, 5, K, dtype=torch.float16, device=DEVICE)
     lse, cu = torch.zeros(5, 500, device=DEVICE), offsets([300, 0, 200])
+    low = low_order.empty_like(out) if keeps else None
     (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
     for _ in range(2):
-        hopper_forward.forward(WGS, q, k, v, out, lse, cu, 300, 0.1)
-        hopper_backward.backward(WGS, grad, q, k, v, out, lse, dq, dk, dv, cu, 300, 0.1)
+        hopper_forward.forward(WGS, q, k, v, out, low, lse, cu, 300, 0.1)
+        hopper_backward.backward(WGS, grad, q, k, v, out, low, lse, dq, dk, dv, cu, 300, 0.1)
     assert [name for name, *_ in launched] == ["forward_kernel", "backward_q", "backward_kv"] * 2
     slots = [named["slot"] for _, _, named, _ in launched]
     assert slots == [0, 1, 1, 2, 3, 3]
@@ -153,6 +155,8 @@ def test_kernels_get_all_their_arguments(launched, K, WGS):
         assert named["scale_log2"] == pytest.approx(0.1 / 0.6931471805599453)
         assert 1 <= grid[0] <= 5 * (items + 3) and grid[1:] == (1, 1)
         assert named["lse"] is lse and named["cu_seqlens"] is cu
+        if name != "backward_kv":
+            assert named["low"] is low and named["LOW"] == (5 if keeps else 0)
         if name != "forward_kernel":
             assert named["scale"] == 0.1 and (named["sdt"], named["sdh"]) == (3 * 5 * K, K)
             delta = named["delta"]

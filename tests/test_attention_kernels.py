@@ -157,8 +157,8 @@ def test_operators_are_well_formed():
     ops = torch.ops.siglip2_packed
     torch.library.opcheck(ops.varlen_attention.default, (*qkv.requires_grad_().unbind(1), cu, 23, 0.1))
     q, k, v = qkv.detach().unbind(1)
-    out, lse = ops.varlen_attention(q, k, v, cu, 23, 0.1)
-    torch.library.opcheck(ops.varlen_attention_backward.default, (v, q, k, v, out, lse, cu, 23, 0.1))
+    out, low, lse = ops.varlen_attention(q, k, v, cu, 23, 0.1)
+    torch.library.opcheck(ops.varlen_attention_backward.default, (v, q, k, v, out, low, lse, cu, 23, 0.1))
 
 
 def test_operators_give_what_is_given_without_them():

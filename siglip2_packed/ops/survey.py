@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from siglip2_packed.ops import columns, float8, layer, mlp, norm, pool, positions
-from siglip2_packed.ops.attention import backends, for_pack, kernels, shared_mean
+from siglip2_packed.ops.attention import backends, for_pack, kernels, low_order, shared_mean
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
 from siglip2_packed.ops.runtime.choice import Function, Launch
@@ -90,7 +90,8 @@ def _own_attention(device: torch.device, dtype: torch.dtype, shape: Shape) -> It
                 backward = choice.attention_backward(card, dtype, T, T // longest, H, K, longest)
                 launches |= dict.fromkeys(forward if direction == "forward" else backward)
         for launch in launches:
-            verdict = kernels.verdict_on(direction, launch, device, dtype, H, K, packed=True)
+            low = direction == "forward" and dtype in low_order.SHIFT
+            verdict = kernels.verdict_on(direction, launch, device, dtype, H, K, packed=True, low=low)
             measured = direction == "backward" and verdict is not None and verdict.right
             error = shared_mean.of_launch(launch, device, dtype, H, K) if measured else None
             yield Finding(f"attention.{direction}", _name(launch), None, verdict, error)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from siglip2_packed.ops.attention import low_order
 from siglip2_packed.ops.runtime.base2 import LOG2_E
 from siglip2_packed.ops.segments import Segments
 
@@ -37,14 +38,28 @@ def gradients(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    low: Tensor | None,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
 ) -> None:
-    """Fills out `[T, H, K]`, zeros beyond the last segment, and lse `[H, T]`, to base 2, as own kernels do."""
+    """Fills out `[T, H, K]`, zeros beyond the last segment, and lse `[H, T]`, to base 2, as own kernels do.
+
+    `low`, if it is kept, gets what rounding took from `out`; see `low_order`.
+    """
     out.zero_()
     for rows in _segments(cu_seqlens):
         q_s, k_s, v_s = (_heads_first(x[rows]) for x in (q, k, v))
         s = q_s @ k_s.mT * scale
-        out[rows] = (s.softmax(-1) @ v_s).transpose(0, 1)
+        exact = (s.softmax(-1) @ v_s).transpose(0, 1)
+        out[rows] = exact
+        if low is not None:
+            low[rows] = low_order.of(exact, out[rows])
         lse[:, rows] = s.logsumexp(-1) * LOG2_E
 
 
@@ -54,6 +69,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,

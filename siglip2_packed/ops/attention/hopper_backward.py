@@ -8,9 +8,9 @@ Two kernels, seven products, no sums by atomics: every result is deterministic.
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q
 
 with P = exp2(S * scale_log2 - lse), dS = P * (dP - delta), and delta = sum(P * dP). The first kernel begins with
-sum(out * dO), which is that delta but for the rounding of `out`. What it lacks is r = sum(dS): that is added to the
-delta that the second reads, and taken from dS evenly over the last tile's keys, so that dQ does not get r times all
-that keys have in common.
+sum(out * dO), which is that delta but for roundings: of `out`, whose low-order part the forward kept (`low_order`),
+and of P before it was multiplied with V. What it lacks is r = sum(dS): that is added to the delta that the second
+reads, and taken from dS evenly over the last tile's keys, so that dQ does not get r times all that keys have in common.
 
 As in the forward, thread blocks stay resident and draw items, long segments first; one warp (the producer) brings tiles
 through the copy engine (TMA), running ahead into the next item, and warpgroups of 64 rows (the consumers) compute. They
@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from siglip2_packed.ops.attention import low_order
 from siglip2_packed.ops.attention.hopper_items import (
     ACC,
     ACC_TAIL,
@@ -44,6 +45,7 @@ from siglip2_packed.ops.attention.hopper_items import (
     TILES,
     cut,
     read,
+    restored,
     tell,
     walk,
     with_tails,
@@ -148,6 +150,23 @@ def _accumulate(ds, main, tail, slot, acc, acc_t, K: gl.constexpr):
 
 
 @gluon.jit
+def _low_tile(ptr, stride, limit, begin, end, LAYOUT: gl.constexpr):
+    """Bytes of the output's low part: zeros for rows >= limit and lanes outside [begin, end)."""
+    LANES: gl.constexpr = 64 if LAYOUT == ROWS else 16
+    rows = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    lanes = gl.arange(0, LANES, gl.SliceLayout(0, LAYOUT))
+    real = (rows < limit)[:, None] & ((lanes >= begin) & (lanes < end))[None, :]
+    return gl.load(ptr + rows[:, None] * stride + lanes[None, :], mask=real, other=0)
+
+
+@gluon.jit
+def _row_sums(out, low, grad, LAYOUT: gl.constexpr, LOW: gl.constexpr):
+    """sum(out * grad) of each row of two tiles in shared memory."""
+    x = restored(out.load(LAYOUT), low, LOW)
+    return gl.convert_layout(gl.sum(x * grad.load(LAYOUT).to(gl.float32), 1), gl.SliceLayout(1, ACC))
+
+
+@gluon.jit
 def _save(x, x_tail, stage, stage_tail, ptr, sxt: gl.constexpr, lane, lane_tail, left, K: gl.constexpr):
     """Stores a tile's first `left` rows, through shared memory in 16-byte pieces."""
     stage.store(x.to(ptr.dtype.element_ty))
@@ -227,10 +246,10 @@ def _q_producer(
 @gluon.jit
 def _q_consumer(
     W: gl.constexpr, pack, tiles, bars, sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr,
-    SLOTS: gl.constexpr,
+    H: gl.constexpr, SLOTS: gl.constexpr, LOW: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 W to 64 W + 63 of every item."""
-    dq, lse, delta, scale, scale_log2, T = pack
+    low, dq, lse, delta, scale, scale_log2, T = pack
     q_main, q_tail, g_main, g_tail, main, tail, message = tiles
     item_full, q_full, q_empty, full, empty = bars
     TAIL: gl.constexpr = K > 64
@@ -248,6 +267,14 @@ def _q_consumer(
             rows = gl.arange(0, 64, OF_ROW)
             place = head.to(gl.int64) * T + first + row + 64 * W
             e = gl.load(lse + place + rows, mask=rows < left, other=0.0)
+            low_main = 0
+            low_tail = 0
+            if LOW > 0:
+                at = low + ((first + row + 64 * W).to(gl.int64) * H + head) * K
+                lane, lane_tail = cut(head, K)
+                low_main = _low_tile(at + lane, H * K, left, 0, 64, ROWS)
+                if TAIL:
+                    low_tail = _low_tile(at + lane_tail, H * K, left, -lane_tail, K - lane_tail, ROWS_TAIL)
             mbarrier.wait(q_full.index(buf), turn // 2 & 1)
             q = _main(q_main, buf)
             g = _main(g_main, buf)
@@ -260,10 +287,9 @@ def _q_consumer(
                         mbarrier.arrive(empty.index((count + w) % SLOTS), count=1)
             slot = (count + W) % SLOTS
             mbarrier.wait(full.index(slot), (count + W) // SLOTS & 1)
-            d = gl.sum(_main(main, slot).load(ACC).to(gl.float32) * g.load(ACC).to(gl.float32), 1)
+            d = _row_sums(_main(main, slot), low_main, g, ROWS, LOW)
             if TAIL:
-                o_t = _tail(tail, slot, K).load(ACC_TAIL).to(gl.float32)
-                d += gl.convert_layout(gl.sum(o_t * gt.load(ACC_TAIL).to(gl.float32), 1), OF_ROW)
+                d += _row_sums(_tail(tail, slot, K), low_tail, gt, ROWS_TAIL, LOW)
             fence_async_shared()  # reads by load, unlike those of products, may still be under way at the barrier
             mbarrier.arrive(empty.index(slot), count=1)
             count += gl.minimum((length - row + 63) // 64, WGS)
@@ -340,17 +366,18 @@ def _q_consumer(
         length = _next(message, item_full, turn)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "H", "blocks", "slot"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
+@gluon.jit(do_not_specialize=["T", "S", "blocks", "slot"], do_not_specialize_on_alignment=["lse", "cu_seqlens"])
 def backward_q(
-    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, dq, lse, delta, cu_seqlens, counters, scale, scale_log2,
-    T, S, H, blocks, slot,
-    sdt: gl.constexpr, sdh: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t, low, dq, lse, delta, cu_seqlens, counters, scale,
+    scale_log2, T, S, blocks, slot,
+    sdt: gl.constexpr, sdh: gl.constexpr, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
+    REGISTERS: gl.constexpr, LOW: gl.constexpr,
 ):  # fmt: skip
     """dq, of strides (sdt, sdh, 1), and delta `[H, T]` of all rows within segments, which backward_kv reads.
 
     q, k, v, out, grad are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at
-    K = 64. blocks: those of max_seqlen rows. The work counter `counters[slot]` is zero before and after.
+    K = 64. low: contiguous, or None where LOW, the shift of `low_order`, is 0. blocks: those of max_seqlen rows. The
+    work counter `counters[slot]` is zero before and after.
     """
     DTYPE: gl.constexpr = dq.dtype.element_ty
     q_main = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 64], TILE)
@@ -380,14 +407,14 @@ def backward_q(
     fence_async_shared()
     tiles = (q_main, q_tail, g_main, g_tail, main, tail, message)
     bars = (item_full, q_full, q_empty, full, empty)
-    pack = (dq, lse, delta, scale, scale_log2, T)
+    pack = (low, dq, lse, delta, scale, scale_log2, T)
     source = (q, q_t, k, k_t, v, v_t, out, out_t, grad, grad_t)
     work = (cu_seqlens, counters + slot, S, H, blocks)
     if WGS == 2:
         gl.warp_specialize(
             [
-                (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
-                (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
+                (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, H, SLOTS, LOW)),
+                (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, H, SLOTS, LOW)),
                 (_q_producer, (source, tiles, bars, work, dq, T, sdt, K, WGS, SLOTS)),
             ],
             [4, 1],
@@ -396,9 +423,9 @@ def backward_q(
     else:
         gl.warp_specialize(
             [
-                (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
-                (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
-                (_q_consumer, (2, pack, tiles, bars, sdt, sdh, K, WGS, SLOTS)),
+                (_q_consumer, (0, pack, tiles, bars, sdt, sdh, K, WGS, H, SLOTS, LOW)),
+                (_q_consumer, (1, pack, tiles, bars, sdt, sdh, K, WGS, H, SLOTS, LOW)),
+                (_q_consumer, (2, pack, tiles, bars, sdt, sdh, K, WGS, H, SLOTS, LOW)),
                 (_q_producer, (source, tiles, bars, work, dq, T, sdt, K, WGS, SLOTS)),
             ],
             [4, 4, 1],
@@ -611,6 +638,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
@@ -621,18 +649,20 @@ def backward(
 ) -> None:
     """Fills dq, WGS * 64 queries at a time, then dk and dv. The three share strides; their heads lie side by side."""
     grad, q, k, v, out = in_reach(grad, q, k, v, out)
+    shift = low_order.shift(out, low)
+    low = None if low is None else in_reach(low.contiguous())[0]
     T, H, K = q.shape
     S, delta, (counters, slot) = len(cu_seqlens) - 1, torch.empty_like(lse), work_counter(q.device)
     (slots, registers, of_launch), (stages, of_launch_kv, resident) = RESOURCES_Q[WGS], RESOURCES_KV
-    common = lse, delta, cu_seqlens, counters, scale, scale * LOG2_E, T, S, H
-    layout = dq.stride(0), dq.stride(1), K
+    common = lse, delta, cu_seqlens, counters, scale, scale * LOG2_E, T, S
+    strides = dq.stride()[:2]
     more = K == 64
     # the second kernel begins after the first's end, so they share a work counter
-    numbers_q = ceil_div(max_seqlen, 64 * WGS), slot, *layout, WGS, slots + 4 * more, registers
-    numbers_kv = ceil_div(max_seqlen, 64), slot, *layout, stages + more
-    of_q = *with_tails(q, k, v, out, grad), dq, *common, *numbers_q
+    numbers_q = ceil_div(max_seqlen, 64 * WGS), slot, *strides, H, K, WGS, slots + 4 * more, registers, shift
+    numbers_kv = H, ceil_div(max_seqlen, 64), slot, *strides, K, stages + more
+    of_q = *with_tails(q, k, v, out, grad), low, dq, *common, *numbers_q
     of_kv = *with_tails(q, k, v, grad), dk, dv, *common, *numbers_kv
-    key = q.device, q.dtype, *layout, WGS
+    key = q.device, q.dtype, *strides, H, K, WGS, shift
     launchers = _launchers.get(key)
     if launchers is None:
         launchers = _launchers[key] = (

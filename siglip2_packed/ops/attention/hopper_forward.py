@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from siglip2_packed.ops.attention import low_order
 from siglip2_packed.ops.attention.hopper_items import (
     ACC,
     ACC_TAIL,
@@ -33,6 +34,7 @@ from siglip2_packed.ops.attention.hopper_items import (
     TILE_TAIL,
     TILES,
     cut,
+    low_part,
     read,
     tell,
     walk,
@@ -102,10 +104,11 @@ def _producer(source, tiles, bars, work, H: gl.constexpr, K: gl.constexpr, WGS: 
 
 @gluon.jit
 def _consumer(
-    W: gl.constexpr, pack, tiles, bars, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr
-):
+    W: gl.constexpr, pack, tiles, bars, H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr,
+    LOW: gl.constexpr,
+):  # fmt: skip
     """Rows 64 W to 64 W + 63 of every item."""
-    out, lse, cu_seqlens, scale_log2, T, S = pack
+    out, low, lse, cu_seqlens, scale_log2, T, S = pack
     DTYPE: gl.constexpr = out.dtype.element_ty
     OF_ROW: gl.constexpr = gl.SliceLayout(1, ACC)
     OF_ROW_TAIL: gl.constexpr = gl.SliceLayout(1, ACC_TAIL)
@@ -183,20 +186,38 @@ def _consumer(
             rows_acc = gl.arange(0, 64, OF_ROW)
             gl.store(lse + head.to(gl.int64) * T + row_first + rows_acc, m + gl.log2(total), mask=rows_acc < left)
             inverse = 1.0 / total  # through Q's place in shared memory, to store 16-byte pieces
-            q.store((acc * inverse[:, None]).to(DTYPE))
+            x = acc * inverse[:, None]
+            rounded = x.to(DTYPE)
+            q.store(rounded)
             o = q.load(ROWS)
+            o_low = o
+            if LOW > 0:
+                q.store(low_part(x, rounded, LOW).to(DTYPE, bitcast=True))
+                o_low = q.load(ROWS)
             if K > 64:
-                q_tail.store((acc_tail * gl.convert_layout(inverse, OF_ROW_TAIL)[:, None]).to(DTYPE))
+                x_tail = acc_tail * gl.convert_layout(inverse, OF_ROW_TAIL)[:, None]
+                rounded_tail = x_tail.to(DTYPE)
+                q_tail.store(rounded_tail)
                 o_tail = q_tail.load(ROWS_TAIL)
+                o_low_tail = o_tail
+                if LOW > 0:
+                    q_tail.store(low_part(x_tail, rounded_tail, LOW).to(DTYPE, bitcast=True))
+                    o_low_tail = q_tail.load(ROWS_TAIL)
             fence_async_shared()
             mbarrier.arrive(q_empty.index(place), count=1)
             lane, lane_tail = cut(head, K)
-            at = out + (row_first * H + head) * K
-            gl.store(at + rows[:, None] * (H * K) + lane + lanes[None, :], o, mask=(rows < left)[:, None])
+            at = (row_first * H + head) * K
+            offsets = at + rows[:, None] * (H * K) + lane + lanes[None, :]
+            gl.store(out + offsets, o, mask=(rows < left)[:, None])
+            if LOW > 0:
+                gl.store(low + offsets, o_low.to(gl.int16, bitcast=True).to(gl.int8), mask=(rows < left)[:, None])
             if K > 64:
                 here = lane_tail + lanes_tail
                 real = (rows_tail < left)[:, None] & ((here >= 0) & (here < K))[None, :]
-                gl.store(at + rows_tail[:, None] * (H * K) + here[None, :], o_tail, mask=real)
+                offsets = at + rows_tail[:, None] * (H * K) + here[None, :]
+                gl.store(out + offsets, o_tail, mask=real)
+                if LOW > 0:
+                    gl.store(low + offsets, o_low_tail.to(gl.int16, bitcast=True).to(gl.int8), mask=real)
         else:
             for _ in range(0, length, 64):
                 mbarrier.wait(full.index(count % RING), count // RING % 2)
@@ -218,13 +239,15 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["T", "S", "blocks", "slot"], do_not_specialize_on_alignment=["cu_seqlens"])
 def forward_kernel(
-    q, q_tail, k, k_tail, v, v_tail, out, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot,
+    q, q_tail, k, k_tail, v, v_tail, out, low, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot,
     H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr, REGISTERS: gl.constexpr,
+    LOW: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q kT) v, contiguous, and lse; the work counter `counters[slot]` is zero before and after.
 
     q, k, v are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at K = 64.
-    blocks: those of max_seqlen rows.
+    LOW: the shift of `low_order`, whose bytes are kept in `low`, contiguous; or 0, and none are. blocks: those of
+    max_seqlen rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     sq = gl.allocate_shared_memory(DTYPE, [2 * WGS, 64, 1, 64], TILE)
@@ -251,14 +274,14 @@ def forward_kernel(
     fence_async_shared()
     tiles = (sq, sq_tail, sk, sk_tail, sv, sv_tail, message)
     bars = (q_full, q_empty, full, empty)
-    pack = (out, lse, cu_seqlens, scale_log2, T, S)
+    pack = (out, low, lse, cu_seqlens, scale_log2, T, S)
     source = (q, q_tail, k, k_tail, v, v_tail)
     work = (cu_seqlens, counters + slot, S, blocks)
     if WGS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
-                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
+                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING, LOW)),
+                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING, LOW)),
                 (_producer, (source, tiles, bars, work, H, K, WGS, RING)),
             ],
             [4, 1],
@@ -267,9 +290,9 @@ def forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING)),
-                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING)),
-                (_consumer, (2, pack, tiles, bars, H, K, WGS, RING)),
+                (_consumer, (0, pack, tiles, bars, H, K, WGS, RING, LOW)),
+                (_consumer, (1, pack, tiles, bars, H, K, WGS, RING, LOW)),
+                (_consumer, (2, pack, tiles, bars, H, K, WGS, RING, LOW)),
                 (_producer, (source, tiles, bars, work, H, K, WGS, RING)),
             ],
             [4, 4, 1],
@@ -283,19 +306,23 @@ def forward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
 ) -> None:
-    """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32, WGS * 64 queries at a time."""
+    """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32, WGS * 64 queries at a time.
+
+    And `low`, if it is kept; see `low_order`.
+    """
     q, k, v = in_reach(q, k, v)
     T, H, K = q.shape
     S, blocks, (counters, slot) = len(cu_seqlens) - 1, ceil_div(max_seqlen, 64 * WGS), work_counter(q.device)
-    ring, registers, of_launch, resident = RESOURCES[WGS]
-    numbers = scale * LOG2_E, T, S, blocks, slot, H, K, WGS, ring + (K == 64), registers
-    arguments = *with_tails(q, k, v), out, lse, cu_seqlens, counters, *numbers
-    key = q.device, q.dtype, H, K, WGS
+    (ring, registers, of_launch, resident), shift = RESOURCES[WGS], low_order.shift(out, low)
+    numbers = scale * LOG2_E, T, S, blocks, slot, H, K, WGS, ring + (K == 64), registers, shift
+    arguments = *with_tails(q, k, v), out, low, lse, cu_seqlens, counters, *numbers
+    key = q.device, q.dtype, H, K, WGS, shift
     launcher = _launchers.get(key)
     if launcher is None:
         launcher = Launcher(forward_kernel, arguments, TILES * 3, num_warps=4, maxnreg=of_launch)

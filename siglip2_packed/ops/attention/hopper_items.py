@@ -39,6 +39,24 @@ def cut(head, K: gl.constexpr):
 
 
 @gluon.jit
+def low_part(x, rounded, LOW: gl.constexpr):
+    """`low_order.of`, LOW being the shift; int16."""
+    rounded = rounded.to(gl.float32)
+    low = (x.to(gl.int32, bitcast=True) - rounded.to(gl.int32, bitcast=True) + (1 << LOW >> 1)) >> LOW
+    low = gl.minimum(gl.maximum(low, -128), 127)
+    return gl.where((rounded > float("-inf")) & (rounded < float("inf")), low, 0).to(gl.int16)
+
+
+@gluon.jit
+def restored(out, low, LOW: gl.constexpr):
+    """`low_order.restored`; float32 of `out` alone if LOW is 0."""
+    x = out.to(gl.float32)
+    if LOW > 0:
+        x = (x.to(gl.int32, bitcast=True) + (low.to(gl.int32) << LOW)).to(gl.float32, bitcast=True)
+    return x
+
+
+@gluon.jit
 def write(message, at, value):
     message.index(at).store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from siglip2_packed.ops.attention import cases, eager
+from siglip2_packed.ops.attention import cases, eager, low_order
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Refused, Verdict, check, checkable, missing
 from siglip2_packed.ops.runtime.choice import Launch
@@ -25,6 +25,8 @@ BACKWARD = {
     "triton": (f"{FOLDER}.triton", "backward"),
     "triton_short": (f"{FOLDER}.triton", "backward_short"),
 }
+READ_OUTPUT = "hopper", "triton"
+"""Backward kernels that take delta from the output."""
 
 
 class Kernels(NamedTuple):
@@ -34,6 +36,8 @@ class Kernels(NamedTuple):
     backward: Callable[..., None] | None
     """None where no gradients are asked for."""
     launches: tuple[Launch, ...]
+    reads_low: bool = False
+    """Whether backward reads what rounding took from the output (`low_order`), which forward then keeps."""
 
 
 def kernels(
@@ -60,15 +64,14 @@ def kernels(
     if gradients:
         order = choice.attention_backward(card, dtype, T, S, H, K, max_seqlen)
         backward = choice.allowed("attention_backward", order)
-    key = device, dtype, H, K, packed, forward, backward
+    rows = device, dtype, H, K, packed
+    key = *rows, forward, backward
     found = _found.get(key)
     if found is None:
-        run, *ran = _first_right("forward", forward, device, dtype, H, K, packed)
-        differentiate = None
-        if gradients:
-            differentiate, more = _first_right("backward", backward, device, dtype, H, K, packed)
-            ran.append(more)
-        found = Kernels(run, differentiate, tuple(ran))
+        differentiate, *ran = _first_right("backward", backward, *rows) if gradients else (None,)
+        reads_low = dtype in low_order.SHIFT and any(name in READ_OUTPUT for name, _ in ran)
+        run, first = _first_right("forward", forward, *rows, reads_low)
+        found = Kernels(run, differentiate, (first, *ran), reads_low)
         if checkable(device):  # else a better one may have had no check yet
             _found[key] = found
     return found
@@ -94,19 +97,26 @@ def implementation(direction: str, launch: Launch) -> Callable[..., None]:
 
 
 def verdict_on(
-    direction: str, launch: Launch, device: torch.device, dtype: torch.dtype, H: int, K: int, packed: bool
+    direction: str,
+    launch: Launch,
+    device: torch.device,
+    dtype: torch.dtype,
+    H: int,
+    K: int,
+    packed: bool,
+    low: bool = False,
 ) -> Verdict | None:
-    """What the check of a kernel says, launched so; see `check.check`."""
+    """What the check of a kernel says, launched so; see `check.check`. low: of a forward that keeps that part."""
     name, how = launch
-    what = f"attention.{direction} ({name}) for {H} heads of {K}"
+    what = f"attention.{direction} ({name}) for {H} heads of {K}" + " in training" * low
     module, function = (FORWARD if direction == "forward" else BACKWARD)[name]
     if reason := missing(module, function):
         choice.say_once(f"attention.{direction} ({name}): {reason}", logging.WARNING)
         return Verdict({}, {}, reason)
-    make, results = cases.of(direction)
+    make, results = cases.of(direction, low)
     return check(
         what,
-        (device, dtype, packed, launch),
+        (device, dtype, packed, launch, low),
         partial(results, partial(implementation(direction, launch), how)),
         partial(results, getattr(eager, direction)),
         lambda: make(device, dtype, H, K, packed, how),

@@ -8,24 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from siglip2_packed.ops.attention import eager
+from siglip2_packed.ops.attention import eager, low_order
 from siglip2_packed.ops.attention.kernels import Kernels, kernels
 from siglip2_packed.ops.runtime.check import Refused, checkable
 from siglip2_packed.ops.runtime.once import once_differentiable
-from siglip2_packed.ops.runtime.tracing import traced
+from siglip2_packed.ops.runtime.tracing import traced, transformed
 from siglip2_packed.ops.segments import check_rows, check_segments, positive_scale
 
 
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, kernels: Kernels | None
-) -> tuple[Tensor, Tensor]:
-    """`[T, H, K]` and the base-2 log-sum-exp `[H, T]` in float32; `kernels` of a pack with rows."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`[T, H, K]`, its low-order part if backward reads it, and the base-2 log-sum-exp `[H, T]` in float32.
+
+    `kernels` of a pack with rows.
+    """
     T, H, K = q.shape
     out = torch.empty((T, H, K), dtype=q.dtype, device=q.device)
+    low = low_order.empty_like(out) if kernels is not None and kernels.reads_low else None
     lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
     if kernels is not None:
-        kernels.forward(q, k, v, out, lse, cu_seqlens, max_seqlen, scale)
-    return out, lse
+        kernels.forward(q, k, v, out, low, lse, cu_seqlens, max_seqlen, scale)
+    return out, low, lse
 
 
 def for_tensors(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, packed: bool, gradients: bool) -> Kernels | None:
@@ -41,18 +45,18 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale, kernels):
-        out, lse = run_forward(q, k, v, cu_seqlens, max_seqlen, scale, kernels)
-        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        out, low, lse = run_forward(q, k, v, cu_seqlens, max_seqlen, scale, kernels)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, low, lse)
         ctx.max_seqlen, ctx.scale, ctx.kernels = max_seqlen, scale, kernels
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        q, k, v, cu_seqlens, out, low, lse = ctx.saved_tensors
         gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         if ctx.kernels is not None:
-            ctx.kernels.backward(grad, q, k, v, out, lse, *gradients, cu_seqlens, ctx.max_seqlen, ctx.scale)
+            ctx.kernels.backward(grad, q, k, v, out, low, lse, *gradients, cu_seqlens, ctx.max_seqlen, ctx.scale)
         return *gradients, None, None, None, None
 
 
@@ -83,9 +87,10 @@ def varlen_attention(
     check_rows(q=q, k=k, v=v)
     check_segments(q, cu_seqlens, max_seqlen)
     scale = positive_scale(q.shape[-1], softmax_scale)
+    wanted = transformed() or q.requires_grad or k.requires_grad or v.requires_grad
+    gradients = wanted and torch.is_grad_enabled()
     if traced():
-        return attention(q, k, v, cu_seqlens, max_seqlen, scale)[0]
-    gradients = torch.is_grad_enabled()
+        return attention(q, k, v, cu_seqlens, max_seqlen, scale, gradients)[0]
     chosen = for_tensors(q, cu_seqlens, max_seqlen, packed=False, gradients=gradients)
     if gradients:
         return Attention.apply(q, k, v, cu_seqlens, max_seqlen, scale, chosen)  # type: ignore[no-any-return]
@@ -104,10 +109,17 @@ def _or_eager(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, gradients: bool) -
 
 @torch.library.custom_op("siglip2_packed::varlen_attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    chosen = _or_eager(q, cu_seqlens, max_seqlen, gradients=False)
-    return run_forward(q, k, v, cu_seqlens, max_seqlen, scale, chosen)
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, gradients: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = _or_eager(q, cu_seqlens, max_seqlen, gradients)
+    out, low, lse = run_forward(q, k, v, cu_seqlens, max_seqlen, scale, chosen)
+    return out, _low_like(q, gradients).zero_() if low is None else low, lse
+
+
+def _low_like(q: Tensor, gradients: bool) -> Tensor:
+    """The low-order part of an operator's output, which cannot be None: without rows instead."""
+    kept = gradients and q.dtype in low_order.SHIFT
+    return q.new_empty(q.shape if kept else (0, *q.shape[1:]), dtype=torch.int8)
 
 
 @torch.library.custom_op("siglip2_packed::varlen_attention_backward", mutates_args=())
@@ -117,6 +129,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -125,33 +138,34 @@ def attention_backward(
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     chosen = _or_eager(q, cu_seqlens, max_seqlen, gradients=True)
     if chosen is not None and chosen.backward is not None:
-        chosen.backward(grad, q, k, v, out, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
+        kept = low if len(low) else None
+        chosen.backward(grad, q, k, v, out, kept, lse, dq, dk, dv, cu_seqlens, max_seqlen, scale)
     return dq, dk, dv
 
 
 @attention.register_fake
-def _(q, k, v, cu_seqlens, max_seqlen, scale):
+def _(q, k, v, cu_seqlens, max_seqlen, scale, gradients=True):
     T, H, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((H, T), dtype=torch.float32)
+    return q.new_empty(q.shape), _low_like(q, gradients), q.new_empty((H, T), dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale):
+def _(grad, q, k, v, out, low, lse, cu_seqlens, max_seqlen, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.max_seqlen, ctx.scale = inputs
-    ctx.mark_non_differentiable(output[1])
+    *tensors, ctx.max_seqlen, ctx.scale, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *output)
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 6
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return *attention_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None
+        return (None,) * 7
+    q, k, v, cu_seqlens, *kept = ctx.saved_tensors
+    return *attention_backward(grad, q, k, v, *kept, cu_seqlens, ctx.max_seqlen, ctx.scale), None, None, None, None
 
 
 attention.register_autograd(_differentiate, setup_context=_save)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from siglip2_packed.ops.attention import eager
+from siglip2_packed.ops.attention import eager, low_order
 from siglip2_packed.ops.attention.backends import BACKENDS
 from siglip2_packed.ops.attention.kernels import implementation
 from siglip2_packed.ops.runtime.check import in_clean_context, random, relative_error
@@ -46,9 +46,10 @@ def of_launch(launch: Launch, device: torch.device, dtype: torch.dtype, H: int, 
     def dq(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, segments: Segments) -> Tensor:
         out, lse = torch.empty_like(q), torch.empty((H, rows), dtype=torch.float32, device=device)
         pack = segments.cu_seqlens, rows, K**-0.5
-        eager.forward(q, k, v, out, lse, *pack)
+        low = low_order.empty_like(out)
+        eager.forward(q, k, v, out, low, lse, *pack)
         gradients = [torch.empty_like(q) for _ in range(3)]
-        run(how, grad, q, k, v, out, lse, *gradients, *pack)
+        run(how, grad, q, k, v, out, low, lse, *gradients, *pack)
         return gradients[0]
 
     return in_clean_context(lambda: _error(dq, rows, H, device, dtype, K), device)

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from siglip2_packed.ops.attention import low_order
 from siglip2_packed.ops.attention import triton_kernels as kernels
 from siglip2_packed.ops.runtime.base2 import LOG2_E
 from siglip2_packed.ops.runtime.choice import Tile
@@ -26,21 +27,22 @@ def forward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
 ) -> None:
-    """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32."""
+    """Fills out `[T, H, K]`, contiguous, and the base-2 log-sum-exp `[H, T]` in float32; and `low`, if it is kept."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
     q, k, v = readable(q, k, v)
-    blocks = max(1, ceil_div(max_seqlen, tile.M))
+    blocks, shift = max(1, ceil_div(max_seqlen, tile.M)), low_order.shift(out, low)
     launch(
         kernels.forward_kernel,
         ((S + 1) * H * blocks, 1, 1),
-        (q, k, v, out, lse, cu_seqlens),
+        (q, k, v, out, out if low is None else low, lse, cu_seqlens),
         (scale * LOG2_E, T, S, blocks),
-        (H, *outer_strides(q, k, v, out), *lanes(K), tile.M, tile.N, tile.single, _precision(q.dtype)),
+        (H, *outer_strides(q, k, v, out), *lanes(K), tile.M, tile.N, tile.single, shift, _precision(q.dtype)),
         **_options(tile),
     )
 
@@ -52,6 +54,7 @@ def backward_short(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
@@ -80,6 +83,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    low: Tensor | None,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
@@ -91,15 +95,16 @@ def backward(
     """Fills dq, then dk and dv, which share strides."""
     (T, H, K), S = q.shape, cu_seqlens.shape[0] - 1
     grad, q, k, v, out = readable(grad, q, k, v, out)
-    delta, scales = torch.empty_like(lse), (scale, scale * LOG2_E)
+    delta, scales, shift = torch.empty_like(lse), (scale, scale * LOG2_E), low_order.shift(out, low)
+    low = out if low is None else low.contiguous()
     of_q, of_kv = tiles
     blocks = max(1, ceil_div(max_seqlen, of_q.M))
     launch(
         kernels.backward_q_kernel,
         ((S + 1) * H * blocks, 1, 1),
-        (q, k, v, out, grad, dq, lse, delta, cu_seqlens),
+        (q, k, v, out, low, grad, dq, lse, delta, cu_seqlens),
         (*scales, T, S, blocks),
-        (H, *outer_strides(q, k, v, out, grad, dq), *lanes(K), of_q.M, of_q.N, _precision(q.dtype)),
+        (H, *outer_strides(q, k, v, out, grad, dq), *lanes(K), of_q.M, of_q.N, shift, _precision(q.dtype)),
         **_options(of_q),
     )
     blocks = max(1, ceil_div(max_seqlen, of_kv.N))

@@ -74,12 +74,42 @@ def _centred(dq, r, keys, count):
     return dq - r[:, None] * (tl.sum(keys.to(tl.float32), 0) / count)[None, :]
 
 
+@triton.jit
+def _low(x, rounded, LOW: tl.constexpr):
+    """`low_order.of`, LOW being the shift."""
+    rounded = rounded.to(tl.float32)
+    low = (x.to(tl.int32, bitcast=True) - rounded.to(tl.int32, bitcast=True) + (1 << LOW >> 1)) >> LOW
+    return tl.where(tl.abs(rounded) < float("inf"), tl.minimum(tl.maximum(low, -128), 127), 0)
+
+
+@triton.jit
+def _restored(out, low, stride, low_stride, rows, limit, LANES: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr):
+    """A tile of the output in float32, as it was before it was rounded if LOW, the shift of `low_order`, is not 0."""
+    x = _load(out, stride, rows, limit, LANES, WIDTH).to(tl.float32)
+    if LOW > 0:
+        more = _load(low, low_stride, rows, limit, LANES, WIDTH).to(tl.int32) << LOW
+        x = (x.to(tl.int32, bitcast=True) + more).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _store_output(
+    out, low, stride, low_stride, rows, limit, x, LANES: tl.constexpr, WIDTH: tl.constexpr, LOW: tl.constexpr
+):
+    """A tile of the output, rounded; and, if LOW, what that took from it."""
+    rounded = x.to(out.dtype.element_ty)
+    _store(out, stride, rows, limit, rounded, LANES, WIDTH)
+    if LOW > 0:
+        _store(low, low_stride, rows, limit, _low(x, rounded, LOW), LANES, WIDTH)
+
+
 @triton.jit(do_not_specialize=["T", "S", "blocks"])
 def forward_kernel(
     q,
     k,
     v,
     out,
+    low,
     lse,
     cu_seqlens,
     scale_log2,
@@ -101,9 +131,13 @@ def forward_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     SINGLE: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = softmax(q kT) v and lse, for M query rows of a head. SINGLE: no segment is longer than N."""
+    """out = softmax(q kT) v and lse, for M query rows of a head. SINGLE: no segment is longer than N.
+
+    LOW: the shift of `low_order`, whose bytes are kept in `low`, contiguous; or 0, and none are.
+    """
     WIDTH: tl.constexpr = min(K, MAIN)
     sqt, sqh, skt, skh, svt, svh, sot, soh = sqt * 8, sqh * 8, skt * 8, skh * 8, svt * 8, svh * 8, sot * 8, soh * 8
     segment, head, block = _place(blocks, H)
@@ -121,6 +155,7 @@ def forward_kernel(
     k += main + head * skh + first * skt
     v += main + head * svh + first * svt
     out += main + head * soh + (first + row) * sot
+    low += main + ((first + row) * H + head) * K
     lse += head * T + first + row
 
     rows = tl.arange(0, M)
@@ -174,9 +209,10 @@ def forward_kernel(
             k += N * skt
             v += N * svt
     tl.store(lse + rows, m + tl.log2(total), mask=rows < left)
-    _store(out, sot, rows, left, acc / total[:, None], MAIN, WIDTH)
+    _store_output(out, low, sot, H * K, rows, left, acc / total[:, None], MAIN, WIDTH, LOW)
     if TAIL > 0:
-        _store(out + tail, sot, rows, left, acc_tail / total[:, None], TAIL, K - MAIN)
+        acc_tail = acc_tail / total[:, None]
+        _store_output(out + tail, low + tail, sot, H * K, rows, left, acc_tail, TAIL, K - MAIN, LOW)
 
 
 @triton.jit(do_not_specialize=["T", "S", "blocks"])
@@ -185,6 +221,7 @@ def backward_q_kernel(
     k,
     v,
     out,
+    low,
     grad,
     dq,
     lse,
@@ -213,11 +250,13 @@ def backward_q_kernel(
     TAIL: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    LOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq of M query rows of a head, and delta = sum(p * dp), which backward_kv_kernel reads.
 
-    sum(out * grad) is that delta but for the rounding of `out`; what it lacks is the sum of ds.
+    sum(out * grad) is that delta but for roundings: of `out`, whose bytes the forward kept in `low` (LOW: the shift of
+    `low_order`; 0: it has none), and of p before it was multiplied with v. What it lacks is the sum of ds.
     """
     WIDTH: tl.constexpr = min(K, MAIN)
     sqt, sqh, skt, skh, svt, svh, sot, soh = sqt * 8, sqh * 8, skt * 8, skh * 8, svt * 8, svh * 8, sot * 8, soh * 8
@@ -237,6 +276,7 @@ def backward_q_kernel(
     k += main + head * skh + first * skt
     v += main + head * svh + first * svt
     out += main + head * soh + (first + row) * sot
+    low += main + ((first + row) * H + head) * K
     grad += main + head * sgh + (first + row) * sgt
     dq += main + head * sdh + (first + row) * sdt
     lse += head * T + first + row
@@ -247,8 +287,7 @@ def backward_q_kernel(
     left = length - row
     q_main = _load(q, sqt, rows, left, MAIN, WIDTH)
     g_main = _load(grad, sgt, rows, left, MAIN, WIDTH)
-    o_main = _load(out, sot, rows, left, MAIN, WIDTH)
-    d = tl.sum(o_main.to(tl.float32) * g_main.to(tl.float32), 1)
+    d = tl.sum(_restored(out, low, sot, H * K, rows, left, MAIN, WIDTH, LOW) * g_main.to(tl.float32), 1)
     q_tail = q_main
     g_tail = g_main
     acc = tl.zeros([M, MAIN], tl.float32)
@@ -256,8 +295,8 @@ def backward_q_kernel(
     if TAIL > 0:
         q_tail = _load(q + tail, sqt, rows, left, TAIL, K - MAIN)
         g_tail = _load(grad + tail, sgt, rows, left, TAIL, K - MAIN)
-        o_tail = _load(out + tail, sot, rows, left, TAIL, K - MAIN)
-        d += tl.sum(o_tail.to(tl.float32) * g_tail.to(tl.float32), 1)
+        o_tail = _restored(out + tail, low + tail, sot, H * K, rows, left, TAIL, K - MAIN, LOW)
+        d += tl.sum(o_tail * g_tail.to(tl.float32), 1)
     r = tl.zeros([M], tl.float32)
     e = tl.load(lse + rows, mask=rows < left, other=float("inf"))
     for start in range(0, length, N):

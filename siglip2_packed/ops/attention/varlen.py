@@ -79,26 +79,26 @@ class VarlenAttention:
         lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
 
         def run() -> Tensor:
-            kernels.forward(q, k, v, place, lse, segments.cu_seqlens, segments.max_seqlen, K**-0.5)
+            kernels.forward(q, k, v, place, None, lse, segments.cu_seqlens, segments.max_seqlen, K**-0.5)
             return place
 
         return run
 
-    def forward(self, qkv: Tensor, gradients: bool = False) -> tuple[Tensor, Tensor]:
-        """`[T, 3, H, K]` -> `[T, H, K]` and the base-2 log-sum-exp `[H, T]`, which `backward` takes."""
+    def forward(self, qkv: Tensor, gradients: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`[T, 3, H, K]` -> `[T, H, K]` and what `backward` takes: its low-order part, the log-sum-exp `[H, T]`."""
         q, k, v = qkv.unbind(1)
         kernels = self._for(q, packed=True, gradients=gradients)
         segments = self.segments
         return operators.run_forward(q, k, v, segments.cu_seqlens, segments.max_seqlen, q.shape[2] ** -0.5, kernels)
 
-    def backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, dqkv: Tensor) -> None:
-        """Fills dqkv `[T, 3, H, K]`, contiguous, from the gradient of `out`."""
+    def backward(self, grad: Tensor, qkv: Tensor, out: Tensor, low: Tensor | None, lse: Tensor, dqkv: Tensor) -> None:
+        """Fills dqkv `[T, 3, H, K]`, contiguous, from the gradient of `out`, given what `forward` did."""
         q, k, v = qkv.unbind(1)
         kernels, segments = self._for(q, packed=True, gradients=True), self.segments
         assert kernels is not None
         assert kernels.backward is not None
         cu_seqlens, longest = segments.cu_seqlens, segments.max_seqlen
-        kernels.backward(grad, q, k, v, out, lse, *dqkv.unbind(1), cu_seqlens, longest, q.shape[2] ** -0.5)
+        kernels.backward(grad, q, k, v, out, low, lse, *dqkv.unbind(1), cu_seqlens, longest, q.shape[2] ** -0.5)
 
     def _for(self, q: Tensor, packed: bool, gradients: bool) -> Kernels | None:
         """Looked for once a pack, as all of its layers are alike."""
