@@ -237,6 +237,15 @@ def test_batched_gradients_are_those_of_each_alone(model):
             torch.testing.assert_close(ours[i], one, rtol=1e-4, atol=1e-4)
 
 
+def test_own_kernels_say_that_they_take_one_gradient_at_a_time(model):
+    x = torch.randn(12, 64, requires_grad=True)
+    fused_layers, _ = model.encoder(x, attention_within([5, 7], "triton"))
+    q = torch.randn(12, 2, 32, requires_grad=True)
+    for out, of in ((fused_layers, x), (attention_within([5, 7], "triton")(q, q, q), q)):
+        with pytest.raises(RuntimeError, match="is_grads_batched: own attention kernels take one gradient at a time"):
+            torch.autograd.grad(out, [of], torch.randn(3, *out.shape), is_grads_batched=True)
+
+
 def test_backward_within_autocast_is_in_the_dtype_of_forward(model):
     out = model.encoder(torch.randn(12, 64), attention_within([5, 7], "sdpa"))[0].square().sum()
     parameters = list(model.encoder.layers[-1].mlp.parameters())

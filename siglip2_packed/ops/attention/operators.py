@@ -12,7 +12,7 @@ from siglip2_packed.ops.attention import eager, low_order
 from siglip2_packed.ops.attention.kernels import Kernels, kernels
 from siglip2_packed.ops.runtime.check import Refused, checkable
 from siglip2_packed.ops.runtime.once import once_differentiable
-from siglip2_packed.ops.runtime.tracing import traced, transformed
+from siglip2_packed.ops.runtime.tracing import batched, traced, transformed
 from siglip2_packed.ops.segments import check_rows, check_segments, positive_scale
 
 
@@ -30,6 +30,15 @@ def run_forward(
     if kernels is not None:
         kernels.forward(q, k, v, out, low, lse, cu_seqlens, max_seqlen, scale)
     return out, low, lse
+
+
+def one_gradient(grad: Tensor) -> None:
+    """RuntimeError for a batch of them (`is_grads_batched=True`), whose memory kernels cannot see."""
+    if batched(grad):
+        raise RuntimeError(
+            "is_grads_batched: own attention kernels take one gradient at a time; with attn_implementation='sdpa' a "
+            "batch of them works"
+        )
 
 
 def for_tensors(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, packed: bool, gradients: bool) -> Kernels | None:
@@ -53,6 +62,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        one_gradient(grad)
         q, k, v, cu_seqlens, out, low, lse = ctx.saved_tensors
         gradients = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
         if ctx.kernels is not None:

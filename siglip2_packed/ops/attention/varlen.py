@@ -93,6 +93,7 @@ class VarlenAttention:
 
     def backward(self, grad: Tensor, qkv: Tensor, out: Tensor, low: Tensor | None, lse: Tensor, dqkv: Tensor) -> None:
         """Fills dqkv `[T, 3, H, K]`, contiguous, from the gradient of `out`, given what `forward` did."""
+        operators.one_gradient(grad)
         q, k, v = qkv.unbind(1)
         kernels, segments = self._for(q, packed=True, gradients=True), self.segments
         assert kernels is not None
