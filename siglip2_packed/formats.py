@@ -84,6 +84,8 @@ EXTRA = {
 }
 """Formats that Pillow may lack: how a file begins, and where there is a decoder."""
 
+DECODE = ("exact", "scaled", "gpu")
+"""How JPEG files become pixels: Pillow's to the bit, at a scale of their own, by nvJPEG."""
 SUFFIXES = frozenset(
     f".{suffix}" for listed in (*DECODED.values(), *(row[0] for row in REFUSED.values())) for suffix in listed.split()
 )

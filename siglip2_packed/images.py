@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from siglip2_packed import jpeg
 from siglip2_packed.formats import open_image
 
 Source = Any
@@ -42,6 +43,10 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = [ORIENTATIONS[tag] for tag in (5, 6, 7, 8)]
+OVERSIZE = 2
+"""A JPEG file that is decoded at a scale of its own is at least so many times the size that it is resized to."""
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
 
 class Frame(NamedTuple):
@@ -54,6 +59,21 @@ class Frame(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         return id(self.source), self.value_range
+
+
+class Scaled(NamedTuple):
+    """What a JPEG file that was decoded at a scale of its own is otherwise. It is turned upright once it is small."""
+
+    size: Size
+    """Of the whole file, upright."""
+    box: tuple[float, float, float, float]
+    """The picture among the pixels: their sides are rounded up."""
+    turn: Image.Transpose | None
+
+    def resize(self, image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
+        """Its pixels -> upright, of this size."""
+        height, width = turned(size, self.turn)
+        return upright(image.resize((width, height), resample, self.box), self.turn)
 
 
 def image_items(images: Any) -> list[list[Frame]]:
@@ -138,7 +158,8 @@ def read_rgb(
     value_range: tuple[float, float] | None = None,
     keep_float: bool = False,
     unit_only: bool = False,
-) -> tuple[Image.Image | np.ndarray, float]:
+    resized: Callable[[int, int], Size] | None = None,
+) -> tuple[Image.Image | np.ndarray, float, Scaled | None]:
     """Reads one image.
 
     Args:
@@ -147,24 +168,28 @@ def read_rgb(
         value_range: (lowest, highest) value that tells an array's scale; its own, when left out.
         keep_float: return floating pixels as they are; otherwise they are brought to 8 bits, as resizing needs.
         unit_only: refuse everything but floating pixels in [0, 1] (what `do_rescale=False` takes).
+        resized: (height, width) -> what they are going to be. Given that, a JPEG file is decoded at the smallest of its
+            own scales (whole, 1/2, 1/4, 1/8) that is at least twice that on both sides.
 
     Returns:
-        `(image, factor)`. An RGB PIL image; or, for floating pixels with `keep_float`, an array `[height, width, 3]`.
-        `factor` multiplies what is returned to 0..255: 255 for an array of unit scale, otherwise 1.
+        `(image, factor, scaled)`. An RGB PIL image; or, for floating pixels with `keep_float`, an array
+        `[height, width, 3]`. `factor` multiplies them to 0..255: 255 for an array of unit scale, otherwise 1.
+        `scaled` is None unless a file was decoded at less than its size.
 
     Raises:
         ValueError: with the reason; what Pillow raised is its cause.
     """
+    scaled = None
     if is_array(source):
         array, dtype = to_numpy(source)
         array = channels_last(array, input_data_format)
     else:
-        image = decode(source)
+        image, scaled = decode(source, resized)
         if unit_only and image.mode != "F":
             pixels = np.asarray(image)
             raise _not_unit(f"mode {image.mode} ({pixels.dtype.name})", pixels.min(), pixels.max())
         if not image.mode.startswith(("I", "F")):
-            return to_rgb(image, do_convert_rgb), 1
+            return to_rgb(image, do_convert_rgb), 1, scaled
         if do_convert_rgb is False:
             raise ValueError(f"mode {image.mode} is not RGB, and do_convert_rgb=False")
         array = np.asarray(image)[:, :, None]
@@ -175,10 +200,10 @@ def read_rgb(
     if unit_only and (array.dtype.kind != "f" or factor != 255):
         raise _not_unit(dtype, array.min(), array.max())
     if array.dtype.kind != "f":
-        return to_rgb(from_uint8(integers_to_uint8(array, factor)), do_convert_rgb), 1
+        return to_rgb(from_uint8(integers_to_uint8(array, factor)), do_convert_rgb), 1, None
     if not keep_float:
-        return to_rgb(from_uint8(floats_to_uint8(array, factor, dtype)), do_convert_rgb), 1
-    return floats_to_rgb(array, 255 / factor, do_convert_rgb), factor
+        return to_rgb(from_uint8(floats_to_uint8(array, factor, dtype)), do_convert_rgb), 1, None
+    return floats_to_rgb(array, 255 / factor, do_convert_rgb), factor, None
 
 
 def _not_unit(dtype: str, low: float, high: float) -> ValueError:
@@ -188,11 +213,33 @@ def _not_unit(dtype: str, low: float, high: float) -> ValueError:
     )
 
 
-def decode(source: Source) -> Image.Image:
-    """Opens and decodes one image, upright. Mode as stored."""
-    with _opened(source) as image:
-        image.load()
-        return upright(image)
+def decode(source: Source, resized: Callable[[int, int], Size] | None = None) -> tuple[Image.Image, Scaled | None]:
+    """Opens and decodes one image, upright unless it is scaled (see `read_rgb`). Mode as stored."""
+    with opened(source) as image:
+        scaled, pixels = None, None
+        if image is not source:
+            scaled = _draft(image, resized) if resized else None
+            pixels = jpeg.decode(image)
+        if pixels is None:
+            image.load()
+            pixels = image
+        return (pixels if scaled else upright(pixels, transposition(image))), scaled
+
+
+def _draft(image: Image.Image, resized: Callable[[int, int], Size]) -> Scaled | None:
+    """Has Pillow decode a JPEG file at a scale, if there is a smaller one that will do."""
+    if image.format not in jpeg.FORMATS:
+        return None
+    whole, turn = (image.height, image.width), transposition(image)
+    height, width = turned(resized(*turned(whole, turn)), turn)
+    draft = image.draft(None, (OVERSIZE * width, OVERSIZE * height))  # type: ignore[arg-type]
+    if draft is None or (image.height, image.width) == whole:
+        return None
+    return Scaled(turned(whole, turn), draft[1], turn)
+
+
+def turned(size: Size, turn: Image.Transpose | None) -> Size:
+    return size[::-1] if turn in SIDEWAYS else size
 
 
 def upright_size(source: Source) -> tuple[int, int]:
@@ -203,17 +250,14 @@ def upright_size(source: Source) -> tuple[int, int]:
     if is_array(source):
         height, width, _ = channels_last(to_numpy(source)[0], None).shape
         return height, width
-    with _opened(source) as image:
+    with opened(source) as image:
         if not _header_tells(image):
             image.load()
-            image = upright(image)
-            return image.height, image.width
-        sideways = _transposition(image) in SIDEWAYS
-        return (image.width, image.height) if sideways else (image.height, image.width)
+        return turned((image.height, image.width), transposition(image))
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
     """The image, not decoded yet. What Pillow raises within becomes a ValueError that states the reason."""
     try:
         if isinstance(source, Image.Image):
@@ -266,19 +310,22 @@ def _openable(source: Source) -> Any:
     if isinstance(source, (str, os.PathLike)):
         return source
     if hasattr(source, "read"):
-        if getattr(source, "seekable", lambda: False)():
+        if seekable(source):
             source.seek(0)  # from its beginning, like every other form of the same image
         return io.BytesIO(source.read())
     raise ValueError(f"expected a PIL image, path, bytes, file object, array or tensor, got {type(source).__name__}")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation. An EXIF block that cannot be read counts as none."""
-    method = _transposition(image)
-    return image if method is None else image.transpose(method)
+def seekable(source: Source) -> bool:
+    return bool(getattr(source, "seekable", lambda: False)())
 
 
-def _transposition(image: Image.Image) -> Image.Transpose | None:
+def upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
+
+
+def transposition(image: Image.Image) -> Image.Transpose | None:
+    """What the EXIF orientation asks for. An EXIF block that cannot be read counts as none."""
     try:
         # PNG's own getexif decodes the image to look for a block behind the pixels
         exif = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()

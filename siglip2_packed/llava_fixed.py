@@ -17,7 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from siglip2_packed.llava import SigLip2NaflexVisionTower
 from siglip2_packed.llava_inputs import ImagePack
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-from siglip2_packed.processor_files import SETTINGS, positive_int
+from siglip2_packed.processor_files import SETTINGS, UNSAVED, positive_int
 
 
 class SigLipImageProcessor(Siglip2PackedImageProcessor):
@@ -137,7 +137,7 @@ class SigLipVisionTower(SigLip2NaflexVisionTower):
 
 def _squares(processor: Siglip2PackedImageProcessor, image_size: int | None) -> SigLipImageProcessor:
     """The processor of a NaFlex checkpoint as one of squares of `image_size`, or of its budget."""
-    settings = {name: getattr(processor, name) for name in (*SETTINGS, "num_threads")}
+    settings = {name: getattr(processor, name) for name in (*SETTINGS, *UNSAVED)}
     if image_size is not None:
         side, rest = divmod(positive_int("image_size", image_size), processor.patch_size)
         if rest:

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers.utils.hub import PushToHubMixin
 
 from siglip2_packed.files import find_file, read_json
+from siglip2_packed.formats import DECODE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,6 +81,12 @@ def resampling(name: str, value: Any) -> Image.Resampling:
         raise ValueError(f"{name} must be one of {known}, got {value!r}") from None
 
 
+def decoding(name: str, value: Any) -> str:
+    if value not in DECODE:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, DECODE))}, got {value!r}")
+    return value
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
         return False
@@ -98,6 +105,8 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {  # and what each has to be
     "resample": resampling,
     "do_convert_rgb": optional_flag,
 }
+UNSAVED = ("num_threads", "decode")
+"""Settings that no file holds: they belong to the machine, and to what was asked for there."""
 OTHER_PIXELS = set(  # other processors' fields that, where they are on, change pixels or what they are cut into
     """
     crop_margin crop_pct crop_size crop_to_patches do_affine_transform do_align_long_axis do_center_crop
@@ -149,7 +158,7 @@ class ProcessorFiles(PushToHubMixin):
         unused = {}
         wants_unused = arguments.pop("return_unused_kwargs", False)
         if wants_unused:
-            unused = {name: value for name, value in arguments.items() if name not in (*SETTINGS, "num_threads")}
+            unused = {name: value for name, value in arguments.items() if name not in (*SETTINGS, *UNSAVED)}
             arguments = {name: value for name, value in arguments.items() if name not in unused}
         processor = cls(**{**_settings(image_processor_dict, "image_processor_dict", arguments), **arguments})
         return (processor, unused) if wants_unused else processor
@@ -174,7 +183,7 @@ class ProcessorFiles(PushToHubMixin):
         return [str(path)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as the file holds them. `num_threads` belongs to the machine and is not among them."""
+        """The settings as the file holds them, which are all but those in `UNSAVED`."""
         settings = {name: getattr(self, name) for name in SETTINGS}
         settings.update({name: list(settings[name]) for name in ("image_mean", "image_std")})
         settings["resample"] = int(settings["resample"])

@@ -1,0 +1,219 @@
+"""JPEG files decoded, resized and cut into patches on a GPU (`decode="gpu"`), for a processor or a collection.
+
+    file  ->  its header, on the host  ->  nvJPEG  ->  antialiased resize in float32, rounded to 8 bits  ->  patches
+
+Only what nvJPEG and libjpeg read alike goes this way, and only whole files: `plain_jpeg` judges that by the header.
+Everything else, and every file of which the card does not give as many pixels as the header says, is its caller's to
+read the exact way. T patches of all files, P patch_dim.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, JpegImagePlugin
+from torch import Tensor
+
+from siglip2_packed.images import SIDEWAYS, Size, Source, opened, seekable, transposition, turned
+
+DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]
+"""Files, `[bytes]` uint8 on the host -> their pixels, `[3, height, width]` uint8 on the device."""
+MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
+"""Of Pillow -> of torch, whose antialiasing has the same filters."""
+PIXELS_AT_ONCE = 1 << 26
+"""Of the files of a batch, three bytes each on the card; one file of more is a batch of its own."""
+FILES_AT_ONCE = 64
+END_OF_IMAGE = b"\xff\xd9"
+MIRRORED = {  # after sides are exchanged, if they are; of [c, h, w]
+    Image.Transpose.FLIP_LEFT_RIGHT: [2],
+    Image.Transpose.FLIP_TOP_BOTTOM: [1],
+    Image.Transpose.ROTATE_180: [1, 2],
+    Image.Transpose.TRANSPOSE: [],
+    Image.Transpose.ROTATE_270: [2],
+    Image.Transpose.ROTATE_90: [1],
+    Image.Transpose.TRANSVERSE: [1, 2],
+}
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class Jpeg(NamedTuple):
+    """A file for the card."""
+
+    data: bytes
+    stored: Size
+    turn: Image.Transpose | None
+
+    @property
+    def size(self) -> Size:
+        """Upright."""
+        return turned(self.stored, self.turn)
+
+    @property
+    def pixels(self) -> int:
+        return self.stored[0] * self.stored[1]
+
+
+def plain_jpeg(source: Source) -> Jpeg | None:
+    """The file, if it is a JPEG for the card: grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not cut short.
+
+    Raises:
+        ValueError: it is no image that can be read.
+    """
+    again = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or seekable(source)
+    if not again:  # an image that is decoded already, pixels, a stream that can be read once
+        return None
+    with opened(source) as image:
+        if image.format != "JPEG" or not _known(image):
+            return None
+        turn, file = transposition(image), image.fp  # type: ignore[attr-defined]
+        scan = file.tell()  # Pillow has read up to here
+        file.seek(0)
+        data = file.read()
+        whole = data.find(END_OF_IMAGE, scan) >= 0  # any before that is a thumbnail's
+        return Jpeg(data, (image.height, image.width), turn) if whole else None
+
+
+def _known(image: Any) -> bool:
+    if image.mode == "L":
+        return image.layer[0][1:3] == (1, 1)
+    # no transform, or these names for its parts: what is stored is RGB
+    ycbcr = image.info.get("adobe_transform", 1) == 1 and bytes(part[0] for part in image.layer) != b"RGB"
+    return image.mode == "RGB" and ycbcr and JpegImagePlugin.get_sampling(image) >= 0
+
+
+class Card:
+    """Decodes, resizes and cuts JPEG files on a device.
+
+    Args:
+        device: where.
+        patch_size, resample: the processor's.
+        decode_jpegs: nvJPEG when left out.
+
+    Raises:
+        ValueError: there is no nvJPEG on this device, and why.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        patch_size: int,
+        resample: Image.Resampling,
+        decode_jpegs: DecodeJpegs | None = None,
+    ):
+        self.device, self.patch_size, self.mode = device, patch_size, MODES[resample]
+        self.decode_jpegs = decode_jpegs or nvjpeg(device)
+        self.decoded = self.refused = 0
+        """Files so far."""
+        self.said = False
+
+    @torch.no_grad()
+    def patches(self, files: list[Jpeg], grids: list[tuple[int, int]]) -> list[Tensor | None]:
+        """A batch of files and the (h, w) patches of each -> `[h·w, P]` uint8 on the device.
+
+        None is for one that is to be read the exact way: the card refused it, or has no memory for it.
+        """
+        decoded = zip(self._decode(files), files, grids)
+        found = [None if pixels is None else self._cut(pixels, file, grid) for pixels, file, grid in decoded]
+        self.refused += sum(patches is None for patches in found)
+        self.decoded += sum(patches is not None for patches in found)
+        return found
+
+    def joined(self, patches: Sequence[np.ndarray | Tensor]) -> Tensor:
+        """`[h·w, P]` uint8 of each image, here or on the host -> `[T, P]` on the device."""
+        here = [(x if isinstance(x, Tensor) else torch.from_numpy(x)).to(self.device) for x in patches]
+        return (
+            torch.cat(here) if here else torch.zeros(0, self.patch_size**2 * 3, dtype=torch.uint8, device=self.device)
+        )
+
+    def _decode(self, files: list[Jpeg]) -> list[Tensor | None]:
+        """`[3, height, width]` uint8, as stored, or None."""
+        if not files:
+            return []
+        if (
+            self.device.type == "cuda"
+        ):  # nvJPEG has a stream of its own, and may be given memory that this one still reads
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            found = self.decode_jpegs([torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in files])
+        except RuntimeError as error:  # it does not say of which
+            if len(files) > 1:
+                half = len(files) // 2
+                return self._decode(files[:half]) + self._decode(files[half:])
+            self._say(error)
+            return [None]
+        return [pixels if pixels.shape == (3, *file.stored) else None for pixels, file in zip(found, files)]
+
+    def _cut(self, pixels: Tensor, file: Jpeg, grid: tuple[int, int]) -> Tensor | None:
+        p, (h, w) = self.patch_size, grid
+        height, width = turned((h * p, w * p), file.turn)
+        whole_height, whole_width = file.stored
+        # as Pillow does: what is the width of the upright image, rounded, then the other side
+        first = (height, whole_width) if file.turn in SIDEWAYS else (whole_height, width)
+        try:
+            levels = self._resize(self._resize(pixels, first), (height, width))
+        except RuntimeError as error:
+            self._say(error)
+            return None
+        levels = upright(levels, file.turn)
+        return rearrange(levels, "c (h py) (w px) -> (h w) (py px c)", py=p, px=p)
+
+    def _resize(self, pixels: Tensor, size: Size) -> Tensor:
+        found = F.interpolate(pixels[None].float(), size, mode=self.mode, antialias=True, align_corners=False)[0]
+        return found.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+
+    def _say(self, error: RuntimeError) -> None:
+        if not self.said:  # the first is enough
+            self.said = True
+            logger.warning("read the exact way, as all that %s refuses: %s", self.device, str(error).splitlines()[0])
+
+
+def upright(pixels: Tensor, turn: Image.Transpose | None) -> Tensor:
+    """`[c, h, w]`, turned as Pillow's `transpose` does."""
+    if turn is None:
+        return pixels
+    return (pixels.transpose(1, 2) if turn in SIDEWAYS else pixels).flip(MIRRORED[turn])
+
+
+def nvjpeg(device: torch.device) -> DecodeJpegs:
+    """torchvision's decoder on a CUDA device, once it has decoded a file there.
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"decode='gpu' is for a CUDA device, got {device}")
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        decode: Any = partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+        decode([torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)])
+    except Exception as error:  # not installed, of another torch, without CUDA, a card or driver that has none
+        raise ValueError(f"decode='gpu': torchvision has no nvJPEG here: {str(error).splitlines()[0]}") from error
+    return decode
+
+
+def batches(items: Iterable[T], pixels: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in order, a batch for the card at a time."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        if batch and (len(batch) == FILES_AT_ONCE or total + pixels(item) > PIXELS_AT_ONCE):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += pixels(item)
+    if batch:
+        yield batch

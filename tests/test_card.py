@@ -1,0 +1,152 @@
+"""JPEG files decoded, resized and cut on a device: the whole way with a decoder on the CPU in nvJPEG's place."""
+
+import io
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+from jpeg_files import BROKEN, ODD, OTHER, PLAIN, jpeg, photograph
+from PIL import Image
+
+from siglip2_packed import Siglip2PackedImageProcessor, card
+
+CPU = torch.device("cpu")
+
+
+def decode_jpegs(files):
+    """As nvJPEG does, which knows neither orientation nor which of the files it was that it refused."""
+    images = [Image.open(io.BytesIO(file.numpy().tobytes())) for file in files]
+    if any(image.mode == "CMYK" for image in images):
+        raise RuntimeError("Error while decoding JPEG images: 3\nand more")
+    return [torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) for image in images]
+
+
+def on_cpu(**settings):
+    """A processor whose card is the CPU, and the card."""
+    processor = Siglip2PackedImageProcessor(decode="gpu", **settings)
+    found = card.Card(CPU, processor.patch_size, processor.resample, decode_jpegs)
+    processor.on_card = lambda device: found
+    return processor, found
+
+
+@pytest.mark.parametrize(("files", "plain"), [(PLAIN, True), ({**ODD, **OTHER}, False)])
+def test_plain_files_are_the_card_s_and_no_others(files, plain):
+    found = {kind for kind, data in files.items() if card.plain_jpeg(data) is not None}
+    assert found == (set(files) if plain else {"hole"})
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_files_cut_short_are_not(kind):
+    if kind in ("header", "empty"):
+        with pytest.raises(ValueError, match="Truncated|cannot identify|can identify"):
+            card.plain_jpeg(BROKEN[kind])
+    else:
+        assert card.plain_jpeg(BROKEN[kind]) is None
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_patches_are_pillow_s_within_a_step(kind, resample):
+    """The same pixels decoded: what differs is the rounding of the resize."""
+    settings = {"patch_size": 4, "max_num_patches": 70, "resample": resample}
+    processor, on_card = on_cpu(**settings)
+    file = card.plain_jpeg(PLAIN[kind])
+    (found,) = on_card.patches([file], [processor.grid(*file.size)])
+    expected, grid = Siglip2PackedImageProcessor(**settings).read(PLAIN[kind])
+    assert processor.grid(*file.size) == grid
+    assert found.dtype == torch.uint8 and found.shape == expected.shape
+    difference = np.abs(found.numpy().astype(int) - expected)
+    assert difference.max() <= 1 and difference.mean() < 0.02  # where Pillow is a half from either
+
+
+def test_the_processor_s_packs_are_in_order_and_near_the_exact():
+    files = {**PLAIN, **ODD, **OTHER}
+    sources = [*files.values(), photograph(), np.asarray(photograph()), io.BytesIO(PLAIN["progressive"])]
+    processor, on_card = on_cpu(max_num_patches=40)
+    packed, exact = processor(sources), Siglip2PackedImageProcessor(max_num_patches=40)(sources)
+    assert packed["grid_thw"].tolist() == exact["grid_thw"].tolist()
+    assert packed["pixel_values"].dtype == torch.float32
+    difference = (packed["pixel_values"] - exact["pixel_values"]).abs()
+    assert difference.max() <= 1.01 * 2 / 255 and difference.mean() < 0.1 * 2 / 255
+    assert (on_card.decoded, on_card.refused) == (len(PLAIN) + 2, 0)
+    images = exact["pixel_values"].split(exact["grid_thw"].prod(dim=1).tolist())
+    others = [list(files).index(kind) for kind in (*ODD, *OTHER) if kind != "hole"]
+    found = packed["pixel_values"].split(packed["grid_thw"].prod(dim=1).tolist())
+    assert all(torch.equal(found[i], images[i]) for i in [*others, len(files), len(files) + 1])
+
+
+def test_errors_are_those_of_the_exact_way():
+    sources = [PLAIN["grey"], *BROKEN.values(), OTHER["png"]]
+    with pytest.warns(UserWarning, match="left out 5 of 7"):
+        packed = on_cpu(max_num_patches=6)[0](sources, on_error="skip")
+    with pytest.warns(UserWarning, match="left out 5 of 7"):
+        exact = Siglip2PackedImageProcessor(max_num_patches=6)(sources, on_error="skip")
+    assert (packed.kept, packed.skipped) == (exact.kept, exact.skipped)
+    with pytest.raises(ValueError, match=r"^image 1: OSError: image file is truncated"):
+        on_cpu()[0]([PLAIN["grey"], BROKEN["cut"]])
+    empty = on_cpu()[0]([])
+    assert (empty["pixel_values"].shape, empty["grid_thw"].shape) == ((0, 768), (0, 3))
+
+
+def test_what_the_card_refuses_is_read_the_exact_way(caplog):
+    """What it takes comes out inverted here, so that the two ways are told apart."""
+    sources = [jpeg(photograph(seed=seed)) for seed in range(12)]
+    bad, counts = {3, 4, 11}, []
+    lengths = {len(sources[i]) for i in bad}
+    processor, on_card = on_cpu(max_num_patches=40)
+
+    def decode_most(files):
+        if any(len(file) in lengths for file in files):
+            raise RuntimeError("Error while decoding JPEG images: 3\nand more")
+        counts.append(len(files))
+        return [255 - pixels for pixels in decode_jpegs(files)]
+
+    on_card.decode_jpegs = decode_most
+    with caplog.at_level(logging.WARNING):
+        packed = processor(sources)
+    exact = Siglip2PackedImageProcessor(max_num_patches=40)(sources)
+    assert packed["grid_thw"].tolist() == exact["grid_thw"].tolist() == [[1, 5, 8]] * 12
+    for i, (found, expected) in enumerate(zip(*(x["pixel_values"].split(40) for x in (packed, exact)))):
+        if i in bad:
+            assert torch.equal(found, expected)
+        else:
+            assert (found + expected).abs().max() <= 1.01 * 2 / 255
+    assert (on_card.decoded, on_card.refused) == (9, 3)
+    assert sum(counts) == 9 and max(counts) > 1  # not one by one
+    assert caplog.text.count("read the exact way") == 1
+    assert "cpu refuses: Error while decoding JPEG images: 3\n" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["size", "memory"])
+def test_pixels_that_cannot_be_used_are_not(fault, monkeypatch):
+    processor, on_card = on_cpu(max_num_patches=40)
+    if fault == "size":
+        on_card.decode_jpegs = lambda files: [pixels[:, 1:] for pixels in decode_jpegs(files)]
+    else:
+        monkeypatch.setattr(card.F, "interpolate", lambda *_, **__: raise_(torch.OutOfMemoryError("out of memory")))
+    packed, exact = processor([PLAIN["grey"]]), Siglip2PackedImageProcessor(max_num_patches=40)([PLAIN["grey"]])
+    assert torch.equal(packed["pixel_values"], exact["pixel_values"])
+    assert (on_card.decoded, on_card.refused) == (0, 1)
+
+
+def raise_(error):
+    raise error
+
+
+def test_batches_are_bounded(monkeypatch):
+    monkeypatch.setattr(card, "PIXELS_AT_ONCE", 100)
+    monkeypatch.setattr(card, "FILES_AT_ONCE", 3)
+    sizes = [1, 2, 3, 4, 90, 10, 1, 500, 99, 1, 1]
+    found = list(card.batches(sizes, lambda size: size))
+    assert found == [[1, 2, 3], [4, 90], [10, 1], [500], [99, 1], [1]]
+    assert list(card.batches([], lambda size: size)) == []
+
+
+def test_a_device_without_nvjpeg_says_why(monkeypatch):
+    with pytest.raises(ValueError, match="decode='gpu' is for a CUDA device, got cpu"):
+        card.Card(CPU, 16, Image.Resampling.BILINEAR)
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    with pytest.raises(ValueError, match="decode='gpu': torchvision has no nvJPEG here: "):
+        card.nvjpeg(torch.device("cuda"))
