@@ -131,10 +131,13 @@ class Card:
 
     def joined(self, patches: Sequence[np.ndarray | Tensor]) -> Tensor:
         """`[h·w, P]` uint8 of each image, here or on the host -> `[T, P]` on the device."""
-        here = [(x if isinstance(x, Tensor) else torch.from_numpy(x)).to(self.device) for x in patches]
+        here = [self.here(x) for x in patches]
         return (
             torch.cat(here) if here else torch.zeros(0, self.patch_size**2 * 3, dtype=torch.uint8, device=self.device)
         )
+
+    def here(self, patches: np.ndarray | Tensor) -> Tensor:
+        return patches if isinstance(patches, Tensor) else torch.tensor(patches, device=self.device)
 
     def _decode(self, files: list[Jpeg]) -> list[Tensor | None]:
         """`[3, height, width]` uint8, as stored, or None."""

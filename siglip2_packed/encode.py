@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from siglip2_packed.card import Card
 from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
@@ -39,6 +40,7 @@ from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.walk import Skipped
 from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
+from siglip2_packed.jpeg import decoder
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -58,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
             check_run(out, {}, args.resume)
         device = pick_device(args.device)
         inputs = find_inputs(args.images, args.column, but=out.resolve())
-        limit = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
-        processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
+        chosen: dict[str, Any] = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
+        chosen["decode"] = args.decode or run_before(out).get("decode", "exact")
+        processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **chosen)
+        card = card_of(processor, args.device)
         longest = processor.max_num_patches
         if args.patch_budget is None:
             args.patch_budget = max(longest, BUDGETS.get(device.type, BUDGETS["cuda"]))
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         # forks before there is a model, while that is quick
         with decoding_pool(device, processor, workers, args.decode_in, args.patch_budget) as pool:
-            return encode_inputs(args, out, inputs, processor, pool, workers, ranks, lock)
+            return encode_inputs(args, out, inputs, processor, card, pool, workers, ranks, lock)
 
 
 @contextmanager
@@ -87,14 +91,14 @@ def encode_inputs(
     out: Path,
     inputs: Inputs,
     processor: Siglip2PackedImageProcessor,
+    card: Card | None,
     pool: Executor,
     workers: int,
     ranks: Ranks,
     lock: Lock,
 ) -> int:
     device = local_device(args.device)
-    # a run goes on as what it was begun, wherever that was
-    before = {} if is_one_file(out) else read_run(out)
+    before = run_before(out)  # it goes on as what it was begun, wherever that was
     dtypes = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
     args.dtype = args.dtype or dtypes.get("dtype") or default_dtype(device)
     args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
@@ -131,6 +135,7 @@ def encode_inputs(
                 workers=workers,
                 strict=args.strict,
                 meter=meter,
+                card=card,
             )
             yield from watched(images, progress, meter)
 
@@ -139,6 +144,7 @@ def encode_inputs(
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
             if is_one_file(out):
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
+                described["decode"] = processor.decode
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
                 how: Any = {"resume": args.resume, "retry_errors": args.retry_errors}
@@ -150,7 +156,8 @@ def encode_inputs(
         return 1
     if ranks.rank == 0:
         print(f"wrote {args.out}: {counts.read} images, {counts.patches} patches ({args.dtype} on {device})")
-        print(f"{'rank 0: ' * (ranks.world > 1)}{meter.images / meter.seconds:.1f} images/s, {meter}", flush=True)
+        rate = f"{meter.images / meter.seconds:.1f} images/s, {meter}, decode {decoded_by(processor, card)}"
+        print(f"{'rank 0: ' * (ranks.world > 1)}{rate}", flush=True)
     code = verdict(counts, args)
     if ranks.rank == 0:
         if counts.failed:
@@ -159,6 +166,36 @@ def encode_inputs(
         say_skipped(inputs.skipped, None if is_one_file(out) else out / "skipped.csv", lock.held)
     ranks.leave()  # not before the lines above are out
     return code
+
+
+def run_before(out: Path) -> dict[str, Any]:
+    """The settings of the run that is there."""
+    return {} if is_one_file(out) else read_run(out)
+
+
+def card_of(processor: Siglip2PackedImageProcessor, device: str | None) -> Card | None:
+    """What decodes on the card. Without nvJPEG it is the exact way for all, and said.
+
+    Raises:
+        ValueError: there is no card.
+    """
+    if processor.decode != "gpu":
+        return None
+    where = local_device(device)
+    if where.type != "cuda":
+        raise ValueError(f"--decode gpu needs a CUDA device, this is {where}")
+    try:
+        return processor.on_card(where)
+    except ValueError as error:
+        print(f"{error}. All images are decoded the exact way (--decode exact)", file=sys.stderr)
+        processor.decode = "exact"
+        return None
+
+
+def decoded_by(processor: Siglip2PackedImageProcessor, card: Card | None) -> str:
+    if card is None:
+        return f"{processor.decode} (JPEG by {decoder()})"
+    return f"gpu ({card.decoded} on the card, {card.refused} refused by it)"
 
 
 def verdict(counts: Counts, args: argparse.Namespace) -> int:
@@ -258,7 +295,8 @@ def run_settings(args: argparse.Namespace, processor: Siglip2PackedImageProcesso
         "dtype": args.dtype,
         "save_dtype": str(save_dtype(args)).removeprefix("torch."),
         **processor.to_dict(),
-        "versions": versions(),
+        "decode": processor.decode,
+        "versions": versions(processor.decode),
     }
 
 

@@ -139,7 +139,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
 
 def encode(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    from siglip2_packed.formats import DECODED
+    from siglip2_packed.formats import DECODE, DECODED
 
     suffixes = " ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())
     parser.epilog = ENCODE_EPILOG.format(suffixes=suffixes)
@@ -157,6 +157,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
     add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
+    add("--decode", choices=DECODE, help="JPEG files: Pillow's pixels, at a scale of their own, or by nvJPEG (exact)")
     add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
     add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
     add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")

@@ -45,6 +45,7 @@ class Siglip2PackedEncoder:
         max_num_patches: patches an image; as the checkpoint says when left out.
         patch_budget: patches a pack.
         workers: of this actor, that decode; one a core of the node when left out.
+        decode: how JPEG files become pixels, "exact", "scaled" or "gpu", see `Siglip2PackedImageProcessor`.
         decode_in: "threads" or "processes"; processes beside a GPU when left out.
     """
 
@@ -60,13 +61,14 @@ class Siglip2PackedEncoder:
         max_num_patches: int | None = None,
         patch_budget: int = 16384,
         workers: int | None = None,
+        decode: str = "exact",
         decode_in: str | None = None,
         attn_implementation: str = "auto",
     ):
         if not (pooled or patches):
             raise ValueError("pooled=False, patches=False: nothing to add")
         limit = {} if max_num_patches is None else {"max_num_patches": max_num_patches}
-        self.processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, **limit)
+        self.processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode, **limit)
         if patch_budget < self.processor.max_num_patches:
             raise ValueError(
                 f"patch_budget {patch_budget} is less than the {self.processor.max_num_patches} of an image"
@@ -78,6 +80,7 @@ class Siglip2PackedEncoder:
         if pooled and not hasattr(model, "head"):
             raise ValueError(f"pooled=True: {str(ckpt)!r} has no pooling head")
         self.model = replayed(model.to(pick_device(device)).eval(), patch_budget)
+        self.card = self.processor.on_card(self.model.device) if decode == "gpu" else None
         self.width = model.config.hidden_size
         self.column, self.pooled, self.patches, self.patch_budget = column, pooled, patches, patch_budget
         self.pool = decoding_pool(self.model.device, self.processor, workers, decode_in, patch_budget)
@@ -103,6 +106,7 @@ class Siglip2PackedEncoder:
             patches=self.patches,
             patch_budget=self.patch_budget,
             workers=self.workers,
+            card=self.card,
         )
         rows = sorted(found, key=lambda row: row.ordinal)
         result: dict[str, Any] = {name: values for name, values in batch.items() if name != self.column}

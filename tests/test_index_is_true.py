@@ -49,6 +49,8 @@ def folder(tmp_path, monkeypatch):
 class Numbers:
     """A processor to whom a number is an image, and any other text the reason why it is none."""
 
+    decode = "exact"
+
     @staticmethod
     def read(source):
         text = source.decode() if isinstance(source, bytes) else Path(source).read_text()

@@ -2,6 +2,7 @@
 
     sources.py    files, folders (walk.py), lists, tar shards (tar.py), tables (parquet.py, arrow.py)  ->  Input
     decode.py     Input  ->  DecodedImage  ->  Pack, in threads or processes that run ahead of the model
+    cut.py        files for the card  ->  patches there, between the two, with decode="gpu"
     features.py   Pack  ->  EncodedImage: a forward, and the copies beside it
     shards.py     EncodedImage  ->  numbered shards; parts.py: what is known of each
     run.py        which shards a process writes, and what the files of a run vouch for: the rule is there

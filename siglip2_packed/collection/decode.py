@@ -1,6 +1,7 @@
 """Inputs -> decoded images -> packs up to a patch budget, by threads or processes that run ahead of the model.
 
-Patches stay 8-bit until they are on the device, a quarter of what would have to be kept and copied otherwise.
+Patches stay 8-bit until they are on the device, a quarter of what would have to be kept and copied otherwise. With
+`decode="gpu"` only headers are read here; the files go on to the card (cut.py), which makes patches of them.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from itertools import count, islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from siglip2_packed.card import Jpeg, plain_jpeg
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
+from siglip2_packed.jpeg import decoder
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 IMAGES_PER_JOB = 8
@@ -43,13 +46,15 @@ class DecodedImage(NamedTuple):
     ordinal: int
     name: str
     grid: tuple[int, int] = (0, 0)
-    patches: np.ndarray | None = None
-    """`[h·w, P]` uint8, or None where `error` says why not."""
+    patches: np.ndarray | Tensor | None = None
+    """`[h·w, P]` uint8 on the host or the card, or None where there is a file for the card or an error."""
     error: str = ""
     stamp: str = ""
     """Which state of its file this is, see `identity.stamp`."""
     place: slice | None = None
     """Where its job's memory has the patches, on the way from a process."""
+    jpeg: Jpeg | None = None
+    """What the card makes the patches of."""
 
     @property
     def length(self) -> int:
@@ -62,6 +67,8 @@ class Pack(NamedTuple):
     """`[T, P]` uint8."""
     failed: list[DecodedImage]
     """Inputs met on the way that give no patches."""
+    ready: torch.cuda.Event | None = None
+    """When the card has the patches, if it made them."""
 
 
 def decoding_pool(
@@ -77,10 +84,12 @@ def decoding_pool(
     CPU; at the 2,000 images a second of a GPU it would keep the thread that launches the kernels waiting.
     """
     if decode_in is None:
-        decode_in = "processes" if device.type == "cuda" and hasattr(os, "fork") else "threads"
+        reads = processor.decode == "gpu"  # and decodes little: not worth a copy of every file through a pipe
+        decode_in = "processes" if not reads and device.type == "cuda" and hasattr(os, "fork") else "threads"
     workers = workers or cores()
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
+    decoder()  # compared with Pillow here, once for all of them
     job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
     waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
     return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, job))
@@ -158,6 +167,7 @@ def decode(
 ) -> Iterator[DecodedImage]:
     """In the order of the inputs, a few images a worker ahead."""
     inputs = iter(inputs)
+    jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
     def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], int | None]]:
@@ -169,7 +179,7 @@ def decode(
         if place is not None:
             shelf.free.append(place)
 
-    for images, place in ahead(jobs(), pool, JOBS_PER_WORKER * workers, give_back):
+    for images, place in ahead(jobs(), pool, jobs_ahead, give_back):
         if place is not None:
             images = from_place(images, shelf.lend(place))
         yield from images
@@ -184,7 +194,7 @@ def to_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImag
     """The images without those patches that are in the memory now, one after the other."""
     moved, end = [], 0
     for image in images:
-        if image.patches is not None and image.patches.size <= memory.size - end:
+        if isinstance(image.patches, np.ndarray) and image.patches.size <= memory.size - end:
             place = slice(end, end := end + image.patches.size)
             memory[place] = image.patches.reshape(-1)
             image = image._replace(patches=None, place=place)
@@ -215,10 +225,16 @@ def read_image(
     return DecodedImage(ordinal, name, error="it changed while it was read", stamp=UNSTEADY)
 
 
-def decoded(processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry) -> DecodedImage:
+def decoded(
+    processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry, exactly: bool = False
+) -> DecodedImage:
+    """`exactly`: whatever it is, it is no file for the card."""
     if isinstance(entry, ValueError):
         return DecodedImage(ordinal, name, error=one_line(entry))
     try:
+        jpeg = plain_jpeg(entry) if processor.decode == "gpu" and not exactly else None
+        if jpeg is not None:
+            return DecodedImage(ordinal, name, processor.grid(*jpeg.size), jpeg=jpeg)
         patches, grid = processor.read(entry)
     except Exception as error:  # whatever an image provokes, it must not end the run
         return DecodedImage(ordinal, name, error=one_line(error) or type(error).__name__)
@@ -242,14 +258,23 @@ def packs(images: Iterable[DecodedImage], budget: int, window: int, pin_memory: 
     for places in fill_packs(lengths(), budget, window=window):
         chosen = [waiting.pop(place) for place in places]
         arrays = [image.patches for image in chosen if image.patches is not None]
-        patches = torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=torch.uint8, pin_memory=pin_memory)
-        np.concatenate(arrays, out=patches.numpy())
-        pack = Pack([image._replace(patches=None) for image in chosen], patches, failed[:])
+        patches = joined(arrays, pin_memory)
+        ready = torch.cuda.current_stream(patches.device).record_event() if patches.is_cuda else None
+        pack = Pack([image._replace(patches=None) for image in chosen], patches, failed[:], ready)
         del arrays, chosen  # gives their places back
         yield pack
         failed.clear()
     if failed:
         yield Pack([], torch.zeros(0, 0, dtype=torch.uint8), failed)
+
+
+def joined(arrays: list[Any], pin_memory: bool) -> Tensor:
+    """Patches of images, all on the card or all on the host -> `[T, P]` there."""
+    if isinstance(arrays[0], Tensor):
+        return torch.cat(arrays)
+    patches = torch.empty(sum(map(len, arrays)), arrays[0].shape[1], dtype=torch.uint8, pin_memory=pin_memory)
+    np.concatenate(arrays, out=patches.numpy())
+    return patches
 
 
 def ahead(
@@ -278,9 +303,9 @@ def ahead(
             future.cancel()
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
-    """The items, made in a thread of their own, `depth` ahead."""
-    pool = ThreadPoolExecutor(1)
+def prefetch(items: Iterator[T], depth: int, begin: Callable[[], None] | None = None) -> Iterator[T]:
+    """The items, made in a thread of their own, `depth` ahead; `begin` is the first that it does."""
+    pool = ThreadPoolExecutor(1, initializer=begin)
     begun = deque(pool.submit(next, items, END) for _ in range(depth))
     try:
         while (item := begun.popleft().result()) is not END:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from siglip2_packed.card import Card
+from siglip2_packed.collection.cut import cut
 from siglip2_packed.collection.decode import DecodedImage, Pack, cores, decode, packs, prefetch
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
@@ -80,6 +82,7 @@ def encode(
     workers: int | None = None,
     strict: bool = False,
     meter: Meter | None = None,
+    card: Card | None = None,
 ) -> Iterator[EncodedImage]:
     """All inputs, encoded pack by pack: nearly in their order.
 
@@ -92,20 +95,24 @@ def encode(
         workers: those of the pool, which has enough to do; one a core when left out.
         strict: raise StrictError at the first input that cannot be used.
         meter: counts what passes.
+        card: decodes JPEG files, for a processor with `decode="gpu"`: its `on_card(model.device)`.
     """
     if not (processor.do_resize and processor.do_rescale):
         raise ValueError(
             "encode resizes and rescales; this checkpoint's preprocessor_config.json turns one of them off"
         )
+    if (processor.decode == "gpu") != (card is not None):
+        raise ValueError(f"a card goes with decode='gpu', and the processor's is {processor.decode!r}")
     checked: Callable[[Iterable], Iterator] = halted if strict else iter
-    images = checked(decode(inputs, processor, pool, workers or cores()))
+    images = decode(inputs, processor, pool, workers or cores())
+    images = checked(images if card is None else cut(images, processor, card))
     window = max(64, 2 * patch_budget // processor.max_num_patches)  # two packs, or more where a pack takes few
     ready = packs(images, patch_budget, window, pin_memory=model.device.type == "cuda")
     meter = meter or Meter(patch_budget)
 
     # The device gets the next pack before the last one's features are waited for.
     finish: Callable[[], list[EncodedImage]] = list
-    for pack in prefetch(ready, 2):
+    for pack in prefetch(ready, 2, None if card is None else partial(own_stream, model.device)):
         last, finish = finish, launch(model, processor, pack, pooled, patches, meter)
         yield from checked(last())
     yield from checked(finish())
@@ -123,7 +130,7 @@ def launch(
     failed = [EncodedImage(image.ordinal, image.name, error=image.error, stamp=image.stamp) for image in pack.failed]
     if not pack.images:
         return lambda: failed
-    on_device = upload(pack.patches, model.device)
+    on_device = upload(pack, model.device)
     stop_clock = clock(model.device)
     output: Any = model(
         pixel_values=processor.normalize(on_device),
@@ -168,14 +175,25 @@ def taken_apart(
             yield EncodedImage(image.ordinal, image.name, error=error, stamp=image.stamp)
 
 
-def upload(patches: Tensor, device: torch.device) -> Tensor:
+def own_stream(device: torch.device) -> None:
+    """Of the thread that makes packs, and may do so on the card."""
+    if device.type == "cuda":
+        torch.cuda.set_stream(copy_stream(device, "cut"))
+
+
+def upload(pack: Pack, device: torch.device) -> Tensor:
     """On a GPU the copy goes on beside the pack before, which is still being computed."""
     if device.type != "cuda":
-        return patches.to(device)
-    side, current = copy_stream(device, "in"), torch.cuda.current_stream(device)
-    with torch.cuda.stream(side):
-        moved = patches.to(device, non_blocking=True)
-    current.wait_stream(side)
+        return pack.patches.to(device)
+    current = torch.cuda.current_stream(device)
+    if pack.ready is not None:  # made there
+        current.wait_event(pack.ready)
+        moved = pack.patches
+    else:
+        side = copy_stream(device, "in")
+        with torch.cuda.stream(side):
+            moved = pack.patches.to(device, non_blocking=True)
+        current.wait_stream(side)
     moved.record_stream(current)
     return moved
 

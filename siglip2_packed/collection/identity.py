@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from siglip2_packed.version import __version__
@@ -51,18 +52,19 @@ def same(before: str, container: str) -> bool:
     return mine == container != UNSTEADY and (not rest or rest[0] == stamp(rest[1]))
 
 
-def versions() -> dict[str, str]:
+def versions(decode: str = "exact") -> dict[str, str]:
     """Of what may change a feature."""
     import PIL
     import torch
     import transformers
 
-    return {
+    found = {
         "siglip2_packed": __version__,
         "pillow": PIL.__version__,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }
+    return found | ({"torchvision": version("torchvision")} if decode == "gpu" else {})
 
 
 def tower(config: Any) -> dict[str, Any]:

@@ -1,0 +1,176 @@
+"""Collections whose JPEG files are decoded on the card, or at a scale: every row of its image, recorded as such."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encode_runs import run, table
+from jpeg_files import BROKEN, ODD, OTHER, PLAIN, inputs, jpeg, photograph
+from safetensors.torch import load_file
+from test_card import CPU, decode_jpegs
+
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card, encode
+from siglip2_packed.card import Card
+from siglip2_packed.collection import DECODE_IN, features, identity
+from siglip2_packed.collection.cut import cut
+from siglip2_packed.collection.decode import decode, decoding_pool
+from siglip2_packed.ray_data import Siglip2PackedEncoder
+
+FILES = {**PLAIN, **BROKEN, **OTHER, **ODD}
+SETTINGS = {"patch_size": 4, "max_num_patches": 20}
+
+
+def refuse_progressive(files):
+    """Its pixels are inverted: what came by the card is told apart."""
+    if any(file.numpy().tobytes() == PLAIN["progressive"] for file in files):
+        raise RuntimeError("Error while decoding JPEG images: 3")
+    return [255 - pixels for pixels in decode_jpegs(files)]
+
+
+@pytest.mark.parametrize("decode_in", DECODE_IN)
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_images_are_cut_in_their_order(monkeypatch, decode_in, at_once):
+    monkeypatch.setattr(card, "FILES_AT_ONCE", at_once)
+    processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
+    found_card = Card(CPU, 4, processor.resample, refuse_progressive)
+    with decoding_pool(CPU, processor, 2, decode_in) as pool:
+        found = list(cut(decode(inputs(FILES), processor, pool, 2), processor, found_card))
+    assert [(image.ordinal, image.name) for image in found] == list(enumerate(FILES))
+    exact = Siglip2PackedImageProcessor(**SETTINGS)
+    by_card = 0
+    for image, data in zip(found, FILES.values()):
+        assert image.jpeg is None
+        if image.name in BROKEN:
+            assert image.patches is None and image.error
+            continue
+        patches, grid = exact.read(data)
+        assert image.error == "" and image.grid == grid
+        assert isinstance(image.patches, torch.Tensor) and image.patches.dtype == torch.uint8
+        if image.name in ("hole", *PLAIN) and image.name != "progressive":
+            by_card += 1
+            patches = 255 - patches
+        assert np.abs(image.patches.numpy().astype(int) - patches).max() <= 1
+    assert by_card == found_card.decoded == len(PLAIN)  # less one, and the one with a hole
+    assert found_card.refused == 1
+
+
+def test_files_keep_the_state_that_was_read(tmp_path):
+    processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
+    paths = []
+    for kind in ("grey", "progressive", "cut"):
+        paths.append(tmp_path / f"{kind}.jpg")
+        paths[-1].write_bytes(FILES[kind])
+    some = [item._replace(entry=str(path)) for item, path in zip(inputs(dict.fromkeys(map(str, paths))), paths)]
+    with decoding_pool(CPU, processor, 2) as pool:
+        found = list(cut(decode(some, processor, pool, 2), processor, Card(CPU, 4, 2, refuse_progressive)))
+    for image, path in zip(found, paths):
+        assert image.stamp == f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
+    assert [bool(image.error) for image in found] == [False, False, True]
+
+
+def test_a_card_goes_with_its_processor(checkpoint):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint()).eval()
+    processor = Siglip2PackedImageProcessor.from_pretrained(checkpoint(), decode="gpu")
+    with decoding_pool(CPU, processor, 2) as pool, pytest.raises(ValueError, match="goes with decode='gpu'"):
+        next(features.encode(model, processor, inputs(PLAIN), pool))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A file of each kind, and one that `scaled` decodes at less than its size."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, (kind, data) in enumerate({**FILES, "large": jpeg(photograph((640, 480)))}.items()):
+        (folder / f"{i:02d} {kind}.jpg").write_bytes(data)
+    return folder
+
+
+def features_of(out):
+    shards = {}
+    rows = {}
+    for row in table(out / "index.csv"):
+        tensors = shards.setdefault(row["shard"], load_file(out / row["shard"]))
+        rows[Path(row["input"]).stem[3:]] = (row["grid"], tensors["pooled"][int(row["row"])])
+    return rows
+
+
+def on_cpu(monkeypatch):
+    found = []
+
+    def card_of(processor, device):
+        found.append(Card(CPU, processor.patch_size, processor.resample, decode_jpegs))
+        return found[-1]
+
+    monkeypatch.setattr(encode, "card_of", card_of)
+    monkeypatch.setattr(identity, "version", lambda package: f"{package}'s")
+    return found
+
+
+@pytest.mark.parametrize("how", ["scaled", "gpu"])
+def test_every_row_is_near_the_exact_one_and_says_how(checkpoint, photos, tmp_path, capsys, monkeypatch, how):
+    flags = ["--pooled", "--no-patches", "--shard-size", "9", "--patch-budget", "40", "--workers", "2"]
+    assert run(checkpoint, photos, tmp_path / "exact", *flags) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "decode exact (JPEG by " in said
+    cards = on_cpu(monkeypatch) if how == "gpu" else []
+    assert run(checkpoint, photos, tmp_path / how, *flags, "--decode", how) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    exact, found = features_of(tmp_path / "exact"), features_of(tmp_path / how)
+    assert list(found) == list(exact) and set(BROKEN).isdisjoint(found) and len(found) == len(FILES) - len(BROKEN) + 1
+    assert table(tmp_path / "exact" / "errors.csv")[0]["reason"] == table(tmp_path / how / "errors.csv")[0]["reason"]
+    for kind, (grid, vector) in exact.items():
+        assert found[kind][0] == grid
+        assert vector.isfinite().all() and found[kind][1].isfinite().all()
+        assert (found[kind][1] - vector).norm() <= (0.03 if how == "scaled" else 5e-3) * vector.norm(), kind
+    assert json.loads((tmp_path / how / "run.json").read_text())["decode"] == how
+    if how == "gpu":
+        assert json.loads((tmp_path / how / "run.json").read_text())["versions"]["torchvision"] == "torchvision's"
+        assert f"decode gpu ({len(PLAIN) + 2} on the card, 0 refused by it)" in said
+        assert cards[0].decoded == len(PLAIN) + 2
+    else:
+        assert "decode scaled (JPEG by " in said
+        assert not torch.equal(found["large"][1], exact["large"][1])
+        assert all(torch.equal(found[kind][1], exact[kind][1]) for kind in OTHER)
+
+
+def test_a_run_goes_on_as_it_was_begun_and_no_other_way(checkpoint, photos, tmp_path, capsys):
+    flags = ["--pooled", "--no-patches", "--patch-budget", "40"]
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out, *flags, "--decode", "scaled") == 0
+    assert run(checkpoint, photos, out, *flags, "--decode", "exact", "--resume") == 2
+    assert "has decode scaled, this one exact" in capsys.readouterr().err
+    [shard] = out.glob("shard-*")
+    before = load_file(shard)
+    shard.unlink()
+    assert run(checkpoint, photos, out, *flags, "--resume") == 0
+    assert "decode scaled" in capsys.readouterr().out
+    assert torch.equal(load_file(shard)["pooled"], before["pooled"])
+
+
+def test_a_card_that_is_not_there(checkpoint, photos, tmp_path, capsys, monkeypatch):
+    """No CUDA device is an error; one without nvJPEG decodes the exact way, and says so."""
+    assert run(checkpoint, photos, tmp_path / "out", "--decode", "gpu") == 2
+    assert "--decode gpu needs a CUDA device, this is cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.setattr(encode, "local_device", lambda name: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    processor = Siglip2PackedImageProcessor(decode="gpu")
+    assert encode.card_of(processor, None) is None
+    assert processor.decode == "exact"
+    assert "torchvision has no nvJPEG here" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is for a CUDA device, got cpu"):
+        Siglip2PackedEncoder(checkpoint(), device="cpu", decode="gpu")
+
+
+def test_the_ray_actor_decodes_at_a_scale(checkpoint):
+    large = np.array([jpeg(photograph((640, 480))), PLAIN["grey"]], object)
+    found = {}
+    for how in ("exact", "scaled"):
+        actor = Siglip2PackedEncoder(checkpoint(), device="cpu", decode=how, patch_budget=40, workers=1)
+        found[how] = actor({"bytes": large})["pooled"]
+    assert np.isfinite(found["scaled"]).all()
+    assert not np.array_equal(found["exact"][0], found["scaled"][0])
+    assert np.linalg.norm(found["exact"][0] - found["scaled"][0]) <= 0.02 * np.linalg.norm(found["exact"][0])
