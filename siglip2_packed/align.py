@@ -3,7 +3,8 @@
 Compared with two independent computations of the same images in float32: `kernels_ref`, and
 `transformers.Siglip2VisionModel`, both padded. A stage passes only if the largest absolute difference, the relative
 error and the worst token's cosine are all within their bounds; a cosine alone would pass wrong positions.
-`--gradients` also compares those of every parameter with transformers' in float32.
+`--gradients` also compares those of every parameter with transformers' in float32, `--decode` the features of JPEG
+files that are decoded faster with those of their exact pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
+from siglip2_packed.inspection.decoding import compare_decoding, jpegs
 from siglip2_packed.inspection.gradients import Gradient, compare_gradients
 from siglip2_packed.inspection.references import (
     MISPLACED,
@@ -38,6 +40,7 @@ from siglip2_packed.inspection.references import (
 )
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
+from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 # colour, grey, alpha, text, a palette; landscape and portrait
 PHOTOGRAPHS = (
@@ -60,8 +63,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold is a cosine, from -1 to 1, got {args.threshold:g}")
+    if args.decode and not (args.use_real_images or args.images):
+        raise ValueError("--decode is about images in files: give --images or --use-real-images")
     files = (photographs() if args.use_real_images else []) + image_files(args.images or [])
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    if args.decode == "gpu":  # refused here, not at the end
+        Siglip2PackedImageProcessor.from_pretrained(args.ckpt, decode="gpu").on_card(device)
 
     with full_precision() as tf32:
         ours = load_packed(args.ckpt, device, dtype, args.attn_implementation)
@@ -110,6 +117,10 @@ def run(args: argparse.Namespace) -> int:
         for case in cases:
             compared += examine(case, print_stages)
             gradients += differentiate(case) if args.gradients else []
+        if args.decode:
+            exact = dtype == torch.float32
+            model = ours if exact else load_packed(args.ckpt, device, torch.float32, args.attn_implementation)
+            compared += decodings(args, files, model)
 
     verdicts = [one.passed for one in compared] + [one.passed for one in gradients]
     failed = verdicts.count(False)
@@ -120,6 +131,24 @@ def run(args: argparse.Namespace) -> int:
         report = {"passed": not failed, "summary": summary, "environment": found, "rows": rows}
         write_json(args.json, report | ({"gradients": [asdict(one) for one in gradients]} if args.gradients else {}))
     return 1 if failed else 0
+
+
+def decodings(args: argparse.Namespace, files: list[Path], model: Siglip2PackedVisionModel) -> list[Comparison]:
+    """Of every file as a JPEG; scikit-image's photographs are no large photos, and so are enlarged to some as well."""
+    print(f"\n{f'decode {args.decode}, in float32':<42} {NUMBERS}")
+    found = []
+    for name, data in jpegs(files, enlarge=args.use_real_images):
+        one = compare_decoding(name, data, args.ckpt, model, args.decode, args.max_num_patches)
+        print(f"  {name:<40} {one.numbers}   {one.note}")
+        found.append(one)
+    if not any(one.max_abs for one in found):
+        why = (
+            "larger ones, or fewer --max-num-patches, have a scale" if args.decode == "scaled" else "the card took none"
+        )
+        note = f"nothing to compare: every file has its exact pixels ({why})"
+        print(f"  FAIL   {note}")
+        found.append(Comparison("all files", "exact", args.decode, False, note=note))
+    return found
 
 
 def attention_of(model: Siglip2PackedVisionModel, grids: Sequence[tuple[int, int]], gradients: bool = False) -> str:

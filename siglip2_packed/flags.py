@@ -32,6 +32,8 @@ ATTN_IMPLEMENTATIONS = (
     "flash_attention_4",
 )
 """Those of `ops.attention`, which imports torch."""
+DECODE = ("exact", "scaled", "gpu")
+"""Those of `formats`, which imports Pillow."""
 DOCTOR_SHAPES = ("base", "so400m")
 ENCODE_EPILOG = """
 In folders and tar files images are {suffixes} (HEIC and
@@ -101,6 +103,8 @@ def align(parser: argparse.ArgumentParser) -> None:
     add("--images", nargs="+", metavar="PATH", help="your own images or folders of them")
     add("--gradients", action="store_true",
         help="also of every parameter, beside transformers in the same dtype, against it in float32")  # fmt: skip
+    add("--decode", choices=DECODE[1:],
+        help="also features of JPEG files decoded so, in float32, against those of their exact pixels")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the random images and of the loss (0)")
     add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("align"))
@@ -139,7 +143,7 @@ def doctor(parser: argparse.ArgumentParser) -> None:
 
 def encode(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    from siglip2_packed.formats import DECODE, DECODED
+    from siglip2_packed.formats import DECODED
 
     suffixes = " ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())
     parser.epilog = ENCODE_EPILOG.format(suffixes=suffixes)

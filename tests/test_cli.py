@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor, flags, peers, workloads
+from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor, flags, formats, peers, workloads
 from siglip2_packed.ops import attention as ops_attention
 from siglip2_packed.ops.attention import backends, outside
 from siglip2_packed.ops.runtime.choice import Card
@@ -55,6 +55,7 @@ def test_version_and_help_import_nothing_heavy():
 
 def test_names_in_flags_are_those_of_the_modules():
     assert flags.ATTN_IMPLEMENTATIONS == ops_attention.ATTN_IMPLEMENTATIONS
+    assert flags.DECODE == formats.DECODE
     assert list(flags.DOCTOR_SHAPES) == list(doctor.SHAPES)
     assert list(workloads.PROVIDERS) == list(peers.PROVIDERS)
     assert set(workloads.DEFAULT_PROVIDERS) <= set(workloads.PROVIDERS)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from encode_runs import run, table
 from jpeg_files import BROKEN, ODD, OTHER, PLAIN, inputs, jpeg, photograph
+from PIL import Image
 from safetensors.torch import load_file
 from test_card import CPU, decode_jpegs
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card, encode
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card, encode, images
 from siglip2_packed.card import Card
+from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection.cut import cut
 from siglip2_packed.collection.decode import decode, decoding_pool
@@ -174,3 +176,46 @@ def test_the_ray_actor_decodes_at_a_scale(checkpoint):
     assert np.isfinite(found["scaled"]).all()
     assert not np.array_equal(found["exact"][0], found["scaled"][0])
     assert np.linalg.norm(found["exact"][0] - found["scaled"][0]) <= 0.02 * np.linalg.norm(found["exact"][0])
+
+
+@pytest.mark.parametrize("how", ["scaled", "gpu"])
+def test_align_says_how_far_features_move(checkpoint, tmp_path, capsys, monkeypatch, how):
+    def on_card(processor, device):
+        return Card(CPU, processor.patch_size, processor.resample, lambda some: [x ^ 1 for x in decode_jpegs(some)])
+
+    monkeypatch.setattr(Siglip2PackedImageProcessor, "on_card", on_card)
+    file, report = tmp_path / "photo.png", tmp_path / "report.json"
+    flags = ["--ckpt", str(checkpoint()), "--device", "cpu", "--decode", how, "--json", str(report)]
+    photograph((1280, 960)).save(file)
+    assert main(["align", *flags, "--images", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert f"decode {how}, in float32" in shown and "pixels differ by up to" in shown
+    [row] = [row for row in json.loads(report.read_text())["rows"] if row["reference"] == "exact"]
+    assert (row["case"], row["stage"], row["passed"]) == ("photo.png", how, True)
+    assert 0 < row["relative_error"] <= row["relative_error_bound"] == 8.6e-3
+    assert row["cosine_bound"] == 0.9995 <= row["min_cosine"]
+
+    if how == "scaled":  # decoded whole
+        photograph((20, 20)).save(file)
+    else:
+        monkeypatch.setattr(card, "plain_jpeg", lambda source: None)
+    assert main(["align", *flags, "--images", str(file)]) == 1
+    assert "nothing to compare: every file has its exact pixels" in capsys.readouterr().out
+
+
+def test_align_fails_on_pixels_of_another_picture(checkpoint, tmp_path, capsys, monkeypatch):
+    right = images.Scaled.resize
+    monkeypatch.setattr(images.Scaled, "resize", lambda *args: right(*args).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    photograph((1280, 960)).save(tmp_path / "photo.jpg")
+    flags = ["--ckpt", str(checkpoint()), "--device", "cpu", "--images", str(tmp_path / "photo.jpg")]
+    assert main(["align", *flags, "--decode", "scaled"]) == 1
+    assert "1 of " in capsys.readouterr().out
+
+
+def test_align_needs_files_and_a_card(checkpoint, tmp_path, capsys):
+    flags = ["--ckpt", str(checkpoint()), "--device", "cpu"]
+    assert main(["align", *flags, "--decode", "scaled"]) == 2
+    assert "--decode is about images in files" in capsys.readouterr().err
+    (tmp_path / "photo.jpg").write_bytes(PLAIN["grey"])
+    assert main(["align", *flags, "--decode", "gpu", "--images", str(tmp_path)]) == 2
+    assert "decode='gpu' is for a CUDA device, got cpu" in capsys.readouterr().err
