@@ -9,8 +9,10 @@ import pytest
 import torch
 from jpeg_files import BROKEN, ODD, OTHER, PLAIN, jpeg, photograph
 from PIL import Image
+from safetensors.torch import load_file
 
-from siglip2_packed import Siglip2PackedImageProcessor, card
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
+from siglip2_packed.cli import main
 
 CPU = torch.device("cpu")
 
@@ -23,10 +25,22 @@ def decode_jpegs(files):
     return [torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1) for image in images]
 
 
-def on_cpu(**settings):
+def by_torchvision(files):
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return decode_jpeg(files, mode=ImageReadMode.RGB)
+
+
+@pytest.fixture(params=["pillow", "torchvision"])
+def decoder(request):
+    """Of batches, on the CPU."""
+    return decode_jpegs if request.param == "pillow" else pytest.importorskip("torchvision") and by_torchvision
+
+
+def on_cpu(decoder=decode_jpegs, **settings):
     """A processor whose card is the CPU, and the card."""
     processor = Siglip2PackedImageProcessor(decode="gpu", **settings)
-    found = card.Card(CPU, processor.patch_size, processor.resample, decode_jpegs)
+    found = card.Card(CPU, processor.patch_size, processor.resample, decoder)
     processor.on_card = lambda device: found
     return processor, found
 
@@ -48,10 +62,10 @@ def test_files_cut_short_are_not(kind):
 
 @pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 @pytest.mark.parametrize("kind", PLAIN)
-def test_patches_are_pillow_s_within_a_step(kind, resample):
+def test_patches_are_pillow_s_within_a_step(kind, resample, decoder):
     """The same pixels decoded: what differs is the rounding of the resize."""
     settings = {"patch_size": 4, "max_num_patches": 70, "resample": resample}
-    processor, on_card = on_cpu(**settings)
+    processor, on_card = on_cpu(decoder, **settings)
     file = card.plain_jpeg(PLAIN[kind])
     (found,) = on_card.patches([file], [processor.grid(*file.size)])
     expected, grid = Siglip2PackedImageProcessor(**settings).read(PLAIN[kind])
@@ -61,10 +75,10 @@ def test_patches_are_pillow_s_within_a_step(kind, resample):
     assert difference.max() <= 1 and difference.mean() < 0.02  # where Pillow is a half from either
 
 
-def test_the_processor_s_packs_are_in_order_and_near_the_exact():
+def test_the_processor_s_packs_are_in_order_and_near_the_exact(decoder):
     files = {**PLAIN, **ODD, **OTHER}
     sources = [*files.values(), photograph(), np.asarray(photograph()), io.BytesIO(PLAIN["progressive"])]
-    processor, on_card = on_cpu(max_num_patches=40)
+    processor, on_card = on_cpu(decoder, max_num_patches=40)
     packed, exact = processor(sources), Siglip2PackedImageProcessor(max_num_patches=40)(sources)
     assert packed["grid_thw"].tolist() == exact["grid_thw"].tolist()
     assert packed["pixel_values"].dtype == torch.float32
@@ -150,3 +164,88 @@ def test_a_device_without_nvjpeg_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     with pytest.raises(ValueError, match="decode='gpu': torchvision has no nvJPEG here: "):
         card.nvjpeg(torch.device("cuda"))
+
+
+# with nvJPEG
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    pytest.importorskip("torchvision")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", {**PLAIN, **ODD, **OTHER})
+def test_files_of_every_kind_are_near_their_exact_pixels(gpu, kind):
+    """nvJPEG's chroma is not libjpeg's to the bit; a wrong turn, colour or size is further away than that."""
+    data = {**PLAIN, **ODD, **OTHER}[kind]
+    packed = Siglip2PackedImageProcessor(max_num_patches=40, decode="gpu")([data])
+    exact = Siglip2PackedImageProcessor(max_num_patches=40)([data])
+    assert packed["pixel_values"].device.type == "cuda"
+    assert packed["grid_thw"].tolist() == exact["grid_thw"].tolist()
+    steps = (packed["pixel_values"].cpu() - exact["pixel_values"]).abs() * 127.5
+    assert steps.isfinite().all()
+    if kind in (*OTHER, *ODD) and kind != "hole":
+        assert steps.max() == 0
+    elif kind != "hole":  # what is missing there, each decoder makes up
+        assert steps.mean() < 1 and steps.max() <= 24
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_have_the_exact_way_s_errors(gpu, kind):
+    errors = []
+    for decode in ("gpu", "exact"):
+        with pytest.raises(ValueError, match="^image 0: ") as caught:
+            Siglip2PackedImageProcessor(decode=decode)([BROKEN[kind]])
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.gpu
+def test_many_sizes_through_one_card_are_each_its_own(gpu):
+    """Memory comes back to the card's decoder while the resize before may still read it: nothing may be mixed up."""
+    sizes = [(97 + 61 * (i % 23), 83 + 47 * (i % 31)) for i in range(300)]
+    files = [jpeg(photograph(size, seed=i)) for i, size in enumerate(sizes)]
+    processor = Siglip2PackedImageProcessor(max_num_patches=64, decode="gpu")
+    exact = Siglip2PackedImageProcessor(max_num_patches=64)(files)
+    lengths = exact["grid_thw"].prod(dim=1).tolist()
+    for _ in range(3):
+        packed = processor(files)
+        assert packed["grid_thw"].tolist() == exact["grid_thw"].tolist()
+        steps = (packed["pixel_values"].cpu() - exact["pixel_values"]).abs() * 127.5
+        assert max(image.mean() for image in steps.split(lengths)) < 1
+
+
+@pytest.mark.gpu
+def test_features_of_photographs_are_near_those_of_their_exact_pixels(gpu, checkpoint):
+    from siglip2_packed.align import photographs
+    from siglip2_packed.inspection.decoding import compare_decoding, jpegs
+
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint("base")).to(gpu).eval()
+    for name, data in jpegs(photographs(), enlarge=True):
+        found = compare_decoding(name, data, str(checkpoint("base")), model, "gpu", None)
+        assert found.passed, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encode_by_the_card(gpu, checkpoint, tmp_path, capsys, dtype):
+    """Every row is near the exact way's, and of its own image."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"{i:03d}.jpg").write_bytes(jpeg(photograph((97 + 61 * (i % 23), 83 + 47 * (i % 31)), seed=i)))
+    (folder / "cut.jpg").write_bytes(BROKEN["cut"])
+    found = {}
+    for how in ("gpu", "exact"):
+        out = tmp_path / how
+        flags = ["--pooled", "--no-patches", "--dtype", dtype, "--patch-budget", "512", "--decode", how]
+        assert main(["encode", str(folder), "--ckpt", str(checkpoint()), "--out", str(out), *flags]) == 0
+        found[how] = load_file(out / "shard-00000.safetensors")
+    assert "decode gpu (200 on the card, 0 refused by it)" in capsys.readouterr().out
+    assert torch.equal(found["gpu"]["grid_thw"], found["exact"]["grid_thw"])
+    ours, exact = (found[how]["pooled"].float() for how in ("gpu", "exact"))
+    assert ours.isfinite().all()
+    assert ((ours - exact).norm(dim=1) / exact.norm(dim=1)).max() < 0.05
