@@ -13,7 +13,7 @@ import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -143,9 +143,8 @@ class Card:
         """`[3, height, width]` uint8, as stored, or None."""
         if not files:
             return []
-        if (
-            self.device.type == "cuda"
-        ):  # nvJPEG has a stream of its own, and may be given memory that this one still reads
+        if self.device.type == "cuda":
+            # nvJPEG writes on a stream of its own, to memory that this one has let go of and may still read
             torch.cuda.current_stream(self.device).synchronize()
         try:
             found = self.decode_jpegs([torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in files])
@@ -197,14 +196,19 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
     if device.type != "cuda":
         raise ValueError(f"decode='gpu' is for a CUDA device, got {device}")
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        decode: Any = partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
-        buffer = io.BytesIO()
-        Image.new("RGB", (64, 64)).save(buffer, "JPEG")
-        decode([torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)])
+        return _nvjpeg(torch.cuda.current_device() if device.index is None else device.index)
     except Exception as error:  # not installed, of another torch, without CUDA, a card or driver that has none
         raise ValueError(f"decode='gpu': torchvision has no nvJPEG here: {str(error).splitlines()[0]}") from error
+
+
+@lru_cache
+def _nvjpeg(index: int) -> DecodeJpegs:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    decode: Any = partial(decode_jpeg, mode=ImageReadMode.RGB, device=torch.device("cuda", index))
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    decode([torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)])
     return decode
 
 

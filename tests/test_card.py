@@ -204,6 +204,19 @@ def test_broken_files_have_the_exact_way_s_errors(gpu, kind):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["hole", "one pixel wide", "small", "progressive"])
+def test_pixels_do_not_depend_on_what_was_in_memory(gpu, kind):
+    """What the card cannot decode it must refuse, not leave as it was."""
+    data, found = {**PLAIN, **ODD}[kind], []
+    for seed in (1, 2, 3):
+        torch.cuda.empty_cache()
+        waste = [torch.full((3, 133, 198), 37 * seed, dtype=torch.uint8, device=gpu) for _ in range(50)]
+        del waste
+        found.append(Siglip2PackedImageProcessor(max_num_patches=40, decode="gpu")([data])["pixel_values"])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.gpu
 def test_many_sizes_through_one_card_are_each_its_own(gpu):
     """Memory comes back to the card's decoder while the resize before may still read it: nothing may be mixed up."""
     sizes = [(97 + 61 * (i % 23), 83 + 47 * (i % 31)) for i in range(300)]
