@@ -2,6 +2,7 @@
 
     python benchmarks/bulk.py                   # CPU, tiny model: decode-bound; about twelve minutes on two cores
     python benchmarks/bulk.py --device cuda     # so400m in bfloat16; with --max-num-patches 1024 device-bound
+    python benchmarks/bulk.py --photos --images 200 --max-num-patches 256 --decode scaled gpu    # 12-megapixel photos
     python benchmarks/bulk.py --quick           # does it run?
 
 Crops of scikit-image's photographs, 0.05 to 2 megapixels, sides 1:2 to 2:1, all drawn from a seed. Every provider runs
@@ -14,6 +15,8 @@ the error of the padded batches, half precision within 1.1 times.
     pillow:decode              JPEG -> RGB, in a thread a core
     pillow:decode_resize       and resized to the grid and cut: all that a model's input needs of the CPU
     siglip2_packed             encode to shards of pooled vectors: the above, packs, model, index
+    siglip2_packed:scaled, :gpu     the same with --decode; vectors within 2e-2 of encode's exact ones
+    torchvision:nvjpeg         with --decode gpu, nvJPEG alone: files in memory -> pixels on the card
     siglip2_packed:forward     the model alone, on a pack that is there already
     transformers_sdpa_padded   for each 64 files: Image.open, Siglip2ImageProcessor, Siglip2VisionModel
 """
@@ -27,6 +30,7 @@ import random
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # For every provider. The cores decode; a model's threads that spin while they wait would take them away.
@@ -39,7 +43,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
 from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import Meter, clock, encode
 from siglip2_packed.collection.run import to_folder
@@ -50,6 +54,7 @@ from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
 
 PHOTOGRAPHS = "astronaut chelsea coffee hubble_deep_field immunohistochemistry retina rocket".split()
+SCALED, GPU, NVJPEG = "siglip2_packed:scaled", "siglip2_packed:gpu", "torchvision:nvjpeg"
 OURS, FORWARD, PADDED = "siglip2_packed", "siglip2_packed:forward", "transformers_sdpa_padded"
 DECODE, RESIZE, ONE_BY_ONE = "pillow:decode", "pillow:decode_resize", "transformers:one_by_one"
 BATCH, BUDGET = 64, 16384
@@ -70,13 +75,22 @@ def make_jpeg(folder: Path, number: int, seed: int) -> None:
     image.save(folder / f"{number:05d}.jpg", quality=rng.choice((75, 85, 92)))
 
 
-def make_folder(folder: Path, images: int, seed: int) -> list[str]:
+def make_photo(folder: Path, number: int, seed: int) -> None:
+    """One of scikit-image's photographs at 12 megapixels, as it would be on its side or not."""
+    from skimage import data
+
+    photograph = Image.fromarray(getattr(data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
+    size = (4032, 3024) if (number + seed) % 3 else (3024, 4032)
+    photograph.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:05d}.jpg", quality=92)
+
+
+def make_folder(folder: Path, images: int, seed: int, make=make_jpeg) -> list[str]:
     """`images` JPEGs, those made that are not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:05d}.jpg" for number in range(images)]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     with ProcessPoolExecutor() as pool:
-        list(pool.map(make_jpeg, itertools.repeat(folder), missing, itertools.repeat(seed), chunksize=16))
+        list(pool.map(make, itertools.repeat(folder), missing, itertools.repeat(seed), chunksize=16))
     return [str(file) for file in files]
 
 
@@ -100,12 +114,23 @@ def in_threads(function, files):
         return {"seconds": time.perf_counter() - start}
 
 
-def ours(files, ckpt, device, dtype):
-    processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
+def nvjpeg_only(files, ckpt, device, dtype):
+    decode = card.nvjpeg(torch.device(device))
+    read = [card.plain_jpeg(file) for file in files]
+    start = time.perf_counter()
+    for batch in card.batches(read, lambda file: file.pixels):
+        decode([torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in batch])
+    torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start}
+
+
+def ours(files, ckpt, device, dtype, decode="exact"):
+    processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode)
     pool = decoding_pool(torch.device(device), processor, patch_budget=BUDGET)
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
+    on_card = processor.on_card(model.device) if decode == "gpu" else None
     inputs = find_inputs(files)
     settings = {"shard_size": 8192, "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
@@ -114,7 +139,15 @@ def ours(files, ckpt, device, dtype):
     def encoded(ranges, done):
         wanted = itertools.chain.from_iterable(inputs.read(*some) for some in ranges)
         yield from encode(
-            forward, processor, wanted, pool, pooled=True, patches=False, patch_budget=BUDGET, meter=meter
+            forward,
+            processor,
+            wanted,
+            pool,
+            pooled=True,
+            patches=False,
+            patch_budget=BUDGET,
+            meter=meter,
+            card=on_card,
         )
 
     with pool, tempfile.TemporaryDirectory() as folder:
@@ -195,7 +228,9 @@ def warm_up(model, processor):
 
 
 TIMED = {DECODE: decode_only, RESIZE: decode_resize, OURS: ours, FORWARD: forward_only, PADDED: padded}
-PROVIDERS = {**TIMED, ONE_BY_ONE: one_by_one}
+DECODED = {"scaled": {SCALED: partial(ours, decode="scaled")}}
+DECODED["gpu"] = {GPU: partial(ours, decode="gpu"), NVJPEG: nvjpeg_only}
+PROVIDERS = {**TIMED, ONE_BY_ONE: one_by_one, **DECODED["scaled"], **DECODED["gpu"]}
 
 
 def measured(provider, files, ckpt, device, dtype):
@@ -228,12 +263,20 @@ def check(found, reference, every, dtype):
     good = worst <= min(1e-4, 2 * their_worst) if dtype == "float32" else relative <= 1.1 * their_relative
     if not good:
         raise SystemExit(f"(max abs, relative error) {errors}: not transformers' vectors, nothing is reported")
+    exact = torch.from_numpy(found[OURS]["pooled"])
+    for name in {SCALED, GPU} & {*found}:
+        vectors = torch.from_numpy(found[name]["pooled"])
+        errors[name] = float((vectors - exact).abs().max()), relative_error(vectors, exact)
+        if not errors[name][1] <= 2e-2:
+            raise SystemExit(f"{name} (max abs, relative error) {errors[name]}: other vectors, nothing is reported")
     return errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000, help="JPEGs in the folder (5000)")
+    parser.add_argument("--photos", action="store_true", help="12-megapixel photos instead")
+    parser.add_argument("--decode", nargs="+", choices=list(DECODED), default=[], help="time these as well")
     parser.add_argument("--every", type=int, default=1, help="transformers takes every n-th of them (1)")
     parser.add_argument("--folder", type=Path, help="where they are kept (a temporary folder)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (cpu)")
@@ -249,12 +292,18 @@ def main() -> None:
         parser.error(f"--every must be at least 1, got {args.every}")
     cuda = args.device == "cuda"
     shape, dtype = args.shape or ("so400m" if cuda else "tiny"), args.dtype or ("bfloat16" if cuda else "float32")
-    images, repeats = (200, 1) if args.quick else (args.images, args.repeats)
-    card = card_name() if cuda else cpu_name()
-    rows, workload = Rows("bulk", torch.cuda.get_device_name() if cuda else card), f"jpegs{images}"
+    timed = {name: run for how in args.decode for name, run in DECODED[how].items()} | TIMED
+    images, repeats = (min(200, args.images), 1) if args.quick else (args.images, args.repeats)
+    machine = card_name() if cuda else cpu_name()
+    rows, workload = (
+        Rows("bulk", torch.cuda.get_device_name() if cuda else machine),
+        f"{'photos12mp' if args.photos else 'jpegs'}{images}",
+    )
 
     with tempfile.TemporaryDirectory() as temporary:
-        files = make_folder(args.folder or Path(temporary) / "jpegs", images, args.seed)
+        files = make_folder(
+            args.folder or Path(temporary) / "jpegs", images, args.seed, make_photo if args.photos else make_jpeg
+        )
         ckpt = save_random_checkpoint(Path(temporary) / "ckpt", shape)
         if args.max_num_patches:
             workload += f"_max{args.max_num_patches}"
@@ -262,32 +311,35 @@ def main() -> None:
             processor.max_num_patches = args.max_num_patches
             processor.save_pretrained(ckpt)
         size = sum(map(os.path.getsize, files)) / 2**20
-        print(f"{workload}, {size:.0f} MiB; {shape} in {dtype} on {card}, {cores()} cores", flush=True)
+        print(f"{workload}, {size:.0f} MiB; {shape} in {dtype} on {machine}, {cores()} cores", flush=True)
         flags = ckpt, args.device, dtype
         reference = torch.from_numpy(alone(ONE_BY_ONE, files[:: args.every], *flags)["pooled"])
         rounds, errors = [], []
         for _ in range(repeats):
-            found = {name: alone(name, files[:: args.every if name == PADDED else 1], *flags) for name in TIMED}
+            found = {name: alone(name, files[:: args.every if name == PADDED else 1], *flags) for name in timed}
             errors.append(check(found, reference, args.every, dtype))
             rounds.append(found)
             print("   ".join(f"{name} {x['images'] / x['seconds']:.1f}/s" for name, x in found.items()), flush=True)
 
-    for name in (OURS, PADDED):
+    for name in (OURS, PADDED, *({SCALED, GPU} & {*timed})):
         for i, metric in enumerate(("max_abs_error", "relative_error")):
             rows.add(name, workload, "encode", dtype, metric, [found[name][i] for found in errors], "")
 
     def add(provider, metric, unit, value):
-        mode = {DECODE: "preprocess", RESIZE: "preprocess", FORWARD: "forward"}.get(provider, "encode")
+        mode = {DECODE: "preprocess", RESIZE: "preprocess", NVJPEG: "preprocess", FORWARD: "forward"}.get(
+            provider, "encode"
+        )
         rows.add(provider, workload, mode, dtype, metric, [value(round_) for round_ in rounds], unit)
 
-    for name in TIMED:
+    for name in timed:
         add(name, "images_per_s", "1/s", lambda r: r[name]["images"] / r[name]["seconds"])
         if "patches" in rounds[0][name]:
             add(name, "patches_per_s", "1/s", lambda r: r[name]["patches"] / r[name]["seconds"])
         add(name, "peak_host_memory", "GiB", lambda r: r[name]["host"])
         if "memory" in rounds[0][name]:
             add(name, "peak_memory", "GiB", lambda r: r[name]["memory"])
-    add(OURS, "device_wait", "share", lambda r: r[OURS]["wait"])
+    for name in (OURS, *({SCALED, GPU} & {*timed})):
+        add(name, "device_wait", "share", lambda r: r[name]["wait"])
     add(OURS, "pack_utilisation", "share", lambda r: r[OURS]["full"])
 
     def rate(found, what="images"):
@@ -295,11 +347,16 @@ def main() -> None:
 
     for name, metric in ((DECODE, "share_of_decode"), (RESIZE, "share_of_decode_resize")):
         add(OURS, metric, "share", lambda r: rate(r[OURS]) / rate(r[name]))
+    for name in {SCALED, GPU} & {*timed}:
+        add(name, "share_of_forward", "share", lambda r: rate(r[name], "patches") / rate(r[FORWARD], "patches"))
+        add(name, "speedup_over_exact", "x", lambda r: rate(r[name]) / rate(r[OURS]))
+    if NVJPEG in timed:
+        add(GPU, "share_of_nvjpeg", "share", lambda r: rate(r[GPU]) / rate(r[NVJPEG]))
     add(OURS, "share_of_forward", "share", lambda r: rate(r[OURS], "patches") / rate(r[FORWARD], "patches"))
     add(OURS, "speedup_over_padded", "x", lambda r: rate(r[OURS]) / rate(r[PADDED]))
     for row in rows.rows:
         print(f"{row['provider']:26} {row['metric']:22} {row['p50']:>10} {row['unit']}")
-    path = args.out or (None if args.quick else Path(__file__).parent / "results" / f"bulk_{card}.csv")
+    path = args.out or (None if args.quick else Path(__file__).parent / "results" / f"bulk_{machine}.csv")
     if path:
         rows.write(path, replacing=["workload"])
         print(f"{len(rows.rows)} rows -> {path}")
