@@ -163,8 +163,9 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
             settings: any other constructor argument, for this call only; None keeps the processor's own.
 
         Returns:
-            `PackedPatches`, float32. Its attribute `kept` lists, for each row of `grid_thw`, the index of its image in
-            `images` (followed by `videos`); `skipped` lists (index, name, reason) of those left out.
+            `PackedPatches`, float32, on the host, or with `decode="gpu"` on the current CUDA device. Its attribute
+            `kept` lists, for each row of `grid_thw`, the index of its image in `images` (followed by `videos`);
+            `skipped` lists (index, name, reason) of those left out.
 
         Raises:
             ValueError: naming the image's index, and its file where there is one, and the reason.

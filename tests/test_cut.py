@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from siglip2_packed.card import Card
 from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import decode, decoding_pool
+from siglip2_packed.collection.decode import DecodingProcesses, decode, decoding_pool
 from siglip2_packed.ray_data import Siglip2PackedEncoder
 
 FILES = {**PLAIN, **BROKEN, **OTHER, **ODD}
@@ -71,6 +72,12 @@ def test_files_keep_the_state_that_was_read(tmp_path):
     for image, path in zip(found, paths):
         assert image.stamp == f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
     assert [bool(image.error) for image in found] == [False, False, True]
+
+
+def test_files_for_the_card_go_through_no_pipe():
+    for how, kind in (("gpu", ThreadPoolExecutor), ("scaled", DecodingProcesses)):
+        with decoding_pool(torch.device("cuda"), Siglip2PackedImageProcessor(decode=how), 1) as pool:
+            assert type(pool) is kind
 
 
 def test_a_card_goes_with_its_processor(checkpoint):

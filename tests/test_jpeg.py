@@ -69,6 +69,13 @@ def test_plain_files_are_the_faster_decoder_s(simplejpeg, kind):
         assert np.array_equal(np.asarray(found), np.asarray(image))
 
 
+def test_pixels_that_are_not_resized(simplejpeg, pillow_alone):
+    processor, data = Siglip2PackedImageProcessor(do_resize=False), jpeg_files.jpeg(photograph((64, 48)))
+    expected = pillow_alone(processor, data)
+    assert expected["grid_thw"].tolist() == [[1, 3, 4]]
+    assert processor(data)["pixel_values"].equal(expected["pixel_values"])
+
+
 def test_pixels_outlive_what_they_were_decoded_into(simplejpeg):
     images = []
     for seed in range(20):
