@@ -169,6 +169,20 @@ def encode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("encode"))
 
 
+def plan(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", type=int, required=True, metavar="N", help="images of the collection")
+    add("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says, or the shape)")
+    add("--ckpt", type=given, help="checkpoint: a folder or a hub id; without it random weights of --shape")
+    add("--shape", choices=list(SHAPES), default="so400m", help="size of random weights (so400m)")
+    add("--sample", nargs="+", metavar="PATH", help="images, or folders of them, that stand for all (a JPEG made here)")
+    add("--device", help="device to run on (cuda if there is one, else cpu)")
+    add("--dtype", choices=list(DTYPES), help="dtype to compute and save (bfloat16 on CUDA, else float32)")
+    add("--seconds", type=float, default=10, help="how long to measure (10)")
+    add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
+    parser.set_defaults(run=later("plan"))
+
+
 def random_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR", help="where to write it; made if it does not exist")
     parser.add_argument("--shape", choices=list(SHAPES), default="base", help="size of the vision tower (base)")
