@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_CKPT := .demo/base
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint docs
 
 demo: $(VENV)/.demo $(DEMO_CKPT)/model.safetensors
 	$(BIN)/siglip2-packed align --ckpt $(DEMO_CKPT) --device cpu --use-real-images
@@ -22,10 +22,13 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/biome lint --config-path=.ci --error-on-warnings siglip2_packed/inspection
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(DEMO_CKPT)/model.safetensors: | $(VENV)/.demo
 	$(BIN)/siglip2-packed random-checkpoint $(DEMO_CKPT) --shape base --full
 
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$(patsubst .%,%,$(notdir $@))]'

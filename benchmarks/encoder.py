@@ -2,7 +2,7 @@
 
     python benchmarks/encoder.py              # about seven minutes on an H200
 
-Prints lines as they come; the README's table and plot are made from the rows by readme_tables.py. Flags of the command
+Prints lines as they come; the book's table and plot are made from the rows by readme_tables.py. Flags of the command
 (`siglip2-packed bench --help`) may follow and replace those set here.
 """
 

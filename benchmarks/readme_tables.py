@@ -1,4 +1,4 @@
-"""Puts the README's tables between their markers and draws its plots, from the committed results.
+"""Puts tables between their markers in the README and docs/, and draws the plots, from the committed results.
 
 python benchmarks/readme_tables.py
 """
@@ -13,6 +13,8 @@ from siglip2_packed.workloads import WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def cpu_encoder() -> str:
@@ -102,7 +104,7 @@ def plot_attention() -> None:
             axis.set_xlabel("segment length")
         axes[0][0].legend()
         figure.suptitle(f"Varlen attention, 16384 rows, 16 heads, bf16: {path.stem.split('_')[-1].upper()}")
-        figure.savefig(path.with_suffix(".png"), dpi=110)
+        figure.savefig(PICTURES / f"{path.stem}.png", dpi=110)
 
 
 ENCODERS = {
@@ -122,11 +124,13 @@ VARIANTS = {
 
 
 def encoder() -> str:
-    """The latest run in sight, those of other cards folded up."""
-    runs = sorted((pd.read_csv(path) for path in RESULTS.glob("encoder_*.csv")), key=lambda rows: rows.date.max())
-    latest, *others = reversed(runs)
-    folded = [f"<details><summary>{x.card[0]}</summary>\n\n{encoder_table(x)}\n\n</details>" for x in others]
-    return "\n\n".join([encoder_table(latest), *folded])
+    """A table a card, the latest run first."""
+    return "\n\n".join(map(encoder_table, encoder_runs()))
+
+
+def encoder_runs() -> list[pd.DataFrame]:
+    runs = [pd.read_csv(path) for path in RESULTS.glob("encoder_*.csv")]
+    return sorted(runs, key=lambda rows: rows.date.max(), reverse=True)
 
 
 def encoder_table(rows: pd.DataFrame) -> str:
@@ -210,7 +214,7 @@ def small_packs() -> str:
         if len(captures):
             texts = [f"{SMALL[key]} {x.min():.1f} to {x.max():.1f} s" for key, x in captures]
             lines += ["", f"Captures and compilation, beside these times: {'; '.join(texts)}."]
-        parts += ["\n".join(lines), f"![small packs](benchmarks/results/{path.stem}.png)"]
+        parts += ["\n".join(lines), f"![small packs](pictures/{path.stem}.png)"]
     return "\n\n".join(parts)
 
 
@@ -262,7 +266,7 @@ def plot_small_packs() -> None:
         figure.legend(axes[0].containers, [SMALL[name] for name in times], loc="outside lower center", ncols=5)
         card = path.stem.split("_")[-1].upper()
         figure.suptitle(f"Small packs, SigLIP2 so400m, bf16, {card}; above the bars: CUDA graphs over transformers")
-        figure.savefig(path.with_suffix(".png"), dpi=110)
+        figure.savefig(PICTURES / f"{path.stem}.png", dpi=110)
 
 
 def bars(axis, table: pd.DataFrame, mode: str, provider: str, over: pd.Series) -> None:
@@ -296,7 +300,7 @@ def plot_encoder() -> None:
         figure.legend(axes[0].containers, [ENCODERS[name] for name in providers], loc="outside lower center", ncols=5)
         card = path.stem.split("_")[-1].upper()
         figure.suptitle(f"SigLIP2 so400m encoder, bf16, {card}; above the bars: packed over transformers")
-        figure.savefig(path.with_suffix(".png"), dpi=110)
+        figure.savefig(PICTURES / f"{path.stem}.png", dpi=110)
 
 
 def explained(name: str) -> str:
@@ -399,16 +403,16 @@ TABLES = {
 }
 
 
-def render(readme: str) -> str:
-    for name, table in TABLES.items():
-        block = f"<!-- table: {name} -->\n{table()}\n<!-- end -->"
-        readme = re.sub(rf"<!-- table: {name} -->\n.*?<!-- end -->", lambda _: block, readme, flags=re.DOTALL)
-    return readme
+def render(page: str) -> str:
+    for name in re.findall(r"^<!-- table: (\w+) -->$", page, flags=re.MULTILINE):
+        block = f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+        page = re.sub(rf"<!-- table: {name} -->\n.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)
+    return page
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
     plot_attention()
     plot_encoder()
     plot_small_packs()

@@ -8,7 +8,7 @@ before each step. Features and gradients are compared with transformers in float
 its error and not timed. Captures and compilation stand beside the times, as `capture_time`; but in `random`, a step for
 each of 500 packs of 250 to 4,096 patches, captures are within (kernels are compiled before). Of ours in graphs, a pack
 of 1,030 patches stands beside one of 1,024, and the memory of training at 4,096 beside that without. Rows go to
-results/small_packs_<card>.csv; readme_tables.py makes the README's table and plot of them.
+results/small_packs_<card>.csv; readme_tables.py makes the book's table and plot of them.
 
 Shapes: T patches, D hidden size.
 """

@@ -8,7 +8,7 @@ each of a picture in six tiles and four small images; the towers of SmolVLM2-2.2
 where there is no padding to save. A forward gives features of the tower, logits of the model; a training step ends with
 every `.grad`, None before it. Answers and gradients are compared with transformers in float32 first; what is further
 from it than transformers in the same precision is refused with its error and not timed, and a tower that cannot be
-replaced is a row with the reason. Rows go to results/vlm_<card>.csv; readme_tables.py makes the README's table of them.
+replaced is a row with the reason. Rows go to results/vlm_<card>.csv; readme_tables.py makes the book's table of them.
 
 Shapes: N images, D hidden size, R rows of the answer that are no padding.
 """

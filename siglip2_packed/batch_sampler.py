@@ -187,7 +187,8 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
         lengths: `[N]` patches of each image, or `grid_thw [N, 3]`: then the frames of a video count as segments.
         budget: patches of a batch at most.
         max_images: images of a batch at most.
-        num_replicas, rank: those of `torch.distributed`, where it runs when batches are asked for, else 1 and 0.
+        num_replicas: how many ranks; those of `torch.distributed`, where it runs when batches are asked for, else 1.
+        rank: which of them; likewise, else 0.
         shuffle: off: packs follow the order of the data set, as far as filling them well and even cost allow.
         seed: of the shuffle; the same on every rank.
         drop_last: see above.

@@ -262,8 +262,11 @@ def encode_images(
     """Images of any sizes, packed once, through tower and projector: a list of `[h·w, D_llm]`, one an image.
 
     Args:
+        tower: a tower of this package.
         projector: maps every row for itself, `[T, D]` -> `[T, D_llm]`.
-        images, grid_thw, patch_positions: any form that the tower takes. Padding is left out here.
+        images: in any form that the tower takes; padding is left out here.
+        grid_thw: as the tower takes it.
+        patch_positions: likewise.
 
     A rank without images gets an empty list, which gives nothing a gradient, and ranks that train together then wait
     for each other. It adds `0 * projector(tower(torch.zeros(0, P), [])).sum()` to its loss.

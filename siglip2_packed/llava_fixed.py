@@ -73,9 +73,12 @@ class SigLipVisionTower(SigLip2NaflexVisionTower):
     them on. Theirs ignore `mm_vision_select_layer`; here it decides, and the default, -2, is what they give.
 
     Args:
-        vision_tower, vision_tower_cfg, delay_load, cuda_graphs: those of `SigLip2NaflexVisionTower`.
+        vision_tower: as of `SigLip2NaflexVisionTower`.
+        vision_tower_cfg: likewise.
+        delay_load: likewise.
         image_size: S, a multiple of the patch size; None: the square of the checkpoint's patch budget. `anyres` of
             LLaVA-NeXT with a range such as `(1x1),...,(6x6)` takes 224, 336, 384, 448 and 512 only.
+        cuda_graphs: as of `SigLip2NaflexVisionTower`.
         args: another name of `vision_tower_cfg`.
 
     Raises:

@@ -51,7 +51,8 @@ def apply_fsdp(
 
     Args:
         mesh: the ranks to shard over; all, when left out. Two dimensions: replicated over the first (HSDP).
-        param_dtype, reduce_dtype: dtypes to compute in and to reduce gradients in; None: the parameters' own.
+        param_dtype: dtype to compute in; None: the parameters' own.
+        reduce_dtype: dtype to reduce gradients in; likewise.
         reshard_after_forward: frees a layer's parameters until backward; False keeps them, for speed. CUDA graphs run
             with neither: each step gathers them at another address (five steps, five addresses, torch 2.11).
 

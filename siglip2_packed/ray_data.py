@@ -39,7 +39,8 @@ class Siglip2PackedEncoder:
     Args:
         ckpt: a folder that every node has, or a hub id.
         column: of bytes, paths, {bytes, path}, or pixels, as `ray.data.read_images` gives them.
-        pooled, patches: which features to add.
+        pooled: add the pooling head's vector.
+        patches: add the features of all patches.
         device: CUDA if the actor has one (`num_gpus=1`), else the CPU.
         dtype: to compute; features come as float32.
         max_num_patches: patches an image; as the checkpoint says when left out.

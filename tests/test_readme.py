@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from documents import example
 
 from siglip2_packed import (
     PackedPatches,
@@ -18,10 +19,6 @@ from siglip2_packed import (
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-
-def example(marker):
-    return re.search(rf"{marker}\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
 
 
 @pytest.fixture
@@ -49,14 +46,14 @@ def without_hub_or_gpu(checkpoint, monkeypatch):
 
 def test_seed_example_1(without_hub_or_gpu, capsys):
     scope = {}
-    exec(example("<!-- seed example 1 -->"), scope)
+    exec(example("seed example 1"), scope)
     assert scope["output"].shape == (392, 768)
     assert "Output shape: torch.Size([392, 768])" in capsys.readouterr().out
 
 
 def test_seed_example_2(without_hub_or_gpu):
     scope = {"torch": torch}  # the document imports it in its first example only
-    exec(example("<!-- seed example 2 -->"), scope)
+    exec(example("seed example 2"), scope)
     ours = convert_to_packing_format(scope["images"], patch_size=16)
     assert all(torch.equal(x, y) for x, y in zip(ours, (scope["hidden_states"], scope["grid_thw"])))
     assert scope["output"].shape == (392, 768)
@@ -70,7 +67,7 @@ def test_first_example(without_hub_or_gpu, tmp_path, monkeypatch):
     Image.new("L", (30, 90)).save(tmp_path / "receipt.png")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(example("## Use\n"), scope)
+    exec(re.search(r"## Use\n\n```python\n(.*?)```", README, flags=re.DOTALL).group(1), scope)
     assert scope["out"].pooler_output.shape == (2, 768)
     assert [len(x) for x in scope["tokens"]] == scope["packed"]["grid_thw"].prod(1).tolist()
 
@@ -85,7 +82,7 @@ def test_training_example(without_hub_or_gpu, tmp_path):
         Image.new("RGB", (40 + 30 * i, 60)).save(file)
     scope = dict(files=files, processor=processor, dataset=[processor(file) for file in files], epochs=1)
     scope["model"] = Siglip2PackedVisionModel.from_pretrained(ckpt)
-    exec(example("<!-- training example -->").replace("num_workers=8", "num_workers=0"), scope)
+    exec(example("training example").replace("num_workers=8", "num_workers=0"), scope)
     assert scope["step"] == 1
     assert len(scope["out"].pooler_output) == 3
 
@@ -93,7 +90,7 @@ def test_training_example(without_hub_or_gpu, tmp_path):
 def test_the_tower_has_its_own_learning_rate():
     model = torch.nn.ModuleDict({"vision_tower": torch.nn.Linear(2, 2), "mm_projector": torch.nn.Linear(2, 3)})
     scope = dict(torch=torch, model=model)
-    exec(example("<!-- learning rates -->"), scope)
+    exec(example("learning rates"), scope)
     rates = {id(p): group["lr"] for group in scope["optimizer"].param_groups for p in group["params"]}
     assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
         f"{part}.{name}": lr
@@ -108,7 +105,7 @@ def test_a_tower_is_replaced_and_put_back(checkpoint):
     model = torch.nn.ModuleDict({"tower": AutoModel.from_pretrained(checkpoint("tiny"))})
     before = list(model.modules())
     scope = {"model": model}
-    exec(example("<!-- other people's models -->"), scope)
+    exec(example("other people's models"), scope)
     assert len(scope["towers"]) == 1 and list(model.modules()) == before
 
 
@@ -118,7 +115,7 @@ def test_a_model_is_exported(checkpoint, monkeypatch, tmp_path):
     packed = PackedPatches(torch.zeros(6, 48), [(1, 2, 3)])
     scope = dict(torch=torch, model=Siglip2PackedVisionModel.from_pretrained(checkpoint("tiny")).eval(), packed=packed)
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *args, **kwargs: None)  # takes a minute
-    exec(example("### Export\n"), scope)
+    exec(example("export example"), scope)
     assert scope["tokens"].shape == (6, 64) and scope["pooled"].shape == (1, 64)
     assert (tmp_path / "siglip2.onnx").exists()
 
@@ -126,7 +123,8 @@ def test_a_model_is_exported(checkpoint, monkeypatch, tmp_path):
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables = pytest.importorskip("readme_tables")
-    assert tables.render(README) == README
+    for page in tables.PAGES:
+        assert tables.render(page.read_text()) == page.read_text(), page
     sys.modules.pop("readme_tables")
 
 

@@ -207,7 +207,7 @@ def test_table_and_picture_are_of_the_rows(tmp_path, monkeypatch, tables):
     assert "| pack1x256, forward | 3.00 | 7.00 | 11.0 | 15.0 | 19.0 | 3.67x | 5.00x | 1.57x | 2.14x |" in table
     assert "| random, train | 10.0 | 14.0 | 18.0 |  |  | 1.80x |  | 1.29x |  |" in table
     assert "packed in graphs 3.0 to 8.0 s" in table
-    assert table.endswith("![small packs](benchmarks/results/small_packs_h200.png)")
+    assert table.endswith("![small packs](pictures/small_packs_h200.png)")
     drawn = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     tables.plot_small_packs()

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration
-from test_readme import example
+from documents import example
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
@@ -177,7 +177,7 @@ def readme_with_accelerate(epochs):
     _, loader = make_loader(seed=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scope = dict(model=model, optimizer=optimizer, loader=loader, epochs=epochs, loss_terms=lambda features: features)
-    exec(example("<!-- accelerate example -->"), scope)
+    exec(example("accelerate example"), scope)
     return model.batches, model.weight.tolist()
 
 
@@ -302,7 +302,7 @@ def readme_with_lightning(folder, stop=None, ckpt_path=None, name="pytorch_light
     lightning = pytest.importorskip(name)
     model = Notes()
     sampler, _ = make_loader(seed=4)
-    lines = example("<!-- lightning example -->").replace("num_workers=8, pin_memory=True", "")
+    lines = example("lightning example").replace("num_workers=8, pin_memory=True", "")
     head, fit = lines.replace("import pytorch_lightning as pl", f"import {name} as pl").split("trainer = ")
 
     class Save(lightning.Callback):
