@@ -1,5 +1,9 @@
 """SigLIP2 NaFlex on packed patches: no padding, exact positions, varlen attention.
 
+    >>> import siglip2_packed
+    >>> print(siglip2_packed.__version__)
+    0.1.0
+
 A name is loaded when it is asked for: torch and transformers take seconds, which `--version` and `--help` do not need.
 """
 

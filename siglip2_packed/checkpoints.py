@@ -24,7 +24,19 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 
 
 class NoPoolingHead(ValueError, AttributeError):
-    """Pooled features were asked of a model that has no pooling head."""
+    """Pooled features were asked of a model that has no pooling head.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import NoPoolingHead, Siglip2PackedVisionModel
+        >>> ckpt = "google/siglip2-so400m-patch16-naflex"
+        >>> model = Siglip2PackedVisionModel.from_pretrained(ckpt, vision_use_head=False)
+        >>> try:
+        ...     model(torch.zeros(6, 768), [[1, 2, 3]]).pooler_output
+        ... except NoPoolingHead:
+        ...     print("use last_hidden_state")
+        use last_hidden_state
+    """
 
 
 class CheckpointedModel(PreTrainedModel):

@@ -36,7 +36,19 @@ logger = logging.getLogger("siglip2_packed")
 
 
 class SigLip2NaflexImageProcessor(Siglip2PackedImageProcessor):
-    """Calling it packs, as `Siglip2PackedImageProcessor` does; `preprocess` pads, as LLaVA's data code expects."""
+    """Calling it packs, as `Siglip2PackedImageProcessor` does; `preprocess` pads, as LLaVA's data code expects.
+
+    Raises:
+        ValueError: as `Siglip2PackedImageProcessor`.
+
+    Examples:
+        >>> import numpy as np
+        >>> from siglip2_packed import SigLip2NaflexImageProcessor
+        >>> processor = SigLip2NaflexImageProcessor(patch_size=16, max_num_patches=256)
+        >>> batch = processor.preprocess(np.zeros((480, 640, 3), np.uint8))
+        >>> batch["pixel_values"].shape, batch["spatial_shapes"].tolist()
+        (torch.Size([1, 256, 768]), [[14, 18]])
+    """
 
     def preprocess(self, images: Any = None, **settings: Any) -> BatchFeature:  # type: ignore[override]
         """Images -> a padded batch, as transformers' `Siglip2ImageProcessor` makes it.
@@ -73,6 +85,14 @@ class SigLip2NaflexVisionTower(nn.Module):
 
     Raises:
         FileNotFoundError, ValueError: no usable checkpoint, a layer out of range, another `mm_vision_select_feature`.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import SigLip2NaflexVisionTower
+        >>> tower = SigLip2NaflexVisionTower("google/siglip2-so400m-patch16-naflex", {"mm_vision_select_layer": -2})
+        >>> features = tower([torch.zeros(1, 6, 768), torch.zeros(1, 20, 768)], grid_thw=[[1, 2, 3], [1, 4, 5]])
+        >>> [x.shape == (1, n, tower.hidden_size) for x, n in zip(features, (6, 20))]
+        [True, True]
     """
 
     def __init__(
@@ -270,6 +290,18 @@ def encode_images(
 
     A rank without images gets an empty list, which gives nothing a gradient, and ranks that train together then wait
     for each other. It adds `0 * projector(tower(torch.zeros(0, P), [])).sum()` to its loss.
+
+    Raises:
+        ValueError: what the tower raises; a projector that changes the number of rows.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import SigLip2NaflexVisionTower, encode_images
+        >>> tower = SigLip2NaflexVisionTower("google/siglip2-so400m-patch16-naflex")
+        >>> projector = torch.nn.Linear(tower.hidden_size, 32)
+        >>> images = [torch.zeros(1, 6, 768), torch.zeros(1, 20, 768)]
+        >>> [x.shape for x in encode_images(tower, projector, images, [[1, 2, 3], [1, 4, 5]])]
+        [torch.Size([6, 32]), torch.Size([20, 32])]
     """
     pack = tower.pack(images, grid_thw, patch_positions)
     features = projector(tower(pack))

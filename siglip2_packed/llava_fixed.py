@@ -21,7 +21,18 @@ from siglip2_packed.processor_files import SETTINGS, UNSAVED, positive_int
 
 
 class SigLipImageProcessor(Siglip2PackedImageProcessor):
-    """Every image, whatever its shape, becomes the square of the patch budget; with the checkpoint's own settings."""
+    """Every image, whatever its shape, becomes the square of the patch budget; with the checkpoint's own settings.
+
+    Raises:
+        ValueError: as `Siglip2PackedImageProcessor`; a budget that is no square.
+
+    Examples:
+        >>> import numpy as np
+        >>> from siglip2_packed import SigLipImageProcessor
+        >>> processor = SigLipImageProcessor(patch_size=16, max_num_patches=256)
+        >>> processor(np.zeros((480, 640, 3), np.uint8))["pixel_values"].shape
+        torch.Size([1, 3, 256, 256])
+    """
 
     def __call__(self, images: Any, return_tensors: str | None = None) -> BatchFeature:  # type: ignore[override]
         """One image, a list of them or a 4-D array of frames -> `pixel_values [B, C, S, S]`, float32."""
@@ -83,6 +94,13 @@ class SigLipVisionTower(SigLip2NaflexVisionTower):
 
     Raises:
         ValueError: as there; `image_size` is not a multiple of the patch size, or the budget no square.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import SigLipVisionTower
+        >>> tower = SigLipVisionTower("google/siglip2-so400m-patch16-naflex", image_size=96)
+        >>> tower(torch.zeros(2, 3, 96, 96)).shape == (2, 36, tower.hidden_size)
+        True
     """
 
     def __init__(

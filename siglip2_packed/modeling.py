@@ -72,6 +72,23 @@ class Siglip2PackedVisionModel(CheckpointedModel):
     Training on token features alone leaves the pooling head without gradients, for which DistributedDataParallel
     waits: it averages none in the first step, which is said once, and raises in the second. Load with
     `vision_use_head=False` then.
+
+    It computes what transformers' `Siglip2VisionModel` (4.57 and 5.x) does of each image without its padding: SigLIP 2
+    (arXiv 2502.14786), section 2.4.2; the pooling head is that of Scaling Vision Transformers (arXiv 2106.04560).
+
+    Raises:
+        ValueError: a configuration that says what this model does not compute.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import Siglip2PackedVisionModel
+        >>> model = Siglip2PackedVisionModel.from_pretrained("google/siglip2-so400m-patch16-naflex").eval()
+        >>> with torch.inference_mode():
+        ...     out = model(torch.zeros(26, 768), [[1, 2, 3], [1, 4, 5]])
+        >>> out.last_hidden_state.shape == (26, model.config.hidden_size)
+        True
+        >>> out.pooler_output.shape == (2, model.config.hidden_size)
+        True
     """
 
     config: Siglip2VisionConfig
@@ -366,6 +383,16 @@ class Siglip2NaflexPacking(nn.Module):
         ckpt: local folder or hub id.
         device: where to put the model; CUDA if there is one, else the CPU.
         **kwargs: those of `Siglip2PackedVisionModel.from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: those of `Siglip2PackedVisionModel.from_pretrained`, and of its forward.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import Siglip2NaflexPacking
+        >>> model = Siglip2NaflexPacking("google/siglip2-so400m-patch16-naflex", device="cpu")
+        >>> model(torch.zeros(26, 768), torch.tensor([[1, 2, 3], [1, 4, 5]])).shape == (26, model.config.hidden_size)
+        True
     """
 
     def __init__(

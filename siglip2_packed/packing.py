@@ -48,6 +48,15 @@ class PackedPatches(BatchFeature):
 
     Raises:
         ValueError: the patches and the grid do not fit each other.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import PackedPatches
+        >>> packed = PackedPatches(torch.zeros(26, 768), [[1, 2, 3], [1, 4, 5]])
+        >>> packed
+        PackedPatches: 2 images, 26 patches, longest 20
+        >>> packed["cu_seqlens"].tolist(), packed["max_seqlen"]
+        ([0, 6, 26], 20)
     """
 
     def __init__(self, pixel_values: Any, grid_thw: Any = None, temporal: str = "frames"):
@@ -158,7 +167,18 @@ def convert_to_packing_format(images: Tensor, patch_size: int) -> tuple[Tensor, 
         images: `[N, C, H, W]`, H and W multiples of `patch_size`.
 
     Returns:
-        `([N·h·w, patch_size²·C], grid_thw [N, 3])`, patches in raster order, each (py, px, c), c fastest.
+        `([N·h·w, patch_size²·C], grid_thw [N, 3])`, patches in raster order, each (py, px, c), c fastest, as
+        transformers' `Siglip2ImageProcessor` cuts them.
+
+    Raises:
+        ValueError: images of another shape, sides that are no multiples of `patch_size`.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import convert_to_packing_format
+        >>> patches, grid_thw = convert_to_packing_format(torch.zeros(2, 3, 32, 48), patch_size=16)
+        >>> patches.shape, grid_thw.tolist()
+        (torch.Size([12, 768]), [[1, 2, 3], [1, 2, 3]])
     """
     if isinstance(patch_size, bool) or not isinstance(patch_size, int) or patch_size < 1:
         raise ValueError(f"patch_size must be a positive integer, got {patch_size!r}")
@@ -199,6 +219,14 @@ def pack(
 
     Raises:
         ValueError: neither or both of `grid_thw` and `spatial_shapes`, or row counts that disagree.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import pack
+        >>> pack([torch.zeros(6, 768), torch.zeros(20, 768)], [[1, 2, 3], [1, 4, 5]])
+        PackedPatches: 2 images, 26 patches, longest 20
+        >>> pack(torch.zeros(2, 20, 768), spatial_shapes=[[2, 3], [4, 5]])      # padded to 20
+        PackedPatches: 2 images, 26 patches, longest 20
     """
     if isinstance(pixel_values, Mapping):
         return pack(**pixel_values, temporal=temporal)
@@ -245,7 +273,26 @@ def unpack(hidden_states: Tensor, grid_thw: GridLike, *, padded: Literal[True]) 
 @overload
 def unpack(hidden_states: Tensor, grid_thw: GridLike, *, padded: bool) -> list[Tensor] | tuple[Tensor, Tensor]: ...
 def unpack(hidden_states: Tensor, grid_thw: Any, *, padded: bool = False) -> Any:
-    """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`."""
+    """Packed rows `[T, D]` -> a list of N views `[t·h·w, D]`; `padded=True`: `([N, max, D], mask [N, max] bool)`.
+
+    Args:
+        hidden_states: rows of any width and dtype.
+        grid_thw: `[N, 3]` integers (t, h, w) that cover T.
+        padded: rows beyond an image's own are zeros, and False in the mask.
+
+    Raises:
+        ValueError: a grid that covers another number of rows.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import unpack
+        >>> rows, grid_thw = torch.ones(26, 4), [[1, 2, 3], [1, 4, 5]]
+        >>> [len(image) for image in unpack(rows, grid_thw)]
+        [6, 20]
+        >>> batch, mask = unpack(rows, grid_thw, padded=True)
+        >>> batch.shape, mask.sum(dim=1).tolist()
+        (torch.Size([2, 20, 4]), [6, 20])
+    """
     if not isinstance(hidden_states, Tensor) or not hidden_states.ndim:
         raise ValueError(f"hidden_states must be a tensor [T, D], got {type(hidden_states).__name__}")
     lengths = make_layout(grid_thw, total_patches=len(hidden_states), of="hidden_states").image_lengths
@@ -274,6 +321,17 @@ def pad(pixel_values: Any, grid_thw: Any = None, *, max_num_patches: int | None 
 
     Returns:
         `pixel_values [S, max, P]` zero-padded, `pixel_attention_mask [S, max]` int32, `spatial_shapes [S, 2]` int64.
+
+    Raises:
+        ValueError: a grid that covers another number of rows, `max_num_patches` below the longest image, frames that
+            attend to each other.
+
+    Examples:
+        >>> import torch
+        >>> from siglip2_packed import pack, pad
+        >>> batch = pad(pack([torch.zeros(6, 768), torch.zeros(20, 768)], [[1, 2, 3], [1, 4, 5]]))
+        >>> batch["pixel_values"].shape, batch["spatial_shapes"].tolist()
+        (torch.Size([2, 20, 768]), [[2, 3], [4, 5]])
     """
     cu_seqlens = None
     if isinstance(pixel_values, Mapping):

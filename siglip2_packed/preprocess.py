@@ -95,6 +95,17 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         num_threads: images are read and resized by this many threads; None: up to 8, one in a DataLoader worker.
 
     What is accepted as an image and how its scale and orientation are told: see `siglip2_packed.images`.
+    Grids and pixels are those of transformers' `Siglip2ImageProcessor` on Pillow (4.57 and 5.x), bit for bit.
+
+    Raises:
+        ValueError: a setting that means nothing, by name.
+
+    Examples:
+        >>> import numpy as np
+        >>> from siglip2_packed import Siglip2PackedImageProcessor
+        >>> processor = Siglip2PackedImageProcessor(patch_size=16, max_num_patches=256)
+        >>> processor([np.zeros((480, 640, 3), np.uint8), np.zeros((224, 224, 3), np.uint8)])
+        PackedPatches: 2 images, 508 patches, longest 256
     """
 
     model_input_names = ["pixel_values", "grid_thw"]

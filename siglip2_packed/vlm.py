@@ -40,6 +40,14 @@ def replace_vision_tower(model: nn.Module, *, cuda_graphs: bool = False) -> dict
 
     Raises:
         ValueError: no such tower, or one that cannot be carried over, by name. Nothing has changed then.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> from siglip2_packed import replace_vision_tower
+        >>> model = AutoModel.from_pretrained("google/siglip2-so400m-patch16-naflex")
+        >>> for name, tower in replace_vision_tower(model).items():
+        ...     print(type(tower).__name__)
+        Siglip2PackedVisionTower
     """
     found = {name: module for name, module in model.named_modules() if type(module) in TOWERS}
     if not found:
@@ -66,6 +74,15 @@ def restore_vision_tower(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: no replaced tower; weights that have been sharded, or modules that have been wrapped, since. Nothing
             has changed then.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> from siglip2_packed import replace_vision_tower, restore_vision_tower
+        >>> model = AutoModel.from_pretrained("google/siglip2-so400m-patch16-naflex")
+        >>> before = list(model.modules())
+        >>> towers, originals = replace_vision_tower(model), restore_vision_tower(model)
+        >>> list(model.modules()) == before
+        True
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, PackedTower) and m.original}
     if not found:

@@ -1,6 +1,7 @@
 """The code in docs/ and the README runs as it is written, page by page; what does not run says why."""
 
 import contextlib
+import doctest
 import io
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from documents import DOCS, NOT_RUN, PAGES, ROOT, blocks, commands, furnish
 
+import siglip2_packed
 from siglip2_packed import (
     Siglip2PackedImageProcessor,
     Siglip2PackedVisionModel,
@@ -88,6 +90,19 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", other.read_text(), flags=re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, target
+
+
+@pytest.mark.parametrize("public", siglip2_packed.__all__)
+def test_every_public_name_has_an_example_that_runs(public, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    thing = siglip2_packed if public == "__version__" else getattr(siglip2_packed, public)
+    (found,) = doctest.DocTestFinder(recurse=False).find(thing, public, globs={})
+    assert any(public in example.source for example in found.examples)
+    said = []
+    result = doctest.DocTestRunner().run(found, out=said.append)
+    assert result.attempted and not result.failed, "".join(said)
+    if public != "__version__":
+        assert "Raises:" in found.docstring or issubclass(thing, Exception)
 
 
 def test_every_page_is_in_the_contents():
