@@ -8,6 +8,8 @@ DEMO_CKPT := .demo/base
 
 demo: $(VENV)/.demo $(DEMO_CKPT)/model.safetensors
 	$(BIN)/siglip2-packed align --ckpt $(DEMO_CKPT) --device cpu --use-real-images
+	$(BIN)/siglip2-packed show --ckpt $(DEMO_CKPT) --device cpu --use-real-images --against transformers \
+		--out .demo/panel.png --html .demo/report.html
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2

@@ -2,8 +2,8 @@
 
     python examples/swap_tower.py cat.jpg receipt.png --ckpt CKPT
 
-Here it is transformers' `Siglip2Model`. The line is the same in LFM2-VL, PaliGemma, Gemma 3, LLaVA-OneVision, Idefics and
-SmolVLM: `replace_vision_tower(model)`, before you shard or compile.
+Here it is transformers' `Siglip2Model`. The line is the same in LFM2-VL, PaliGemma, Gemma 3, LLaVA-OneVision, Idefics
+and SmolVLM: `replace_vision_tower(model)`, before you shard or compile.
 """
 
 import argparse

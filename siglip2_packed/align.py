@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import environment
@@ -25,6 +26,7 @@ from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.inspection.compare import Comparison, compare_stages, loading
 from siglip2_packed.inspection.decoding import compare_decoding, jpegs
 from siglip2_packed.inspection.gradients import Gradient, compare_gradients
+from siglip2_packed.inspection.photographs import photographs
 from siglip2_packed.inspection.references import (
     MISPLACED,
     Case,
@@ -41,21 +43,6 @@ from siglip2_packed.inspection.references import (
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
-
-# colour, grey, alpha, text, a palette; landscape and portrait
-PHOTOGRAPHS = (
-    "astronaut.png chelsea.png coffee.png rocket.jpg camera.png logo.png page.png motorcycle_left.png "
-    "no_time_for_that_tiny.gif"
-).split()
-
-
-def photographs() -> list[Path]:
-    """Photographs of different shapes and modes that come with scikit-image."""
-    try:
-        import skimage
-    except ImportError as error:
-        raise ImportError("--use-real-images needs scikit-image: pip install 'siglip2-packed[demo]'") from error
-    return [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,10 +77,13 @@ def run(args: argparse.Namespace) -> int:
         weights = loading(references)
         print(f"{'weights':<15} {'PASS' if weights.passed else 'FAIL'}: {weights.note}")
 
-        def examine(case: Case, show: Callable[[Case, Sequence[Comparison], str], None]) -> list[Comparison]:
-            backends[case.name] = attention_of(ours, case.grids)
+        def examine(case: Case, alone: bool = False) -> list[Comparison]:
+            backend = backends[case.name] = attention_of(ours, case.grids)
             compared = compare_case(case, ours, references, dtype, args.threshold)
-            show(case, compared, backends[case.name])
+            if args.verbose and alone:
+                print_alone(case, compared, backend)
+            if (args.verbose and not alone) or not all(one.passed for one in compared):
+                print_stages(case, compared, backend)
             return compared
 
         def differentiate(case: Case) -> list[Gradient]:
@@ -107,21 +97,24 @@ def run(args: argparse.Namespace) -> int:
         compared = [weights]
         gradients: list[Gradient] = []
         if files:
-            print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
-            for file in files:
-                compared += examine(image_case(file.name, [file], args.ckpt, args.max_num_patches), print_alone)
+            if args.verbose:
+                print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
+            for file in tqdm(files, unit="image", leave=False, disable=True if args.verbose else None):
+                compared += examine(image_case(file.name, [file], args.ckpt, args.max_num_patches), alone=True)
             together = f"{len(files)} images in one pack"
             cases = iter([image_case(together, files, args.ckpt, args.max_num_patches)])
         else:
             cases = random_cases(ours.config, args.batch_size, args.image_size, args.seed)
         for case in cases:
-            compared += examine(case, print_stages)
+            compared += examine(case)
             gradients += differentiate(case) if args.gradients else []
         if args.decode:
             exact = dtype == torch.float32
             model = ours if exact else load_packed(args.ckpt, device, torch.float32, args.attn_implementation)
             compared += decodings(args, files, model)
 
+    if not args.verbose:
+        print_summary(compared[1:])
     verdicts = [one.passed for one in compared] + [one.passed for one in gradients]
     failed = verdicts.count(False)
     summary = f"{failed} of {len(verdicts)} FAILED" if failed else f"ALL TESTS PASSED ({len(verdicts)} comparisons)"
@@ -180,8 +173,18 @@ def print_alone(case: Case, compared: Sequence[Comparison], backend: str) -> Non
         worst = max(stages, key=lambda stage: stage.severity)
         token = "" if worst.token is None else f", token {worst.token} {worst.position}"
         print(f"  {case.name:<26} {against:<13} {worst.numbers}   {worst.stage}{token} ({backend})")
-    if not all(one.passed for one in compared):
-        print_stages(case, compared, backend)
+
+
+def print_summary(compared: Sequence[Comparison]) -> None:
+    """A line for each kind of stage and reference: how many there were, and what came closest to its bounds."""
+    print(f"\n{'against':<13} {'stage':<14} {'compared':>8} {NUMBERS}          worst (--verbose: all)")
+    kinds: dict[tuple[str, str], list[Comparison]] = {}
+    for one in compared:
+        kinds.setdefault((one.reference, one.stage.split(" ")[0]), []).append(one)
+    for (reference, kind), some in kinds.items():
+        worst = max(some, key=lambda one: one.severity)
+        name = kind if len({one.stage for one in some}) == 1 else f"{kind}s"
+        print(f"{reference:<13} {name:<14} {len(some):>8} {worst.numbers}   {worst.stage}, {worst.where or worst.case}")
 
 
 def print_stages(case: Case, compared: Sequence[Comparison], backend: str) -> None:

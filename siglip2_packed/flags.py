@@ -106,6 +106,7 @@ def align(parser: argparse.ArgumentParser) -> None:
     add("--decode", choices=DECODE[1:],
         help="also features of JPEG files decoded so, in float32, against those of their exact pixels")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the random images and of the loss (0)")
+    add("--verbose", action="store_true", help="every comparison; without it a line a kind, and all that failed")
     add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("align"))
 
@@ -192,9 +193,10 @@ def random_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def show(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, or folders to walk for images")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders to walk for images")
     add_model_flags(parser, dtype="dtype of the model")
     add = parser.add_argument
+    add("--use-real-images", action="store_true", help="three photographs that come with scikit-image")
     add("--out", metavar="FILE", help="draw the panels here: .png, .pdf or .svg")
     add("--html", metavar="FILE", help="write a page in which patches can be clicked")
     add("--patch", type=patch, metavar="ROW,COL", help="cosines to this patch (the most attended)")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.flags import DTYPES, pick_device
+from siglip2_packed.inspection.photographs import photographs
 from siglip2_packed.inspection.references import full_precision
 from siglip2_packed.inspection.report import PANEL_SUFFIXES, draw_panel, require_matplotlib, write_html
 from siglip2_packed.inspection.views import View, encode, encode_padded, make_views
@@ -23,7 +24,9 @@ def run(args: argparse.Namespace) -> int:
     html = args.html and output_path("--html", args.html, (".html", ".htm"))
     if out:
         require_matplotlib()
-    files = image_files(args.images)
+    files = (photographs(3) if args.use_real_images else []) + image_files(args.images)
+    if not files:
+        raise ValueError("no images: name some, or give --use-real-images")
     if len(files) > MAX_IMAGES:
         raise ValueError(f"{len(files)} images; show draws at most {MAX_IMAGES} at a time")
     device, dtype = pick_device(args.device), DTYPES[args.dtype]

@@ -1,6 +1,7 @@
 """`siglip2-packed align`: passes what is right, and nothing else."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -15,13 +16,13 @@ from transformers.activations import ACT2FN
 
 from siglip2_packed import align
 from siglip2_packed.cli import main
-from siglip2_packed.inspection import references
-from siglip2_packed.inspection.compare import compare_stages
+from siglip2_packed.inspection import photographs, references
+from siglip2_packed.inspection.compare import Comparison, compare_stages
 from siglip2_packed.ops.positions import eager as positions
 
 GRIDS = [(2, 3), (1, 4)]
 NAMES = ["a.png", "b.png"]
-SMALL = ["--device", "cpu", "--image-size", "8x12"]
+SMALL = ["--device", "cpu", "--image-size", "8x12", "--verbose"]
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_half_precision_passes(checkpoint, capsys, dtype, small):
 
 
 def test_seed_spellings(checkpoint, capsys, small):
-    flags = ["--batch_size", "3", "--image_size=12", "--threshold", "0.99", "--device", "cpu"]
+    flags = ["--batch_size", "3", "--image_size=12", "--threshold", "0.99", "--device", "cpu", "--verbose"]
     assert main(["align", "--ckpt", str(checkpoint()), *flags]) == 0
     assert "3 random images of 12x12, 27 patches" in capsys.readouterr().out
 
@@ -119,18 +120,59 @@ def test_seed_of_the_images(checkpoint, capsys, small):
 def test_real_images(checkpoint, capsys, tmp_path):
     pytest.importorskip("skimage")
     report = tmp_path / "report.json"
-    flags = ["--use_real_images", "--max-num-patches", "30", "--device", "cpu", "--json", str(report)]
+    flags = ["--verbose", "--use_real_images", "--max-num-patches", "30", "--device", "cpu", "--json", str(report)]
     assert main(["align", "--ckpt", str(checkpoint()), *flags]) == 0
     out = capsys.readouterr().out
     rows = json.loads(report.read_text())["rows"]
-    assert len(align.PHOTOGRAPHS) > 7
-    together = f"{len(align.PHOTOGRAPHS)} images in one pack"
-    for case in (*align.PHOTOGRAPHS, together):
+    assert len(photographs.PHOTOGRAPHS) > 7
+    together = f"{len(photographs.PHOTOGRAPHS)} images in one pack"
+    for case in (*photographs.PHOTOGRAPHS, together):
         stages = {row["stage"] for row in rows if row["case"] == case and row["reference"] == "transformers"}
         assert stages == {"patches", "embeddings", "layer 1", "layer 2", "layer 3", "final", "pooled"}, case
     assert out.count(f"{together}, ") == 2
-    modes = {Image.open(path).mode for path in align.photographs()}
+    modes = {Image.open(path).mode for path in photographs.photographs()}
     assert {"L", "RGB", "RGBA"} <= modes
+
+
+def test_what_passed_is_summed_in_a_dozen_lines(checkpoint, capsys, tmp_path):
+    rng, report = np.random.default_rng(0), tmp_path / "report.json"
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 33, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    argv = ["align", "--ckpt", str(checkpoint()), "--device", "cpu", "--images", str(tmp_path), "--json", str(report)]
+    assert main(argv) == 0
+    table = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    rows = [row for row in json.loads(report.read_text())["rows"] if row["case"] != "weights"]
+    kinds = {(row["reference"], row["stage"].split(" ")[0]) for row in rows}
+    assert [tuple(line.split()[:2]) for line in table[1:]] == [
+        (reference, kind + "s" * (kind == "layer"))
+        for reference in ("kernels_ref", "transformers")
+        for kind in ("patches", "embeddings", "layer", "final", "pooled")
+        if (reference, kind) in kinds
+    ]
+    assert sum(int(line.split()[2]) for line in table[1:]) == len(rows)
+    names = {field.name for field in dataclasses.fields(Comparison)}
+    compared = [Comparison(**{name: value for name, value in row.items() if name in names}) for row in rows]
+    for line in table[1:]:
+        reference, kind = line.split()[0], line.split()[1]
+        of_kind = [one for one in compared if one.reference == reference and kind in (one.stage, "layers")]
+        of_kind = [one for one in of_kind if kind != "layers" or one.stage.startswith("layer ")]
+        assert max(of_kind, key=lambda one: one.severity).numbers in line
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"]])
+def test_what_failed_is_shown_in_full_once(checkpoint, capsys, monkeypatch, tmp_path, verbose):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    original = align.run_packed
+
+    def wrong(model, case):
+        stages = dict(original(model, case))
+        return stages | {"final": stages["final"] + 0.1}
+
+    monkeypatch.setattr(align, "run_packed", wrong)
+    flags = ["--device", "cpu", "--images", str(tmp_path), *verbose]
+    rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *flags])
+    alone = [row for row in rows if row.split()[0] == "final"]
+    assert len(alone) == 4  # the image alone and the pack, against both references
 
 
 def test_own_images_and_folders(checkpoint, capsys, tmp_path):
@@ -142,7 +184,22 @@ def test_own_images_and_folders(checkpoint, capsys, tmp_path):
     exif[0x0112] = 6
     sideways.save(tmp_path / "phone.jpg", exif=exif)
     extra = tmp_path / "tall.png"
-    assert main(["align", "--ckpt", str(checkpoint()), "--device", "cpu", "--images", str(tmp_path), str(extra)]) == 0
+    assert (
+        main(
+            [
+                "align",
+                "--ckpt",
+                str(checkpoint()),
+                "--device",
+                "cpu",
+                "--verbose",
+                "--images",
+                str(tmp_path),
+                str(extra),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "5 images in one pack" in out
     assert "phone.jpg" in out
@@ -234,7 +291,7 @@ def test_a_fault_in_preprocessing_fails_image_by_image(checkpoint, capsys, monke
     load = references.Siglip2PackedImageProcessor.from_pretrained
     nearest = staticmethod(lambda ckpt: load(ckpt, resample=Image.Resampling.NEAREST))
     monkeypatch.setattr(references.Siglip2PackedImageProcessor, "from_pretrained", nearest)
-    flags = ["--images", str(tmp_path / "a.png"), "--device", "cpu"]
+    flags = ["--images", str(tmp_path / "a.png"), "--device", "cpu", "--verbose"]
     rows = failing_rows(capsys, ["align", "--ckpt", str(checkpoint()), *flags])
     assert any(row.startswith("  a.png ") for row in rows)
     assert any(row.startswith("  patches ") for row in rows)

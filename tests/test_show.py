@@ -321,3 +321,19 @@ def test_weights_that_transformers_does_not_load(checkpoint, files, tmp_path, mo
     monkeypatch.setattr(views, "load_transformers", lambda *_: theirs._replace(not_loaded=["some.weight"]))
     assert run(checkpoint("tiny"), files[:1], "--html", tmp_path / "p.html", "--against", "transformers") == 2
     assert "some.weight" in capsys.readouterr().err
+
+
+def test_photographs_that_come_with_scikit_image(checkpoint, capsys, tmp_path):
+    pytest.importorskip("skimage")
+    page = tmp_path / "report.html"
+    argv = ["show", "--ckpt", str(checkpoint()), "--device", "cpu", "--html", str(page)]
+    assert cli.main([*argv, "--use-real-images"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in out if "most attended" in line] == [
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+    ]
+    assert out[-1] == f"wrote {page}"
+    assert cli.main(argv) == 2
+    assert "no images: name some, or give --use-real-images" in capsys.readouterr().err
