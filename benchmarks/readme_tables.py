@@ -133,9 +133,49 @@ def encoder_runs() -> list[pd.DataFrame]:
     return sorted(runs, key=lambda rows: rows.date.max(), reverse=True)
 
 
+def encoder_values(rows: pd.DataFrame) -> pd.DataFrame:
+    """Medians; index (workload, mode, metric), a column a provider."""
+    return rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
+
+
+def headline() -> str:
+    """Mixed images, in a sentence."""
+    rows = encoder_runs()[0]
+    values = encoder_values(rows)
+    ours, theirs = (values[name]["mixed"] for name in ("siglip2_packed", "transformers_sdpa_padded"))
+    forward, memory = ("forward", "time"), ("train", "peak_memory")
+    return (
+        f"**On an {rows.card[0]}, images of mixed sizes go through in {ours[forward]:.0f} ms, padded transformers takes"
+        f" {theirs[forward]:.0f}.\nTraining on them takes {ours[memory]:.0f} GiB instead of {theirs[memory]:.0f}.** "
+        f"(so400m, {rows['dtype'][0]}, {WORKLOADS['mixed']['images']} images of up to "
+        f"{max(WORKLOADS['mixed']['budgets']):,} patches.)"
+    )
+
+
+def summary() -> str:
+    """The latest run of the encoder beside padded transformers."""
+    rows = encoder_runs()[0]
+    first, values = rows.iloc[0], encoder_values(rows)
+    lines = [
+        f"{first.card}, so400m, {first['dtype']}, packed / transformers, padded; torch {first.torch}, triton "
+        f"{first.triton}, transformers {first.transformers}, {first.date}",
+        "",
+        "| images | forward, ms | | training step, ms | | its peak, GiB | |",
+        "|---" * 7 + "|",
+    ]
+    for workload in rows.workload.unique():
+        cells = []
+        for key in (("forward", "time"), ("train", "time"), ("train", "peak_memory")):
+            ours, theirs = values.loc[(workload, *key), ["siglip2_packed", "transformers_sdpa_padded"]]
+            ratio = f"{theirs / ours:.2f}x" if key[1] == "time" else f"{ours / theirs:.2f} of it"
+            cells += [f"{decimals(ours)} / {decimals(theirs)}", ratio]
+        lines.append(f"| {explained(workload).replace(chr(10), ', ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def encoder_table(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
-    values = rows.pivot(index=["workload", "mode", "metric"], columns="provider", values="p50")
+    values = encoder_values(rows)
     present = {key: label for key, label in ENCODERS.items() if key in values}
     floor = "over_floor" in rows.metric.values
     lines = [
@@ -392,6 +432,8 @@ def many_ranks() -> str:
 
 
 TABLES = {
+    "headline": headline,
+    "summary": summary,
     "attention": attention,
     "encoder": encoder,
     "small_packs": small_packs,

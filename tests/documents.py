@@ -1,4 +1,4 @@
-"""The code blocks of docs/, and a folder in which they run as they are written."""
+"""The code blocks of README.md and docs/, and a folder in which they run as they are written."""
 
 import re
 import shlex
@@ -12,9 +12,12 @@ from siglip2_packed import random_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = DOCS
+README = ROOT / "README.md"
+PAGES = [README, *DOCS]
 HUB_ID = "google/siglip2-so400m-patch16-naflex"
-FENCE = re.compile(r"^(?:<!-- (?P<note>.*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 NOT_RUN = "not run: "
 
 
@@ -34,6 +37,12 @@ def example(name: str) -> str:
     """The code of the block that is called so, in whatever page it is."""
     (found,) = (block.code for page in PAGES for block in blocks(page) if block.note == name)
     return found
+
+
+def named() -> dict[str, str]:
+    """The code of blocks that have a name, in Python."""
+    found = [block for page in PAGES for block in blocks(page)]
+    return {x.note: x.code for x in found if x.language == "python" and x.note and not x.note.startswith(NOT_RUN)}
 
 
 def commands(code: str) -> list[list[str]]:

@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import io
 import re
+import shutil
 
 import pytest
 import torch
@@ -35,10 +36,16 @@ SHOWN = ("diff", "text", "")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reader")
+def furnished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("furnished")
     furnish(folder)
     return folder
+
+
+@pytest.fixture
+def folder(furnished, tmp_path):
+    """A reader's own."""
+    return shutil.copytree(furnished, tmp_path / "reader", symlinks=True)
 
 
 def name(page):

@@ -1,13 +1,12 @@
-"""The README's examples run as written, and its tables are those of the committed results."""
+"""Examples that need more than their page gives run as written; tables are those of the committed results."""
 
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from documents import example
+from documents import README, ROOT, example
 
 from siglip2_packed import (
     PackedPatches,
@@ -16,9 +15,6 @@ from siglip2_packed import (
     Siglip2PackedVisionModel,
     convert_to_packing_format,
 )
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
@@ -58,18 +54,6 @@ def test_seed_example_2(without_hub_or_gpu):
     assert all(torch.equal(x, y) for x, y in zip(ours, (scope["hidden_states"], scope["grid_thw"])))
     assert scope["output"].shape == (392, 768)
     assert isinstance(scope["packing_model"], Siglip2NaflexPacking)
-
-
-def test_first_example(without_hub_or_gpu, tmp_path, monkeypatch):
-    from PIL import Image
-
-    Image.new("RGB", (60, 40), "red").save(tmp_path / "cat.jpg")
-    Image.new("L", (30, 90)).save(tmp_path / "receipt.png")
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(re.search(r"## Use\n\n```python\n(.*?)```", README, flags=re.DOTALL).group(1), scope)
-    assert scope["out"].pooler_output.shape == (2, 768)
-    assert [len(x) for x in scope["tokens"]] == scope["packed"]["grid_thw"].prod(1).tolist()
 
 
 def test_training_example(without_hub_or_gpu, tmp_path):
@@ -118,6 +102,17 @@ def test_a_model_is_exported(checkpoint, monkeypatch, tmp_path):
     exec(example("export example"), scope)
     assert scope["tokens"].shape == (6, 64) and scope["pooled"].shape == (1, 64)
     assert (tmp_path / "siglip2.onnx").exists()
+
+
+def test_it_is_read_in_five_minutes():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    tree = text[text.index("## The tree") :]
+    package = ROOT / "siglip2_packed"
+    modules = {file.stem for file in package.glob("*.py")} - {"__init__", "__main__"}
+    folders = {f"{file.name}/" for file in [*ROOT.iterdir(), *package.iterdir()] if (file / "__init__.py").exists()}
+    folders |= {"benchmarks/", "docs/", "examples/", "findings/", "tests/"}
+    assert {*re.findall(r"[\w/]+", tree)} >= modules | folders
 
 
 def test_tables_are_those_of_the_committed_results(monkeypatch):

@@ -1,19 +1,17 @@
-"""What a type checker sees: the README's examples pass strictly, and nothing in them is of any type."""
+"""What a type checker sees: examples of the README and docs/ pass strictly, and nothing in them is of any type."""
 
 import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from documents import README, ROOT, blocks, named
 from PIL import Image
 
 from siglip2_packed import Siglip2PackedImageProcessor
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = [*(block.code for block in blocks(README) if block.language == "python"), *named().values()]
 # what an example takes from the text around it, or from the example before it
 GIVEN = """
 import torch
@@ -80,7 +78,7 @@ def checked(tmp_path_factory):
 
 
 def example(code):
-    """As in the README, with what the text around it gives, and what is no matter of types taken out."""
+    """As it is written, with what the text around it gives, and what is no matter of types taken out."""
     given = "" if re.search("^model = ", code, flags=re.MULTILINE) else GIVEN
     given += ENGINE * ("loss_terms" in code)
     code = code if "import torch" in code else f"import torch\n{code}"
@@ -91,8 +89,7 @@ def example(code):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(len(EXAMPLES)))
-def test_the_readmes_examples_type_check(checked, i):
-    assert README.count("```python") == len(EXAMPLES)
+def test_examples_type_check(checked, i):
     assert not checked[0][f"example{i}"], EXAMPLES[i]
 
 
