@@ -68,7 +68,8 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            print(f"rank {dist.get_rank()}, epoch {epoch}, step {step}: {packed}, loss {loss.item():.3f}")
+            line = f"rank {dist.get_rank()}, epoch {epoch}, step {step}: {packed}, loss {loss.item():.3f}\n"
+            print(line, end="", flush=True)  # at once: ranks share the terminal
     dist.destroy_process_group()
 
 

@@ -41,6 +41,8 @@ SAMPLE = (768, 1024)
 """Height and width of the JPEG that stands for all, where none are given."""
 LEAST = 64
 """So many of the images that are given are read, however long it takes."""
+CPU_PATCHES = 512
+"""A pack on a CPU: one as large as `encode`'s is no faster there, and may take longer than all the seconds given."""
 GIB = 2**30
 
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **limit)
     model.to(device=device, dtype=DTYPES[dtype]).eval()
     sources = image_files(args.sample) if args.sample else [photograph()]
-    budget = max(processor.max_num_patches, BUDGETS.get(device.type, BUDGETS["cuda"]))
+    budget = max(processor.max_num_patches, CPU_PATCHES if device.type == "cpu" else BUDGETS["cuda"])
 
     found = measure(model, processor, sources, budget, args.seconds)
     plan = planned(args.images, found, model.config.hidden_size, DTYPES[dtype].itemsize, device.type == "cpu")
