@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/packed_training.py photos/ --ckpt CKPT
 
-The task is a toy: from a patch's features say its mean colour, with a part of the patches hidden. Replace `Task`.
+The task is a toy: say a hidden patch's mean colour from its features. Replace `Task`.
 """
 
 import argparse
@@ -44,22 +44,12 @@ class Task(nn.Module):
         return ((guess - target).square().mean(dim=1) * hidden).sum(), int(hidden.sum())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="photographs")
-    parser.add_argument("--ckpt", default="google/siglip2-so400m-patch16-naflex", help="folder or hub id")
-    parser.add_argument("--budget", type=int, default=16384, help="patches of a batch (16384)")
-    parser.add_argument("--epochs", type=int, default=1, help="passes over all photographs (1)")
-    args = parser.parse_args()
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
+def train(args, device):
     files = sorted(args.folder.glob("*.jpg"))
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt)
     sampler = PatchBudgetBatchSampler(image_grids(files, processor), args.budget)
     loader = DataLoader(Photographs(files, processor), batch_sampler=sampler, collate_fn=collate)
-    model = DistributedDataParallel(Task(args.ckpt).to(device), device_ids=[device] if cuda else None)
+    model = DistributedDataParallel(Task(args.ckpt).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
@@ -68,9 +58,21 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            line = f"rank {dist.get_rank()}, epoch {epoch}, step {step}: {packed}, loss {loss.item():.3f}\n"
-            print(line, end="", flush=True)  # at once: ranks share the terminal
-    dist.destroy_process_group()
+            print(f"rank {dist.get_rank()}, epoch {epoch}, step {step}: {packed}, loss {loss.item():.3f}\n", end="")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="photographs")
+    parser.add_argument("--ckpt", default="google/siglip2-so400m-patch16-naflex", help="folder or hub id")
+    parser.add_argument("--budget", type=int, default=16384, help="patches of a batch (16384)")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over all photographs (1)")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    train(args, device)
+    dist.destroy_process_group()  # once the model is gone: a group that DDP frees last can stop at the end
 
 
 if __name__ == "__main__":
