@@ -61,9 +61,10 @@ class CheckpointedModel(PreTrainedModel):
             select_layer: build and load the model up to this hidden state only, see the class.
             cuda_graphs: have packs run in CUDA graphs, forward and backward, where that is possible; True, or buckets'
                 numbers of patches. See `graphs.CUDAGraphs`.
-            **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out, other
-                config fields, hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the
-                checkpoint's), `device_map`, `quantization_config`, ...).
+            **kwargs: `attn_implementation` (default `"auto"`), `vision_use_head=False` to leave the head out,
+                `batch_invariant=True` for features that do not depend on the pack (see the class), other config fields,
+                hub arguments, and those of transformers' `from_pretrained` (`dtype` (default: the checkpoint's),
+                `device_map`, `quantization_config`, ...).
 
         Raises:
             FileNotFoundError: the folder, config.json or weights are missing.

@@ -42,7 +42,7 @@ COUNTS = {  # and what no tower comes near
 }
 TABLE = {False: ("num_patches", 2**24), True: ("image_size", 2**16)}
 """The count that tells the size of the position table, by whether that is a fixed-size tower's."""
-FLAGS = ("vision_use_head", "return_dict", "output_hidden_states", "output_attentions")
+FLAGS = ("vision_use_head", "return_dict", "output_hidden_states", "output_attentions", "batch_invariant")
 OWN = {*COUNTS, *FLAGS, *"hidden_act layer_norm_eps attention_dropout select_layer num_patches position_mode".split()}
 DESCRIPTIVE = set(  # fields that say nothing of what a tower computes: transformers' general ones, and common others
     """

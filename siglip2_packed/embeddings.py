@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from siglip2_packed import plain
+from siglip2_packed import invariance, plain
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.kinds import NATIVE, kind_of, num_patches, position_mode
 from siglip2_packed.ops.positions import ANTIALIASED, Places, add_positions
@@ -38,16 +38,26 @@ class Siglip2PackedEmbeddings(nn.Module):
         return table.dtype if isinstance(table, Tensor) and table.dtype in FLOATING else torch.float32
 
     @torch.compiler.disable
-    def forward(self, pixel_values: Tensor, places: Places, frozen: bool = False) -> Tensor:
+    def forward(self, pixel_values: Tensor, places: Places, frozen: bool = False, invariant: bool = False) -> Tensor:
         """`[T, P]` patches (any floating dtype) and where they lie -> `[T, D]` in the weights' dtype.
 
         frozen: nothing of the model learns, and it has no use for hooks that make a gradient go through it.
+        invariant: see `invariance`.
         """
         dtype = self.compute_dtype
+        if invariant:
+            return self._invariantly(pixel_values.to(dtype), places)
         patches = self._projected(pixel_values.to(dtype))
         if frozen and patches.requires_grad and patches.is_leaf and made_to_require_grad(self.patch_embedding):
             patches = patches.detach()
         return add_positions(patches.flatten(1), self._table(pixel_values.device), places, dtype)
+
+    def _invariantly(self, pixel_values: Tensor, places: Places) -> Tensor:
+        table = self.position_embedding
+        if plain.weights((table, nn.Embedding), dtype=pixel_values.dtype, bias=False) is None:
+            raise invariance.refused(self, pixel_values)
+        patches = invariance.linear(self, "patch_embedding", pixel_values)
+        return add_positions(patches, table.weight, places, pixel_values.dtype, invariant=True)
 
     def _projected(self, pixel_values: Tensor) -> Tensor:
         """`[T, P]` -> `[T, D]`, with two more dimensions of 1 where a convolution was called."""

@@ -40,6 +40,7 @@ from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.walk import Skipped
 from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
+from siglip2_packed.invariance import asked
 from siglip2_packed.jpeg import decoder
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
@@ -112,7 +113,8 @@ def encode_inputs(
         weights = beside.submit(weights_digest, model.state_dict(), workers)
         on_device(model, device)
         forward = replayed(model, args.patch_budget)
-    settings |= {"tower": tower(model.config), "checkpoint": args.ckpt, "weights": weights.result()}
+    invariant = {"batch_invariant": asked(model.config)}
+    settings |= {"tower": tower(model.config), "checkpoint": args.ckpt, "weights": weights.result(), **invariant}
     empty = nothing_yet(args, model.config.hidden_size)
     meter = Meter(args.patch_budget)
 
@@ -144,7 +146,7 @@ def encode_inputs(
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
             if is_one_file(out):
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
-                described["decode"] = processor.decode
+                described |= {"decode": processor.decode, **invariant}
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
                 how: Any = {"resume": args.resume, "retry_errors": args.retry_errors}
@@ -218,9 +220,11 @@ def say_skipped(skipped: Skipped, file: Path | None, held: Callable[[], None]) -
 def load_model(args: argparse.Namespace) -> Siglip2PackedVisionModel:
     """On the CPU. Raises ValueError for a head that was asked for and is not there."""
     dtype = DTYPES[args.dtype]
-    head: Any = {} if args.pooled else {"vision_use_head": False}
+    changes: Any = {} if args.pooled else {"vision_use_head": False}
+    if args.batch_invariant:
+        changes["batch_invariant"] = True
     model: Any = Siglip2PackedVisionModel.from_pretrained(
-        args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation, **head
+        args.ckpt, dtype=dtype, attn_implementation=args.attn_implementation, **changes
     )
     if args.pooled and not hasattr(model, "head"):
         raise ValueError(f"--pooled: {args.ckpt!r} has no pooling head")

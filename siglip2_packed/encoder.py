@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from siglip2_packed import fused, plain
+from siglip2_packed import fused, invariance, plain
 from siglip2_packed.attention import Siglip2PackedAttention
 from siglip2_packed.fused import LayerWeights
 from siglip2_packed.ops.attention import VarlenAttention
@@ -34,6 +34,10 @@ class Siglip2PackedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+    def invariantly(self, hidden_states: Tensor) -> Tensor:
+        """The same, see `invariance`."""
+        return invariance.linear(self, "fc2", self.activation_fn(invariance.linear(self, "fc1", hidden_states)))
 
 
 class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
@@ -59,6 +63,8 @@ class Siglip2PackedEncoderLayer(GradientCheckpointingLayer):
         weights = None if plain.watched(hidden_states) else self.plain_weights(hidden_states)
         if weights is not None:
             return fused.layer(weights, hidden_states, attention)
+        if attention.invariant:
+            raise invariance.refused(self, hidden_states)
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention)
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from siglip2_packed import plain
+from siglip2_packed import invariance, plain
 from siglip2_packed.configuration import patch_dim
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
 from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer
@@ -272,6 +272,8 @@ def check_exportable(model: Any) -> None:
     tower, mode = model.config.model_type, position_mode(model.config)
     if mode != ANTIALIASED or kind_of(tower).convolution:
         raise ValueError(f"{tower} with {mode} positions cannot be exported, only {NAFLEX} with {ANTIALIASED} ones")
+    if invariance.asked(model.config):
+        raise ValueError("batch_invariant cannot be exported, as the products are those of who runs the graph")
     for name, module, kind in _arithmetic(model):
         if type(module) is not kind:
             raise ValueError(f"{name} is {type(module).__name__}, which cannot be exported, only {kind.__name__}")

@@ -167,6 +167,8 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
     add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
     add("--patch-budget", type=int, metavar="N", help="patches a pack (16384; on a CPU 2048)")
+    add("--batch-invariant", action="store_true",
+        help="the same features to the bit, whatever shares an image's pack (on CUDA; slower)")  # fmt: skip
     parser.set_defaults(run=later("encode"))
 
 

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from siglip2_packed.ops.attention import VarlenAttention
@@ -98,14 +97,14 @@ def infer(
     the sum of the biases so far, which each LayerNorm adds in float32.
     """
     x = hidden_states.clone()
-    layer_norm, linear_gelu = for_inference(x, len(layers[0].second.fc1_bias) if layers else 0)
-    waiting, late = _infer_layers(layers, x, attention, layer_norm, linear_gelu)
+    by = for_inference(x, len(layers[0].second.fc1_bias) if layers else 0, attention.invariant)
+    waiting, late = _infer_layers(layers, x, attention, by)
     if norm is not None:
-        return layer_norm(x, *norm, waiting, late)[0]
+        return by.layer_norm(x, *norm, waiting, late)[0]
     return x if late is None else x.add_(waiting + late)
 
 
-def _infer_layers(layers, x, attention, layer_norm, linear_gelu):
+def _infer_layers(layers, x, attention, by):
     """x after all layers, but for the sum `[D]` of the biases before the last one, and the last."""
     waiting = late = shape = None
     for first, second, (eps1, eps2), head_dim in layers:
@@ -114,13 +113,13 @@ def _infer_layers(layers, x, attention, layer_norm, linear_gelu):
             space = _Workspace.of(x, *shape, first.q_weight.data_ptr() in _joined_memory)
             attend = attention.over(space.heads, space.attended)
         weight, bias = _joined(first, space.joined)
-        normed, waiting = layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late, space.norm1)
-        torch.addmm(bias, normed, weight.t(), out=space.qkv)
-        _add_product(x, attend().flatten(1), second.out_weight)
-        normed, waiting = layer_norm(
+        normed, waiting = by.layer_norm(x, first.norm_weight, first.norm_bias, eps1, waiting, late, space.norm1)
+        by.linear(normed, weight, bias, space.qkv)
+        by.add_product_(x, attend().flatten(1), second.out_weight)
+        normed, waiting = by.layer_norm(
             x, second.norm_weight, second.norm_bias, eps2, waiting, second.out_bias, space.norm2
         )
-        _add_product(x, linear_gelu(normed, second.fc1_weight, second.fc1_bias, space.wide), second.fc2_weight)
+        by.add_product_(x, by.linear_gelu(normed, second.fc1_weight, second.fc1_bias, space.wide), second.fc2_weight)
         late = second.fc2_bias
     return waiting, late
 
@@ -156,7 +155,8 @@ def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttenti
 def train(layers: Sequence[LayerWeights], hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
     """`[T, D]` -> `[T, D]` after all layers, of one width, differentiable once."""
     x, T = hidden_states, hidden_states.shape[0]
-    by = for_training(x, layers[0].second.fc1_bias.shape[0], torch.is_grad_enabled()) if layers else None
+    F = layers[0].second.fc1_bias.shape[0] if layers else 0
+    by = for_training(x, F, torch.is_grad_enabled(), attention.invariant) if layers else None
     if attention.written_out and T:
         for some in _at_once(layers, choice.layers_at_once(T)):
             weights = [weight for first, second, _, _ in some for weight in (*first, *second)]
@@ -323,7 +323,7 @@ def _within(spare, shape):
 
 def _norm_qkv(by: Training, x, first: NormQKV, eps):
     normed, _ = by.layer_norm(x, first.norm_weight, first.norm_bias, eps)
-    return F.linear(normed, *_joined(first))
+    return by.linear(normed, *_joined(first))
 
 
 def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, place=None) -> tuple[Tensor, NormQKV]:
@@ -345,13 +345,13 @@ def _norm_qkv_backward(by, needs: NormQKV, dx, dqkv, x, first: NormQKV, eps, pla
 
 def _project_mlp(by: Training, x, attended, second: ProjectMLP, eps):
     """The sum after the layer, what goes into GELU, and, of few rows, what was added before."""
-    update: Tensor | None = F.linear(attended, second.out_weight, second.out_bias)
+    update: Tensor | None = by.linear(attended, second.out_weight, second.out_bias)
     normed, out = by.add_layer_norm(x, update, second.norm_weight, second.norm_bias, eps, second.fc2_bias)
     wide, active = by.linear_gelu_keep(normed, second.fc1_weight, second.fc1_bias)
     del normed
     if not choice.keeps_projected(x.shape[0]):
         update = None
-    return _add_product(out, active, second.fc2_weight), wide, update
+    return by.add_product_(out, active, second.fc2_weight), wide, update
 
 
 def _project_mlp_backward(
@@ -364,7 +364,7 @@ def _project_mlp_backward(
         dfc2_weight = product_over_rows(dout, active) if needs.fc2_weight else None
     place = torch.empty_like(x) if is_beside() else _within(spare, x.shape)  # active is gone
     if update is None:
-        update = torch.addmm(second.out_bias, attended, second.out_weight.t(), out=place)
+        update = by.linear(attended, second.out_weight, second.out_bias, place)
     dh = dwide @ second.fc1_weight  # after the norm, then before
     normed, sums = by.layer_norm_backward_(dh, dout, x, update, second.norm_weight, second.norm_bias, eps, place)
     dnorm_weight, dnorm_bias, dout_bias, dfc2_bias = sums.unbind()
@@ -434,11 +434,3 @@ def _side_by_side(q: Tensor, k: Tensor, v: Tensor, place: Tensor | None = None) 
     if follow and q.is_contiguous() and k.is_contiguous() and v.is_contiguous():
         return joined  # type: ignore[return-value]
     return torch.cat((q, k, v)) if place is None else torch.cat((q, k, v), out=place)
-
-
-def _add_product(x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """x += rows Wᵀ, in place.
-
-    On the CPU in two steps: its BLAS would add the product in parts, rounding each to the size of x.
-    """
-    return x.addmm_(rows, weight.t()) if x.is_cuda else x.add_(F.linear(rows, weight))

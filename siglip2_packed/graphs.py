@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_outputs import ModelOutput
 
+from siglip2_packed import invariance
 from siglip2_packed.attention import head_dim, requested_attention
 from siglip2_packed.buckets import BUDGETS, Bucket, bucket_of
 from siglip2_packed.capture import Ground, InferenceGraph, foreign_allocator
@@ -117,7 +118,8 @@ class Graphs:
             self._say(reason)
             return None
         dtype, autocast = _computes_in(model)
-        key = bucket, learns, dtype, autocast, requested_attention(model.config), state
+        invariant = invariance.asked(model.config)
+        key = bucket, learns, dtype, autocast, requested_attention(model.config), invariant, state
         graph = self._graphs.get(key)
         if graph is None and self._snapshot.holds():
             while len(self._graphs) >= self.most:
@@ -183,7 +185,8 @@ def _computes_in(model: Any) -> tuple[torch.dtype, bool]:
 
 def attention_in_buckets(model: Any, segments: Segments, rows: int, gradients: bool) -> VarlenAttention:
     dtype, config = _computes_in(model)[0], model.config
-    return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config), gradients)
+    invariant = invariance.asked(config)
+    return for_bucket(segments, rows, dtype, config.num_attention_heads, head_dim(config), gradients, invariant)
 
 
 class CUDAGraphs:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Siglip2VisionConfig
 from transformers.feature_extraction_utils import BatchFeature
 
-from siglip2_packed import weights
+from siglip2_packed import invariance, weights
 from siglip2_packed.configuration import layer_index, patch_dim, read_config
 from siglip2_packed.files import find_file
 from siglip2_packed.graphs import Graphs
@@ -79,6 +79,8 @@ class SigLip2NaflexVisionTower(nn.Module):
         delay_load: read the configuration only; weights come with `load_model()` or a state dict that holds them.
         cuda_graphs: have packs run in CUDA graphs, forward and backward, where that is possible; see
             `graphs.CUDAGraphs`. Also read from `vision_tower_cfg`, as `mm_vision_cuda_graphs`.
+        batch_invariant: an image's features are the same to the bit whatever images it is encoded with, or a
+            ValueError; see `Siglip2PackedVisionModel`. Also `mm_vision_batch_invariant`.
 
     Built inside a VLM's `from_pretrained`, delayed or not, the tower has its weights from the VLM's checkpoint; only
     those that are not in there begin as `vision_tower`'s.
@@ -101,6 +103,7 @@ class SigLip2NaflexVisionTower(nn.Module):
         vision_tower_cfg: Any = None,
         delay_load: bool = False,
         cuda_graphs: bool = False,
+        batch_invariant: bool = False,
     ):
         super().__init__()
         if isinstance(vision_tower_cfg, Mapping):
@@ -121,6 +124,8 @@ class SigLip2NaflexVisionTower(nn.Module):
         self.register_load_state_dict_pre_hook(_receive_weights)
         self._requires_grad: bool | None = None
         self.cuda_graphs = cuda_graphs or bool(getattr(vision_tower_cfg, "mm_vision_cuda_graphs", False))
+        if batch_invariant or getattr(vision_tower_cfg, "mm_vision_batch_invariant", False):
+            self.config.batch_invariant = True
 
         tunable_parts = getattr(vision_tower_cfg, "mm_tunable_parts", None) or ""
         trained = getattr(vision_tower_cfg, "unfreeze_mm_vision_tower", False) or "mm_vision_tower" in tunable_parts
@@ -143,7 +148,11 @@ class SigLip2NaflexVisionTower(nn.Module):
             return
         ckpt, select_layer = self.vision_tower_name, self.select_layer
         model = Siglip2PackedVisionModel.from_pretrained(
-            ckpt, select_layer=select_layer, device_map=device_map, cuda_graphs=self.cuda_graphs
+            ckpt,
+            select_layer=select_layer,
+            device_map=device_map,
+            cuda_graphs=self.cuda_graphs,
+            batch_invariant=invariance.asked(self.config),
         )
         if self._requires_grad is not None:
             model.requires_grad_(self._requires_grad)

@@ -90,6 +90,7 @@ class SigLipVisionTower(SigLip2NaflexVisionTower):
         image_size: S, a multiple of the patch size; None: the square of the checkpoint's patch budget. `anyres` of
             LLaVA-NeXT with a range such as `(1x1),...,(6x6)` takes 224, 336, 384, 448 and 512 only.
         cuda_graphs: as of `SigLip2NaflexVisionTower`.
+        batch_invariant: likewise.
         args: another name of `vision_tower_cfg`.
 
     Raises:
@@ -110,10 +111,12 @@ class SigLipVisionTower(SigLip2NaflexVisionTower):
         delay_load: bool = False,
         image_size: int | None = None,
         cuda_graphs: bool = False,
+        batch_invariant: bool = False,
         *,
         args: Any = None,
     ):
-        super().__init__(vision_tower, args if vision_tower_cfg is None else vision_tower_cfg, delay_load, cuda_graphs)
+        cfg = args if vision_tower_cfg is None else vision_tower_cfg
+        super().__init__(vision_tower, cfg, delay_load, cuda_graphs, batch_invariant)
         self.image_processor: SigLipImageProcessor = _squares(self.image_processor, image_size)
         self.config.image_size = self.image_processor.size["height"]
         self.requires_grad_(False)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import Siglip2VisionConfig
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
 
-from siglip2_packed import fused, plain, quantized
+from siglip2_packed import fused, invariance, plain, quantized
 from siglip2_packed.attention import attention_name, head_dim, requested_attention
 from siglip2_packed.checkpoints import CheckpointedModel, NoPoolingHead, strip_prefix
 from siglip2_packed.configuration import check_config, layer_index, patch_dim
 from siglip2_packed.ddp import watch_first_step
 from siglip2_packed.embeddings import Siglip2PackedEmbeddings
-from siglip2_packed.encoder import Siglip2PackedEncoder, join_projections
+from siglip2_packed.encoder import Siglip2PackedEncoder, Siglip2PackedEncoderLayer, join_projections
 from siglip2_packed.graphs import BUDGETS, Graphs
 from siglip2_packed.kinds import uses_head
 from siglip2_packed.layout import Layout, check_numbers, integers, make_layout
@@ -68,6 +68,9 @@ class Siglip2PackedVisionModel(CheckpointedModel):
             `select_layer`: an index into hidden_states (0 after the embeddings, k after layer k, negative from the
             end). Such a model ends there: layers above, post_layernorm and the head are neither built nor loaded, and
             `last_hidden_state` is that hidden state.
+            `batch_invariant`: an image's features are the same to the bit whatever shares its pack, in bfloat16 or
+            float16 on CUDA; may be set at any time. A forward that cannot keep to it raises ValueError, see
+            `invariance`. Features with gradients and without, or beside `output_hidden_states`, are still two ways.
 
     Training on token features alone leaves the pooling head without gradients, for which DistributedDataParallel
     waits: it averages none in the first step, which is said once, and raises in the second. Load with
@@ -277,13 +280,23 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         output_hidden_states: bool = False,
     ) -> ModelOutput:
         """Patches `[T, P]` -> features, wherever their metadata came from; `images` are what the head pools."""
+        if attention.invariant:
+            self._check_invariant(pixel_values)
         frozen = bool(self.embeddings.patch_embedding._forward_hooks) and not plain.learns(self)
-        hidden_states = self.embeddings(pixel_values, places, frozen)
+        hidden_states = self.embeddings(pixel_values, places, frozen, attention.invariant)
         hidden_states, all_hidden_states = self._encode(hidden_states, attention, output_hidden_states)
         if images is None:
             return TokenOutput(hidden_states, hidden_states=all_hidden_states)
-        pooled = self.head(hidden_states, images)
+        pooled = self.head(hidden_states, images, attention.invariant)
         return BaseModelOutputWithPooling(hidden_states, pooled, hidden_states=all_hidden_states)
+
+    def _check_invariant(self, pixel_values: Tensor) -> None:
+        """Raises ValueError where parts are others than those that see to it themselves, or more than their class."""
+        parts = [*self.children(), *self.encoder.layers]
+        kept = {Siglip2PackedEmbeddings, Siglip2PackedEncoder, Siglip2PackedEncoderLayer, nn.LayerNorm}
+        other = next((type(part) for part in parts if type(part) not in {*kept, Siglip2PackedPoolingHead}), None)
+        if other is not None or plain.watched(pixel_values) or not plain.unhooked(*parts):
+            raise invariance.refused(self, pixel_values.to(self.embeddings.compute_dtype), other)
 
     def _encode(
         self, hidden_states: Tensor, attention: VarlenAttention, output_hidden_states: bool
@@ -341,7 +354,8 @@ class Siglip2PackedVisionModel(CheckpointedModel):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         heads, requested = self.config.num_attention_heads, requested_attention(self.config)
-        return for_pack(segments, requested, dtype, heads, head_dim(self.config), torch.is_grad_enabled())
+        learns, invariant = torch.is_grad_enabled(), invariance.asked(self.config)
+        return for_pack(segments, requested, dtype, heads, head_dim(self.config), learns, invariant)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         """transformers asks here, at construction and from a model around this one, whether it may use a backend."""

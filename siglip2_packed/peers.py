@@ -72,6 +72,17 @@ class Graphs(Packed):
         return self.graphs(**inputs)["last_hidden_state"]
 
 
+class BatchInvariant(Graphs):
+    """In graphs, but for packs beyond the largest bucket."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.model.config.batch_invariant = True
+
+    def inputs(self, packed):
+        return dict(packed)
+
+
 class Float8(Graphs):
     """Its kernels are done before a slow host has launched them: graphs here too, of the pack's own size."""
 
@@ -296,6 +307,7 @@ PROVIDERS: dict[str, type[Packed]] = {
     "siglip2_packed": Packed,
     "siglip2_packed:compile": Compiled,
     "siglip2_packed:cudagraph": Graphs,
+    "siglip2_packed:batch_invariant": BatchInvariant,
     "siglip2_packed:fp8": Float8,
     "transformers_sdpa_padded": Padded,
     "transformers_sdpa_padded:cudagraph": PaddedGraphs,

@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
 def pieces_of(model: Any, metadata: Metadata, attention: VarlenAttention) -> list[Piece]:
     """From patches `[T, P]` to `last_hidden_state`."""
-    embed = partial(model.embeddings, places=metadata.places)
+    embed = partial(model.embeddings, places=metadata.places, invariant=attention.invariant)
     pieces = [Piece(as_now(embed), model.embeddings)]
     for layer in model.encoder.layers:
         again = layer.gradient_checkpointing and layer.training

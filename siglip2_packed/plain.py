@@ -41,15 +41,18 @@ def unhooked(*modules: nn.Module) -> bool:
 _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def weights(*pairs: tuple[Any, Any], dtype: torch.dtype) -> list[Tensor] | None:
-    """weight and bias of each unhooked (module, its kind) in turn; None unless all are whole tensors of the dtype."""
+def weights(*pairs: tuple[Any, Any], dtype: torch.dtype, bias: bool = True) -> list[Tensor] | None:
+    """weight and bias of each unhooked (module, its kind) in turn; None unless all are whole tensors of the dtype.
+
+    bias: whether they have one.
+    """
     found: list[Any] = []
     for module, kind in pairs:
         # FSDP1 lays views over the parameters; in a checkpoint's recomputation it takes the parameters away as well
         if type(module) is not kind or "weight" in module.__dict__:
             return None
         parameters = module._parameters
-        found += parameters.get("weight"), parameters.get("bias")
+        found += (parameters.get("weight"), parameters.get("bias"))[: 1 + bias]
     if not WHOLE.issuperset(map(type, found)) or {*map(_dtype, found)} != {dtype}:
         return None
     modules, _ = zip(*pairs)

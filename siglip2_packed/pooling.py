@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from siglip2_packed import invariance, plain
 from siglip2_packed.attention import head_dim
 from siglip2_packed.encoder import Siglip2PackedMLP
+from siglip2_packed.ops.linear import linear
 from siglip2_packed.ops.pool import attention_pool
 from siglip2_packed.ops.segments import Segments
 
@@ -24,14 +26,16 @@ class PoolingAttention(nn.Module):
         # not for quantisers, as in nn.MultiheadAttention: their files and transformers' hold the same
         self.out_proj = NonDynamicallyQuantizableLinear(config.hidden_size, config.hidden_size)
 
-    def forward(self, probe: Tensor, hidden_states: Tensor, images: Segments) -> Tensor:
+    def forward(self, probe: Tensor, hidden_states: Tensor, images: Segments, invariant: bool = False) -> Tensor:
         """probe `[1, D]`, hidden_states `[T, D]` -> `[N, D]`."""
+        product = linear if invariant else F.linear
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        q = F.linear(probe, q_weight, q_bias).view(-1, self.head_dim)
-        k = F.linear(hidden_states, k_weight, k_bias).unflatten(-1, (-1, self.head_dim))
-        v = F.linear(hidden_states, v_weight, v_bias).unflatten(-1, (-1, self.head_dim))
-        return self.out_proj(attention_pool(q, k, v, images).flatten(1))
+        q = product(probe, q_weight, q_bias).view(-1, self.head_dim)
+        k = product(hidden_states, k_weight, k_bias).unflatten(-1, (-1, self.head_dim))
+        v = product(hidden_states, v_weight, v_bias).unflatten(-1, (-1, self.head_dim))
+        pooled = attention_pool(q, k, v, images, invariant).flatten(1)
+        return invariance.linear(self, "out_proj", pooled) if invariant else self.out_proj(pooled)
 
 
 class Siglip2PackedPoolingHead(nn.Module):
@@ -43,7 +47,24 @@ class Siglip2PackedPoolingHead(nn.Module):
         self.mlp = Siglip2PackedMLP(config)
 
     @torch.compiler.disable  # nothing to fuse, and segments of its own: a graph less
-    def forward(self, hidden_states: Tensor, images: Segments) -> Tensor:
-        """`[T, D]` after post_layernorm -> `[N, D]`, one vector an image (all frames of a video together)."""
-        pooled = self.attention(self.probe[0], hidden_states, images)
-        return pooled + self.mlp(self.layernorm(pooled))
+    def forward(self, hidden_states: Tensor, images: Segments, invariant: bool = False) -> Tensor:
+        """`[T, D]` after post_layernorm -> `[N, D]`, one vector an image (all frames of a video together).
+
+        invariant: see `invariance`.
+        """
+        if invariant and not self.is_plain(hidden_states):
+            raise invariance.refused(self, hidden_states)
+        pooled = self.attention(self.probe[0], hidden_states, images, invariant)
+        normed = self.layernorm(pooled)
+        return pooled + (self.mlp.invariantly(normed) if invariant else self.mlp(normed))
+
+    def is_plain(self, hidden_states: Tensor) -> bool:
+        """Whether all its parts are what they were built as, whole and of one dtype."""
+        attention, mlp = self.attention, self.mlp
+        if type(attention) is not PoolingAttention or type(mlp) is not Siglip2PackedMLP:
+            return False
+        parts = (attention.out_proj, NonDynamicallyQuantizableLinear), (self.layernorm, nn.LayerNorm)
+        linears = (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear)
+        own = {type(x) for x in (attention.in_proj_weight, attention.in_proj_bias, self.probe)}
+        whole = own <= plain.WHOLE and plain.unhooked(attention, mlp, mlp.activation_fn)
+        return whole and plain.weights(*parts, *linears, dtype=hidden_states.dtype) is not None

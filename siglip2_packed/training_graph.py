@@ -44,7 +44,8 @@ class TrainingGraph:
         shadow = Shadow(model)
         pieces, heads = pieces_of(shadow.model, metadata, attention), []
         if hasattr(model, "head"):
-            heads = [Piece(as_now(partial(shadow.model.head, images=metadata.images)), shadow.model.head)]
+            pool = partial(shadow.model.head, images=metadata.images, invariant=attention.invariant)
+            heads = [Piece(as_now(pool), shadow.model.head)]
         with torch.autocast(ground.device.type, enabled=False):  # pieces have their own
             self._capture(shadow, pieces, heads)
 

@@ -44,6 +44,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "siglip2_packed": tuple(WORKLOADS),
     "siglip2_packed:compile": ("mixed",),
     "siglip2_packed:cudagraph": ("single256", *SMALL_PACKS),
+    "siglip2_packed:batch_invariant": ("uniform256", "mixed", "single256", *SMALL_PACKS),
     "siglip2_packed:fp8": ("uniform256", "mixed"),
     "transformers_sdpa_padded": tuple(WORKLOADS),
     "transformers_sdpa_padded:cudagraph": ("single256", *SMALL_PACKS),

@@ -1,4 +1,6 @@
-"""The functions a layer's element-wise work and wide product are made of, chosen once for rows of one kind.
+"""The functions a layer's products and element-wise work are made of, chosen once for rows of one kind.
+
+`invariant`: those whose results for a row do not depend on the number of rows, or a `Refused` that says why not.
 
 Shapes: T rows, D hidden size, F MLP width.
 """
@@ -8,26 +10,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from siglip2_packed.ops import columns, mlp, norm
+from siglip2_packed.ops import columns, linear, mlp, norm
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import checkable
-from siglip2_packed.ops.runtime.choice import take
+from siglip2_packed.ops.runtime.choice import require, take
 from siglip2_packed.ops.runtime.tracing import batched, traced
 
 
 class Inference(NamedTuple):
-    """See `norm.eager` and `mlp.eager` for what each computes."""
+    """See `norm.eager`, `linear.eager` and `mlp.eager` for what each computes."""
 
     layer_norm: Callable
+    linear: Callable
+    add_product_: Callable
     linear_gelu: Callable
 
 
 class Training(NamedTuple):
-    """See `norm.eager`, `mlp.eager` and `columns.eager`. Gradients are None where none are asked for."""
+    """See `eager` of `norm`, `linear`, `mlp` and `columns`. Gradients are None where none are asked for."""
 
     layer_norm: Callable
+    linear: Callable
+    add_product_: Callable
     add_layer_norm: Callable
     linear_gelu_keep: Callable
     layer_norm_backward_: Callable | None = None
@@ -36,29 +43,46 @@ class Training(NamedTuple):
     product_over_rows: Callable | None = None
 
 
-def for_inference(x: Tensor, F: int) -> Inference:
+def for_inference(x: Tensor, F: int, invariant: bool = False) -> Inference:
     """For x `[T, D]`."""
     (T, D), device, dtype, card = x.shape, x.device, x.dtype, choice.card(x.device)
+    if invariant:
+        return Inference(
+            require(norm.LAYER_NORM, "triton", device, dtype, D, True),
+            *_in_one_order(device, dtype, D, F),
+            require(mlp.LINEAR_GELU, "invariant", device, dtype, D, F),
+        )
     rows, product = choice.rows(card, dtype), choice.product_with_gelu(card, dtype, T, D, F)
     return Inference(
-        take(norm.LAYER_NORM, rows, device, dtype, D, True), take(mlp.LINEAR_GELU, product, device, dtype, D, F)
+        take(norm.LAYER_NORM, rows, device, dtype, D, True),
+        *BY_BLAS,
+        take(mlp.LINEAR_GELU, product, device, dtype, D, F),
     )
 
 
-def for_training(x: Tensor, F: int, gradients: bool) -> Training:
-    """For x `[T, D]`."""
+def for_training(x: Tensor, F: int, gradients: bool, invariant: bool = False) -> Training:
+    """For x `[T, D]`. Backward is the same, invariant or not."""
     (T, D), device, dtype = x.shape, x.device, x.dtype
-    key = device, dtype, T, D, F, gradients
+    key = device, dtype, T, D, F, gradients, invariant
     found = _training.get(key)
     if found is None:
         card = choice.card(device)
         rows, sums = choice.rows(card, dtype), choice.sums(card, dtype, T)
         product = choice.product_with_gelu(card, dtype, T, D, F)
-        found = Training(
-            take(norm.LAYER_NORM, rows, device, dtype, D, False),
-            take(norm.ADD_LAYER_NORM, rows, device, dtype, D),
-            take(mlp.LINEAR_GELU_KEEP, product, device, dtype, D, F),
-        )
+        if invariant:
+            found = Training(
+                require(norm.LAYER_NORM, "triton", device, dtype, D, False),
+                *_in_one_order(device, dtype, D, F),
+                require(norm.ADD_LAYER_NORM, "triton", device, dtype, D),
+                require(mlp.LINEAR_GELU_KEEP, "invariant", device, dtype, D, F),
+            )
+        else:
+            found = Training(
+                take(norm.LAYER_NORM, rows, device, dtype, D, False),
+                *BY_BLAS,
+                take(norm.ADD_LAYER_NORM, rows, device, dtype, D),
+                take(mlp.LINEAR_GELU_KEEP, product, device, dtype, D, F),
+            )
         if gradients:
             found = found._replace(
                 layer_norm_backward_=take(norm.LAYER_NORM_BACKWARD, rows, device, dtype, D),
@@ -73,6 +97,16 @@ def for_training(x: Tensor, F: int, gradients: bool) -> Training:
     return found
 
 
+def _in_one_order(device: torch.device, dtype: torch.dtype, D: int, F: int) -> tuple[Callable, Callable]:
+    """Invariant products of a layer; the sum is compared at both of the widths that it has."""
+    require(linear.ADD_PRODUCT, "invariant", device, dtype, D, D)
+    return (
+        require(linear.LINEAR, "invariant", device, dtype, D, 3 * D),
+        require(linear.ADD_PRODUCT, "invariant", device, dtype, F, D),
+    )
+
+
+BY_BLAS = linear.LINEAR.of("eager"), linear.ADD_PRODUCT.of("eager")
 _training: dict[tuple, Training] = choice.remember()
 MOST = 1024
 """Kinds of rows whose functions are remembered."""
@@ -84,6 +118,6 @@ def for_gradient(chosen: Training, grad: Tensor) -> Training:
 
 
 BY_TORCH = Training(*(function.of("eager") for function in (
-    norm.LAYER_NORM, norm.ADD_LAYER_NORM, mlp.LINEAR_GELU_KEEP, norm.LAYER_NORM_BACKWARD, mlp.LINEAR_GELU_BACKWARD,
-    columns.COLUMN_SUMS, columns.PRODUCT_OVER_ROWS,
+    norm.LAYER_NORM, linear.LINEAR, linear.ADD_PRODUCT, norm.ADD_LAYER_NORM, mlp.LINEAR_GELU_KEEP,
+    norm.LAYER_NORM_BACKWARD, mlp.LINEAR_GELU_BACKWARD, columns.COLUMN_SUMS, columns.PRODUCT_OVER_ROWS,
 )))  # fmt: skip

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from siglip2_packed.ops import columns, float8, layer, mlp, norm, pool, positions
+from siglip2_packed.ops import columns, float8, layer, linear, mlp, norm, pool, positions
 from siglip2_packed.ops.attention import backends, for_pack, kernels, low_order, shared_mean
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Verdict
@@ -103,6 +103,8 @@ def _functions(shape: Shape) -> list[tuple[Function, tuple]]:
         (norm.LAYER_NORM, (D, True)),
         (norm.ADD_LAYER_NORM, (D,)),
         (norm.LAYER_NORM_BACKWARD, (D,)),
+        (linear.LINEAR, (D, 3 * D)),
+        (linear.ADD_PRODUCT, (F, D)),
         (mlp.LINEAR_GELU, (D, F)),
         (mlp.LINEAR_GELU_KEEP, (D, F)),
         (mlp.LINEAR_GELU_BACKWARD, (D, F)),
@@ -123,6 +125,8 @@ def _why_not(
         "mlp": choice.product_with_gelu(card, dtype, many, shape.D, shape.F),
         "pool": choice.pool(card, dtype, shape.K),
     }.get(operation, choice.rows(card, dtype))
+    if implementation == "invariant":
+        order = choice.invariant_products(card, dtype)
     if implementation not in (*order, "eager"):
         return f"not for {device.type} in {str(dtype).removeprefix('torch.')} at these widths"
     return function.missing(implementation)

@@ -53,7 +53,14 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
 
 def refusal(
-    backend: str, segments: Segments, T: int, dtype: torch.dtype, H: int, K: int, gradients: bool
+    backend: str,
+    segments: Segments,
+    T: int,
+    dtype: torch.dtype,
+    H: int,
+    K: int,
+    gradients: bool,
+    invariant: bool = False,
 ) -> str | None:
     """Why this backend may not be used for a pack: it cannot run, or was found wrong. None if it may."""
     device = segments.cu_seqlens.device
@@ -62,7 +69,8 @@ def refusal(
         return reason
     if BACKENDS[backend].run is None:
         try:
-            kernels(device, dtype, (T, H, K), len(segments), segments.max_seqlen, gradients=gradients)
+            how = {"gradients": gradients, "invariant": invariant}
+            kernels(device, dtype, (T, H, K), len(segments), segments.max_seqlen, **how)
         except Refused as refused:
             return f"failed its self-check: {refused}"
         return None

@@ -49,17 +49,21 @@ def kernels(
     *,
     packed: bool = True,
     gradients: bool = False,
+    invariant: bool = False,
 ) -> Kernels:
     """The best kernels for q, k and v of `shape` `[T, H, K]` that are present and right.
 
     Args:
         packed: whether they, and their gradients, are views of one tensor `[T, 3, H, K]`.
+        invariant: one forward, whatever T, S and max_seqlen are.
 
     Raises:
         Refused: none is; or none has been checked, and a CUDA graph is being captured.
     """
     (T, H, K), card = shape, choice.card(device)
     forward = choice.allowed("attention_forward", choice.attention_forward(card, dtype, T, H, K, max_seqlen))
+    if invariant:
+        forward = choice.invariant_attention_forward(card, dtype, K)
     backward: tuple[Launch, ...] = ()
     if gradients:
         order = choice.attention_backward(card, dtype, T, S, H, K, max_seqlen)

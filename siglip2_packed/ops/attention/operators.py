@@ -41,12 +41,14 @@ def one_gradient(grad: Tensor) -> None:
         )
 
 
-def for_tensors(q: Tensor, cu_seqlens: Tensor, max_seqlen: int, packed: bool, gradients: bool) -> Kernels | None:
+def for_tensors(
+    q: Tensor, cu_seqlens: Tensor, max_seqlen: int, packed: bool, gradients: bool, invariant: bool = False
+) -> Kernels | None:
     """Those for q `[T, H, K]` and its like; None if there are no rows. Raises `Refused` where none is right."""
     if not q.shape[0]:
         return None
-    T, H, K = q.shape
-    return kernels(q.device, q.dtype, (T, H, K), len(cu_seqlens) - 1, max_seqlen, packed=packed, gradients=gradients)
+    (T, H, K), S, how = q.shape, len(cu_seqlens) - 1, {"gradients": gradients, "invariant": invariant}
+    return kernels(q.device, q.dtype, (T, H, K), S, max_seqlen, packed=packed, **how)
 
 
 class Attention(torch.autograd.Function):

@@ -31,17 +31,20 @@ class VarlenAttention:
         backend: the name of what runs, from `BACKENDS`.
         written_out: whether `forward` and `backward` can be called for themselves: those of our own kernels, which
             read a fused projection and write its gradient where it lies.
+        invariant: whether a row's result is the same to the bit whatever other segments there are; of own kernels.
     """
 
-    def __init__(self, segments: Segments, backend: str, otherwise: str = ""):
+    def __init__(self, segments: Segments, backend: str, otherwise: str = "", invariant: bool = False):
         """`otherwise`: the backend that runs where own kernels are refused for tensors laid out in another way."""
-        self.segments, self.backend, self.otherwise = segments, backend, otherwise
+        self.segments, self.backend, self.otherwise, self.invariant = segments, backend, otherwise, invariant
         self.written_out = BACKENDS[backend].run is None
         self._kernels: dict[tuple, Kernels | None] = {}
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> VarlenAttention:
         segments = self.segments.to(device, non_blocking)
-        return self if segments is self.segments else VarlenAttention(segments, self.backend, self.otherwise)
+        if segments is self.segments:
+            return self
+        return VarlenAttention(segments, self.backend, self.otherwise, self.invariant)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[T, H, K]`, last dimensions contiguous. An empty pack's result is still attached to q, k and v."""
@@ -105,19 +108,26 @@ class VarlenAttention:
         """Looked for once a pack, as all of its layers are alike."""
         key = q.dtype, q.shape[1], packed, gradients
         if key not in self._kernels:
-            segments = self.segments
-            self._kernels[key] = operators.for_tensors(q, segments.cu_seqlens, segments.max_seqlen, packed, gradients)
+            cu_seqlens, longest = self.segments.cu_seqlens, self.segments.max_seqlen
+            self._kernels[key] = operators.for_tensors(q, cu_seqlens, longest, packed, gradients, self.invariant)
         return self._kernels[key]
 
 
 def for_pack(
-    segments: Segments, requested: str, dtype: torch.dtype, heads: int, head_dim: int, gradients: bool
+    segments: Segments,
+    requested: str,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    gradients: bool,
+    invariant: bool = False,
 ) -> VarlenAttention:
     """Attention for a pack by the backend asked for, or for `"auto"` by the fastest that was found right.
 
     Args:
         requested: one of `ATTN_IMPLEMENTATIONS`.
         gradients: whether the backward has to be right too.
+        invariant: see `VarlenAttention`; by own kernels or not at all.
 
     Raises:
         ValueError: an unknown name, or a backend asked for by name that cannot run here or was found wrong.
@@ -127,6 +137,10 @@ def for_pack(
     device = segments.cu_seqlens.device
     T = sum(segments.lengths)
     order: tuple[str, ...] = (requested,)
+    if invariant:
+        if not serves_buckets(requested):
+            raise ValueError(f"batch_invariant has attention of its own, attn_implementation asks for {requested!r}")
+        return for_bucket(segments, T, dtype, heads, head_dim, gradients, invariant)
     if requested == "auto":
         card, length = choice.card(device), choice.length_class(segments.lengths)
         order = choice.allowed("attention", choice.attention(card, head_dim, length, gradients))
@@ -157,14 +171,21 @@ def buckets_unmet(device: torch.device, dtype: torch.dtype, head_dim: int) -> st
 
 
 def for_bucket(
-    segments: Segments, rows: int, dtype: torch.dtype, heads: int, head_dim: int, gradients: bool
+    segments: Segments,
+    rows: int,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    gradients: bool,
+    invariant: bool = False,
 ) -> VarlenAttention:
     """Attention for segments that only the device knows, among so many rows.
 
     Raises:
         Refused: it cannot run here, or was found wrong.
     """
-    reason = refusal(BUCKETS_BY, segments, rows, dtype, heads, head_dim, gradients)
+    reason = refusal(BUCKETS_BY, segments, rows, dtype, heads, head_dim, gradients, invariant)
     if reason is not None:
-        raise Refused(f"attention in buckets cannot be had: {reason}")
-    return VarlenAttention(segments, BUCKETS_BY)
+        what = "batch_invariant attention" if invariant else "attention in buckets"
+        raise Refused(f"{what} cannot be had: {reason}")
+    return VarlenAttention(segments, BUCKETS_BY, invariant=invariant)

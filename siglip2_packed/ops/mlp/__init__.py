@@ -1,21 +1,24 @@
 """The MLP's wide product and GELU (tanh form). `eager` is the contract; `hopper` has GELU in the product's epilogue,
-`triton` a backward of GELU in one pass.
+`triton` a backward of GELU in one pass, `invariant` sums in one order, whatever the number of rows (`linear`'s kernel).
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from siglip2_packed.ops.linear import by_every_tile
 from siglip2_packed.ops.runtime.check import Results, random
 from siglip2_packed.ops.runtime.choice import Function
 
 FOLDER = "siglip2_packed.ops.mlp"
-FORWARD = {"eager": f"{FOLDER}.eager", "hopper": f"{FOLDER}.hopper"}
-BACKWARD = FORWARD | {"triton": f"{FOLDER}.triton"}
+BOTH = {"eager": f"{FOLDER}.eager", "hopper": f"{FOLDER}.hopper"}
+FORWARD = BOTH | {"invariant": "siglip2_packed.ops.linear.triton"}
+BACKWARD = BOTH | {"triton": f"{FOLDER}.triton"}
 T = 4 * 128 + 37
 
 
@@ -28,9 +31,12 @@ def _backward_cases(device: torch.device, dtype: torch.dtype, D: int, F: int) ->
 
 
 def _on_few_blocks(function: Callable, *case):
-    """Where it can be asked for, so that each thread block has tile after tile and all that it may wait for happens."""
+    """Where it can be asked for, so that each thread block has tile after tile and all that it may wait for happens.
+
+    Or by every tile, where that can be asked for.
+    """
     few = {"blocks": 3} if "blocks" in inspect.signature(function).parameters else {}
-    return function(*case, **few)
+    return by_every_tile(partial(function, **few), *case)
 
 
 def _active(function: Callable, *case) -> Results:

@@ -37,9 +37,15 @@ def _pooled(function: Callable, q: Tensor, k: Tensor, v: Tensor, images: Segment
 ATTENTION_POOL = Function("pool.attention_pool", MODULES, _pooled, _cases)
 
 
-def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
-    """q `[H, K]`, k and v `[T, H, K]` -> `[N, H, K]`; see `pool.eager`."""
+def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments, invariant: bool = False) -> Tensor:
+    """q `[H, K]`, k and v `[T, H, K]` -> `[N, H, K]`; see `pool.eager`.
+
+    invariant: an image's result is the same to the bit whatever the others are; `Refused` where that cannot be had.
+    """
     H, K = q.shape
+    if invariant:
+        pool = choice.require(ATTENTION_POOL, "triton", k.device, k.dtype, H, K, torch.is_grad_enabled())
+        return pool(q, k, v, images)  # type: ignore[no-any-return]
     if transformed():
         return ATTENTION_POOL.of("eager")(q, k, v, images)  # type: ignore[no-any-return]
     order, gradients = choice.pool(choice.card(k.device), k.dtype, K), torch.is_grad_enabled()

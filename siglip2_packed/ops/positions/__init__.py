@@ -14,6 +14,7 @@ from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Results, random
 from siglip2_packed.ops.runtime.choice import Function
 from siglip2_packed.ops.runtime.tracing import traced
+from siglip2_packed.ops.runtime.transfer import to_device
 
 __all__ = ["ADD_POSITIONS", "ANTIALIASED", "Places", "add_positions"]
 
@@ -39,8 +40,16 @@ def _added(function: Callable, patches: Tensor, table: Tensor, places: Places, g
 ADD_POSITIONS = Function("positions.add_positions", MODULES, _added, _cases)
 
 
-def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
-    """`[T, D]` patches plus their positions, of a table `[G·G, D]`; see `positions.eager`."""
+def add_positions(
+    patches: Tensor, table: Tensor, places: Places, dtype: torch.dtype, invariant: bool = False
+) -> Tensor:
+    """`[T, D]` patches plus their positions, of a table `[G·G, D]`; see `positions.eager`.
+
+    invariant: an image's are the same to the bit whatever the others are; of one dtype, `Refused` where it cannot be
+    had. (Sums of `positions.eager` have an order of their own each, but not the kernel's.)
+    """
+    if invariant and places.mode == ANTIALIASED:
+        return _by_kernel(patches, table, places)
     mixed = not patches.dtype == table.dtype == dtype
     if mixed and places.padded:  # the kernel alone can read the grids, and takes one dtype
         wide = torch.promote_types(table.dtype, dtype)
@@ -52,3 +61,15 @@ def add_positions(patches: Tensor, table: Tensor, places: Places, dtype: torch.d
     G, D = int(table.shape[0] ** 0.5), table.shape[1]
     add = choice.take(ADD_POSITIONS, order, patches.device, patches.dtype, G, D, gradients)
     return add(patches, table, places, dtype)  # type: ignore[no-any-return]
+
+
+def _by_kernel(patches: Tensor, table: Tensor, places: Places) -> Tensor:
+    """Also of rows that are not all patches in turn: then it computes those of all, and rows take theirs."""
+    device, dtype, (entries, D) = patches.device, patches.dtype, table.shape
+    sizes = int(entries**0.5), D, torch.is_grad_enabled()
+    add = choice.require(ADD_POSITIONS, "triton", device, dtype, *sizes)
+    if places.ids is None:
+        return add(patches, table, places, dtype)  # type: ignore[no-any-return]
+    total = sum(t * h * w for t, h, w in places.grids)
+    whole = add(patches.new_zeros(total, D), table, Places(places.grids), dtype)
+    return patches + whole[to_device(places.ids, device)]  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from siglip2_packed.ops.runtime.check import Results, Verdict, check, missing
+from siglip2_packed.ops.runtime.check import Refused, Results, Verdict, check, missing
 
 logger = logging.getLogger("siglip2_packed")
 
@@ -75,6 +75,49 @@ def product_with_gelu(card: Card, dtype: torch.dtype, T: int, D: int, F: int) ->
     """The product between D and F columns with GELU in its epilogue; the copy engine takes rows of 16 bytes."""
     large = T >= PRODUCT_ROWS and min(D, F) >= PRODUCT_COLUMNS and not (D % 8 or F % 8)
     return ("hopper",) * (card.capability == 90 and dtype in HALF and large) + rows(card, dtype)
+
+
+# Products that do not depend on the number of rows (`batch_invariant`)
+
+
+class ProductTile(NamedTuple):
+    """Of the result, and how its kernel is compiled. Four warps and 64 rows at least: then every tile takes the same
+    instructions of the tensor cores."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+PRODUCT_TILES = ProductTile(128, 128, 8, 3), ProductTile(64, 128, 4, 4), ProductTile(64, 64, 4, 6)
+"""Each in 99 KB of shared memory."""
+ROOMY_PRODUCT_TILE = ProductTile(128, 256, 8, 3)
+"""In 147 KB."""
+
+
+def invariant_products(card: Card, dtype: torch.dtype) -> Order:
+    return ("invariant",) if card.kind == "cuda" and dtype in HALF else ()
+
+
+def product_tiles(card: Card) -> tuple[ProductTile, ...]:
+    return ((ROOMY_PRODUCT_TILE,) if card.capability // 10 in (9, 10) else ()) + PRODUCT_TILES
+
+
+@cache
+def product_tile(card: Card, T: int, F: int) -> ProductTile:
+    """For a result `[T, F]`: the one with which the busiest multiprocessor is done first.
+
+    A tile takes it, for each column of the contraction, so many clocks as it has products for the tensor cores (2048 a
+    clock) or as it has numbers to bring (32 a clock), whichever is more. From an H100's figures; not measured yet.
+    """
+
+    def clocks(tile: ProductTile) -> float:
+        tiles = -(-T // tile.rows) * -(-F // tile.columns)
+        products, numbers = tile.rows * tile.columns / 2048, (tile.rows + tile.columns) / 32
+        return -(-tiles // card.multiprocessors) * max(products, numbers)
+
+    return min(product_tiles(card), key=clocks)
 
 
 # Training
@@ -228,6 +271,11 @@ def attention_backward(
     return (tiles,)
 
 
+def invariant_attention_forward(card: Card, dtype: torch.dtype, K: int) -> tuple[Launch, ...]:
+    """One launch for every pack, whatever its rows and its longest segment."""
+    return (("hopper", 2) if _hopper(card, dtype, K) else ("triton", Tile(64, 64)),)
+
+
 def _hopper(card: Card, dtype: torch.dtype, K: int) -> bool:
     return card.capability == 90 and dtype in HALF and K in (64, 72)
 
@@ -337,6 +385,28 @@ def take(function: Function, order: Order, device: torch.device, dtype: torch.dt
         if known:
             _taken[key] = found
             say_once(f"{function.name}: {name} ({device.type}, {str(dtype).removeprefix('torch.')})")
+    return found
+
+
+def require(function: Function, name: str, device: torch.device, dtype: torch.dtype, *sizes: Any) -> Callable:
+    """That implementation and no other.
+
+    Raises:
+        Refused: it cannot be had here, was found wrong for these sizes, or cannot be checked now.
+    """
+    key = function.name, name, device, dtype, sizes
+    found = _taken.get(key)
+    if found is None:
+        reason = function.missing(name)
+        if reason is None:
+            verdict = function.verdict(name, device, dtype, sizes)
+            if verdict is None:
+                reason = "has not been checked yet: run the model once before graph capture"
+            elif not verdict.right:
+                reason = f"failed its self-check: {verdict}"
+        if reason is not None:
+            raise Refused(f"{function.name} ({name}) {reason}")
+        found = _taken[key] = function.of(name)
     return found
 
 
