@@ -20,8 +20,8 @@ from siglip2_packed import plain
 from siglip2_packed.ops import linear as ops
 
 PRODUCTS = nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d
-OURS = "torch.nn.modules.", "siglip2_packed."
-"""Where the classes lie that a model is built of, but for its activation."""
+BUILT_OF = *PRODUCTS, nn.LayerNorm, nn.Embedding, nn.ModuleList, type(ACT2FN["gelu_pytorch_tanh"])
+"""And of classes of ours."""
 
 
 def asked(config: Any) -> bool:
@@ -59,8 +59,8 @@ def _reason(module: nn.Module, x: Tensor) -> str:
         if part is not module and not plain.unhooked(part):
             return f"hooks or a replaced forward on {name} have to run"
         kind = type(part)
-        if not kind.__module__.startswith(OURS) and kind is not type(ACT2FN["gelu_pytorch_tanh"]):
-            return f"{name} is {kind.__name__}"
+        if kind not in BUILT_OF and not kind.__module__.startswith("siglip2_packed."):
+            return f"{name} is {kind.__name__}, {kind.__module__}'s"
         for key, parameter in part.named_parameters(recurse=False):
             if type(parameter) not in plain.WHOLE:
                 return f"{name}.{key} is {type(parameter).__name__}, sharded or quantised"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from encode_runs import BAD, GOOD, SETTINGS, check, load, run, start
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, invariance
 from siglip2_packed.cli import main
 from siglip2_packed.collection import features, shards
 from siglip2_packed.collection.lock import Lock, lock_of
@@ -221,3 +221,17 @@ def test_photos_that_are_added(checkpoint, photos, expected, tmp_path, monkeypat
     assert run(checkpoint, some, out, *SETTINGS, "--resume") == 0
     assert sorted(read) == late
     check(out, expected, GOOD)
+
+
+def test_batch_invariant_is_recorded(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    """A run goes on with the same setting only. Where it cannot be had (here, on the CPU), nothing is written."""
+    out = tmp_path / "out"
+    assert run(checkpoint, photos, out, *SETTINGS, "--batch-invariant") == 2
+    assert "batch_invariant attention cannot be had: needs a CUDA device" in capsys.readouterr().err
+    assert not (out / "run.json").exists()
+    monkeypatch.setattr(invariance, "asked", lambda config: False)  # of the model, not of the command
+    assert run(checkpoint, photos, out, *SETTINGS, "--batch-invariant") == 0
+    assert json.loads((out / "run.json").read_text())["batch_invariant"] is True
+    assert run(checkpoint, photos, out, *SETTINGS, "--resume") == 2
+    assert "batch_invariant True, this one False" in capsys.readouterr().err
+    assert run(checkpoint, photos, out, *SETTINGS, "--resume", "--batch-invariant") == 0
