@@ -177,7 +177,7 @@ def examined(tmp_path_factory):
     return out.getvalue(), json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
-OPERATIONS = "attention norm mlp columns pool positions float8".split()
+OPERATIONS = "attention norm linear mlp columns pool positions float8".split()
 
 
 def test_doctor_names_every_operation_its_implementations_and_why_one_is_not_here(examined):

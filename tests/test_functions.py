@@ -8,7 +8,7 @@ import torch
 from implementations import INTERPRETED
 from torch.utils.flop_counter import FlopCounterMode
 
-from siglip2_packed.ops import columns, float8, layer, mlp, norm, pool, positions
+from siglip2_packed.ops import columns, float8, layer, linear, mlp, norm, pool, positions
 from siglip2_packed.ops.runtime import check, choice
 from siglip2_packed.ops.runtime.choice import Card, Function, take
 
@@ -18,6 +18,8 @@ FUNCTIONS = [
     (norm.LAYER_NORM, (72, True)),
     (norm.ADD_LAYER_NORM, (72,)),
     (norm.LAYER_NORM_BACKWARD, (72,)),
+    (linear.LINEAR, (72, 200)),
+    (linear.ADD_PRODUCT, (200, 72)),
     (mlp.LINEAR_GELU, (72, 200)),
     (mlp.LINEAR_GELU_KEEP, (72, 200)),
     (mlp.LINEAR_GELU_BACKWARD, (72, 200)),
@@ -36,11 +38,13 @@ KERNELS = [
     for name in function.modules
     if name != "eager"
 ]
-INTERPRETABLE = [kernel for kernel in KERNELS if kernel.values[1] == "triton"]
+INTERPRETABLE = [kernel for kernel in KERNELS if kernel.values[1] != "hopper"]
 RESULTS = {
     "norm.layer_norm": {"out", "total"},
     "norm.add_layer_norm": {"out", "total"},
     "norm.layer_norm_backward_": {"dx", "out", "sum 0", "sum 1", "sum 2", "sum 3"},
+    "linear.linear": {"out"},
+    "linear.add_product_": {"out"},
     "mlp.linear_gelu": {"active"},
     "mlp.linear_gelu_keep": {"wide", "active"},
     "mlp.linear_gelu_backward": {"dwide", "sums", "active"},
@@ -55,7 +59,7 @@ RESULTS = {
 def test_every_function_there_is_is_tested():
     ours = {function for function, _ in FUNCTIONS}
     assert ours == {
-        *norm.FUNCTIONS, *mlp.FUNCTIONS, *columns.FUNCTIONS,
+        *norm.FUNCTIONS, *linear.FUNCTIONS, *mlp.FUNCTIONS, *columns.FUNCTIONS,
         positions.ADD_POSITIONS, pool.ATTENTION_POOL, float8.QUANTIZE_ROWS,
     }  # fmt: skip
     assert {function.name for function in ours} == RESULTS.keys()
@@ -86,8 +90,8 @@ def test_right_kernels_pass_their_check_on_the_card(function, name, sizes, dtype
     device = torch.device("cuda", torch.cuda.current_device())
     if name == "hopper" and (choice.card(device).capability != 90 or dtype == torch.float32):
         pytest.skip("needs compute capability 9.0, and half precision")
-    if function is pool.ATTENTION_POOL and dtype == torch.float32:
-        pytest.skip("the pool is a kernel's in half precision only")
+    if (function is pool.ATTENTION_POOL or name == "invariant") and dtype == torch.float32:
+        pytest.skip("a kernel's in half precision only")
     forced()
     verdict = function.verdict(name, device, dtype, sizes)
     assert verdict.right, verdict
@@ -388,7 +392,7 @@ def test_the_pool_is_tritons_in_half_precision():
 @pytest.mark.parametrize("T", [5, 4096])
 def test_every_card_has_all_functions(card, dtype, T, forced, monkeypatch):
     """Where a rule names what one function of an operation has no implementation of, the next is taken."""
-    for function in (*norm.FUNCTIONS, *mlp.FUNCTIONS, *columns.FUNCTIONS):
+    for function in (*norm.FUNCTIONS, *linear.FUNCTIONS, *mlp.FUNCTIONS, *columns.FUNCTIONS):
         for name in function.modules:
             if name != "eager" and function.missing(name) is None:
                 kernel = functools.partial(function.of("eager"))
@@ -404,7 +408,12 @@ def test_every_card_has_all_functions(card, dtype, T, forced, monkeypatch):
     wide = "hopper" if hopper else "eager"
     backward = wide if wide == "hopper" else rows
     sums = rows if T == 4096 else "eager"
-    assert names == [rows, wide, rows, rows, wide, rows, backward, sums, sums]
+    products = ["eager"] * 2
+    assert names == [rows, *products, wide, rows, *products, rows, wide, rows, backward, sums, sums]
+    if card.kind == "cuda" and dtype in choice.HALF:
+        inference, training = layer.for_inference(x, 3072, True), layer.for_training(x, 3072, True, True)
+        names = [f.__module__.split(".")[-1] for f in (*inference, *training)]
+        assert names == ["triton"] * 9 + [rows, backward, sums, sums]
 
 
 def test_what_is_forced_is_forced_on_one_operation_or_function(forced):

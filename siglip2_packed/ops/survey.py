@@ -89,6 +89,8 @@ def _own_attention(device: torch.device, dtype: torch.dtype, shape: Shape) -> It
                 forward = choice.attention_forward(card, dtype, T, H, K, longest)
                 backward = choice.attention_backward(card, dtype, T, T // longest, H, K, longest)
                 launches |= dict.fromkeys(forward if direction == "forward" else backward)
+        if direction == "forward" and choice.invariant_products(card, dtype):
+            launches |= dict.fromkeys(choice.invariant_attention_forward(card, dtype, K))
         for launch in launches:
             low = direction == "forward" and dtype in low_order.SHIFT
             verdict = kernels.verdict_on(direction, launch, device, dtype, H, K, packed=True, low=low)

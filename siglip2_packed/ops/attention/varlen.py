@@ -50,6 +50,7 @@ class VarlenAttention:
         """`[T, H, K]`, last dimensions contiguous. An empty pack's result is still attached to q, k and v."""
         if q.shape[0] == 0:
             return q + k + v
+        assert not self.invariant, "layers that call it so have been refused"
         if self.backend in RUN and torch.compiler.is_compiling():
             return attention_by_segments(q, k, v, self.segments.offsets, self.backend)
         if self.otherwise and transformed():  # kernels have one derivative, and rules for one transform
