@@ -119,6 +119,7 @@ VARIANTS = {
     "siglip2_packed:cudagraph": "CUDA graphs",
     "transformers_sdpa_padded:cudagraph": "transformers' encoder in CUDA graphs",
     "siglip2_packed:compile": "compiled",
+    "siglip2_packed:batch_invariant": "batch_invariant",
     "siglip2_packed:fp8": "fp8 in CUDA graphs",
 }
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from graphed import BUDGETS
 from implementations import INTERPRETED
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -189,6 +190,24 @@ def test_what_depends_on_the_pack_is_seen(model, images, monkeypatch, plant):
     assert 3 in unlike(features(model, images, [3, 0]), features(model, images, [3]) | features(model, images, [0]))
 
 
+@INTERPRETED
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("card", [AMPERE, Card("cuda", 90, 132), Card("cuda", 120, 170)], ids=str)
+def test_attention_is_one_launch(interpreted, trusted, card, gradients):
+    """For few rows and many, short segments and long ones; of own choice others run."""
+    trusted(card=card)
+    packs = [[16], [64] * 3, [97], [130, 5], [192], [256] * 64, [4096, 1], [1] * 3000]
+
+    def launches(**how):
+        for lengths in packs:
+            shape = sum(lengths), 16, 72
+            found = kernels.kernels(torch.device("cpu"), torch.float16, shape, len(lengths), max(lengths), **how)
+            yield found.launches[0], found.reads_low
+
+    ours, others = ({*launches(gradients=gradients, invariant=invariant)} for invariant in (True, False))
+    assert {low for _, low in ours} == {gradients} and len(ours) == 1 < len(others)
+
+
 # What cannot be
 
 
@@ -297,7 +316,9 @@ def test_autocast_is_an_error(model, images):
 def test_a_wrong_kernel_is_an_error(model, images, monkeypatch):
     verdicts = {True: check.Verdict({"out": 1.0}, {"out": 1e-3}), False: check.Verdict({"out": 0.0}, {"out": 1e-3})}
     monkeypatch.setattr(Function, "verdict", lambda self, *args: verdicts["gelu" in self.name])
-    with pytest.raises(ValueError, match=r"mlp.linear_gelu_keep \(invariant\) failed its self-check"):
+    with pytest.raises(
+        ValueError, match=r"batch_invariant .* mlp.linear_gelu_keep \(invariant\) failed its self-check"
+    ):
         model(**packed(images, [2]))
 
 
@@ -324,6 +345,17 @@ def test_llava_asks_for_it(checkpoint, delay_load):
         assert tower.vision_tower.config.batch_invariant
         with pytest.raises(ValueError, match="batch_invariant attention cannot be had"):
             tower(torch.zeros(1, 6, 48), [[1, 2, 3]])
+
+
+def test_graphs_know_the_setting(world):
+    """What was captured without it is not replayed with it."""
+    model = world.model().eval()
+    graphs = CUDAGraphs(model, BUDGETS)
+    with torch.no_grad():
+        for invariant, count in ((False, 1), (True, 2), (False, 2)):
+            model.config.batch_invariant = invariant
+            graphs(**world.pack())
+            assert graphs.held()[0] == count
 
 
 # On a card

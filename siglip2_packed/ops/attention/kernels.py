@@ -55,7 +55,7 @@ def kernels(
 
     Args:
         packed: whether they, and their gradients, are views of one tensor `[T, 3, H, K]`.
-        invariant: one forward, whatever T, S and max_seqlen are.
+        invariant: one forward, whatever T, S and max_seqlen are, and whether backward reads all that it keeps.
 
     Raises:
         Refused: none is; or none has been checked, and a CUDA graph is being captured.
@@ -69,11 +69,11 @@ def kernels(
         order = choice.attention_backward(card, dtype, T, S, H, K, max_seqlen)
         backward = choice.allowed("attention_backward", order)
     rows = device, dtype, H, K, packed
-    key = *rows, forward, backward
+    key = *rows, forward, backward, invariant
     found = _found.get(key)
     if found is None:
         differentiate, *ran = _first_right("backward", backward, *rows) if gradients else (None,)
-        reads_low = dtype in low_order.SHIFT and any(name in READ_OUTPUT for name, _ in ran)
+        reads_low = dtype in low_order.SHIFT and any(invariant or name in READ_OUTPUT for name, _ in ran)
         run, first = _first_right("forward", forward, *rows, reads_low)
         found = Kernels(run, differentiate, (first, *ran), reads_low)
         if checkable(device):  # else a better one may have had no check yet

@@ -74,7 +74,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     A row of the result is the same to the bit whatever the other rows are, and however many.
 
     Raises:
-        ValueError: the product cannot be had here, or was found wrong.
+        Refused: the product cannot be had here, or was found wrong.
     """
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return]
 

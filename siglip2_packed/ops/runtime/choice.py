@@ -109,12 +109,13 @@ def product_tile(card: Card, T: int, F: int) -> ProductTile:
     """For a result `[T, F]`: the one with which the busiest multiprocessor is done first.
 
     A tile takes it, for each column of the contraction, so many clocks as it has products for the tensor cores (2048 a
-    clock) or as it has numbers to bring (32 a clock), whichever is more. From an H100's figures; not measured yet.
+    clock) or as it has numbers to bring (16 a clock, its share of what the cache gives), whichever is more. From an
+    H100's figures; not measured yet.
     """
 
     def clocks(tile: ProductTile) -> float:
         tiles = -(-T // tile.rows) * -(-F // tile.columns)
-        products, numbers = tile.rows * tile.columns / 2048, (tile.rows + tile.columns) / 32
+        products, numbers = tile.rows * tile.columns / 2048, (tile.rows + tile.columns) / 16
         return -(-tiles // card.multiprocessors) * max(products, numbers)
 
     return min(product_tiles(card), key=clocks)
@@ -389,7 +390,7 @@ def take(function: Function, order: Order, device: torch.device, dtype: torch.dt
 
 
 def require(function: Function, name: str, device: torch.device, dtype: torch.dtype, *sizes: Any) -> Callable:
-    """That implementation and no other.
+    """That implementation and no other, for `batch_invariant`.
 
     Raises:
         Refused: it cannot be had here, was found wrong for these sizes, or cannot be checked now.
@@ -405,7 +406,7 @@ def require(function: Function, name: str, device: torch.device, dtype: torch.dt
             elif not verdict.right:
                 reason = f"failed its self-check: {verdict}"
         if reason is not None:
-            raise Refused(f"{function.name} ({name}) {reason}")
+            raise Refused(f"batch_invariant cannot be had: {function.name} ({name}) {reason}")
         found = _taken[key] = function.of(name)
     return found
 
