@@ -5,6 +5,8 @@ On the CPU kernels are interpreted, in float16, as a card without Hopper's choos
 
 import math
 import random
+from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +36,8 @@ SHAPE = dict(
 )
 GRIDS = [(1, 1, 131), (2, 2, 3), (1, 7, 1), (1, 5, 13)]
 """Of three key tiles, two segments, a side of one, and a key tile and a row."""
-PACKS = [(0, 1, 2, 3), (3, 2, 1), (1, 2)]
+PACKS = {False: [(0, 1, 2, 3), (3, 2, 1)], True: [(2, 3, 1)]}
+"""Without gradients and with them."""
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +100,8 @@ def unlike(found, expected):
 @pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("gradients", [False, True])
 def test_alone_and_in_any_pack(model, images, gradients):
-    alone = {i: features(model, images, [i], gradients)[i] for i in range(len(GRIDS))}
-    for order in PACKS:
+    alone = {i: features(model, images, [i], gradients)[i] for i in sorted({*chain(*PACKS[gradients])})}
+    for order in PACKS[gradients]:
         assert not unlike(features(model, images, order, gradients), alone), order
 
 
@@ -140,7 +143,7 @@ def test_rows_that_name_their_places(model, images):
 
 
 @INTERPRETED
-@pytest.mark.usefixtures("norms_by_torch")
+@pytest.mark.usefixtures("by_torch")
 def test_features_and_gradients_are_as_right(model, images):
     """As those of the same model without it, in float64; gradients of a pack are the same in every run."""
     pack = packed(images, (1, 2))
@@ -313,6 +316,12 @@ def test_autocast_is_an_error(model, images):
 
 
 @INTERPRETED
+def test_compiling_the_model_is_an_error(model, images):
+    with pytest.raises(ValueError, match="batch_invariant .*torch.compile"):
+        torch.compile(model, backend="eager")(**packed(images, [2]))
+
+
+@INTERPRETED
 def test_a_wrong_kernel_is_an_error(model, images, monkeypatch):
     verdicts = {True: check.Verdict({"out": 1.0}, {"out": 1e-3}), False: check.Verdict({"out": 0.0}, {"out": 1e-3})}
     monkeypatch.setattr(Function, "verdict", lambda self, *args: verdicts["gelu" in self.name])
@@ -382,7 +391,7 @@ def on_card(request):
 
 
 def on_cuda(run, make, numbered):
-    """By (number, grid), tokens and vector of images that are in one pack."""
+    """By (number, grid), tokens and vector of each image of a pack."""
     out = run(**PackedPatches(torch.cat([make(*x) for x in numbered]), [grid for _, grid in numbered]))
     tokens = out.last_hidden_state.split([math.prod(grid) for _, grid in numbered])
     return dict(zip(numbered, zip(tokens, out.pooler_output)))
@@ -430,6 +439,9 @@ def test_training_in_graphs_has_the_same_features(on_card):
         sum(tokens.float().square().mean() for tokens, _ in found.values()).backward()
     alone = on_cuda(model, make, images[:1])
     assert not unlike(alone, on_cuda(model, make, images))
+    with torch.no_grad():
+        states = partial(model, output_hidden_states=True)
+        assert not unlike(on_cuda(states, make, images[:1]), on_cuda(states, make, images))
 
 
 @pytest.mark.gpu

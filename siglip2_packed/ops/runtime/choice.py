@@ -92,8 +92,8 @@ class ProductTile(NamedTuple):
 
 PRODUCT_TILES = ProductTile(128, 128, 8, 3), ProductTile(64, 128, 4, 4), ProductTile(64, 64, 4, 6)
 """Each in 99 KB of shared memory."""
-ROOMY_PRODUCT_TILE = ProductTile(128, 256, 8, 3)
-"""In 147 KB."""
+ROOMY_PRODUCT_TILE = ProductTile(128, 256, 8, 4)
+"""In 192 KB."""
 
 
 def invariant_products(card: Card, dtype: torch.dtype) -> Order:
