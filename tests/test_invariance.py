@@ -20,6 +20,7 @@ from transformers import Siglip2VisionConfig
 from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
 from siglip2_packed.buckets import Bucket, Metadata
 from siglip2_packed.cli import main
+from siglip2_packed.export import export
 from siglip2_packed.graphs import CUDAGraphs, attention_in_buckets
 from siglip2_packed.layout import make_layout
 from siglip2_packed.measure import relative_error
@@ -319,6 +320,12 @@ def test_autocast_is_an_error(model, images):
 def test_compiling_the_model_is_an_error(model, images):
     with pytest.raises(ValueError, match="batch_invariant .*torch.compile"):
         torch.compile(model, backend="eager")(**packed(images, [2]))
+
+
+def test_an_exported_model_is_an_error(checkpoint):
+    model = Siglip2PackedVisionModel.from_pretrained(checkpoint(), batch_invariant=True).eval()
+    with pytest.raises(ValueError, match="batch_invariant cannot be exported"):
+        export(model)
 
 
 @INTERPRETED
