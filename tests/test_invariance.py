@@ -15,7 +15,7 @@ from graphed import BUDGETS
 from implementations import INTERPRETED
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from transformers import Siglip2VisionConfig
+from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
 from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
 from siglip2_packed.buckets import Bucket, Metadata
@@ -141,6 +141,25 @@ def test_rows_that_name_their_places(model, images):
     model.config.batch_invariant = False
     with torch.no_grad():
         assert relative_error(found, model(rows, grids, cu_seqlens=cu_seqlens, position_ids=ids)[0]) <= 2e-3
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("norms_by_torch", "interpreted")
+def test_a_fixed_size_tower(images):
+    """SigLIP's, whose patch projection is a convolution, among images of other sizes than its table's."""
+    torch.manual_seed(0)
+    fields = {name: value for name, value in SHAPE.items() if name != "num_patches"}
+    config = SiglipVisionConfig(**fields, image_size=8)
+    config.position_mode, config.batch_invariant = "bicubic", True
+    model = Siglip2PackedVisionModel(config).half().eval()
+    rows, grids = torch.cat((images[2], images[1][:4])), [(1, 7, 1), (1, 2, 2)]
+    with torch.no_grad():
+        found = model(rows, grids)
+        parts = [model(rows[:7], grids[:1]), model(rows[7:], grids[1:])]
+        for name in ("last_hidden_state", "pooler_output"):
+            assert torch.equal(found[name], torch.cat([part[name] for part in parts])), name
+        model.config.batch_invariant = False
+        assert relative_error(found.last_hidden_state, model(rows, grids).last_hidden_state) <= 2e-3
 
 
 @INTERPRETED
