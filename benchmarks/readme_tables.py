@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from siglip2_packed.workloads import WORKLOADS
+from siglip2_packed.workloads import SMALL_PACKS, WORKLOADS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -223,6 +223,7 @@ def small_packs_times(path: Path) -> pd.DataFrame:
     """Medians in ms; index (workload, mode) as they were run, a column a provider."""
     rows = pd.read_csv(path)
     rows = rows[rows.metric == "time"]
+    rows = rows[rows.workload.isin([*SMALL_PACKS, "random"])]
     times = rows.pivot(index=["workload", "mode"], columns="provider", values="p50").reindex(columns=list(SMALL))
     return times.loc[
         [key for key in itertools.product(rows.workload.unique(), ("forward", "train")) if key in times.index]
@@ -255,6 +256,14 @@ def small_packs() -> str:
         if len(captures):
             texts = [f"{SMALL[key]} {x.min():.1f} to {x.max():.1f} s" for key, x in captures]
             lines += ["", f"Captures and compilation, beside these times: {'; '.join(texts)}."]
+        over = rows[rows.metric == "over_pack1024"].set_index("mode").p50
+        if len(over):
+            texts = [f"{mode} {over[mode]:.2f}" for mode in over.index]
+            lines += ["", f"A pack of 1,030 patches in graphs takes as long as one of 1,024 times: {', '.join(texts)}."]
+        reserved = rows[rows.metric == "reserved_memory"].set_index("provider").p50
+        if len(reserved) == 2:
+            without, with_graphs = (reserved[key] for key in list(SMALL)[:2])
+            lines += ["", f"Reserved to train at 4,096 patches: {without:.1f} GiB, in graphs {with_graphs:.1f}."]
         parts += ["\n".join(lines), f"![small packs](pictures/{path.stem}.png)"]
     return "\n\n".join(parts)
 
@@ -296,8 +305,8 @@ def plot_small_packs() -> None:
     import matplotlib.pyplot as plt
 
     for path in sorted(RESULTS.glob("small_packs_*.csv")):
-        times = small_packs_times(path).drop(index="random", level=0, errors="ignore")
-        times = times.dropna(axis="columns", how="all")
+        times = small_packs_times(path)
+        times = times[times.index.isin(SMALL_PACKS, level=0)].dropna(axis="columns", how="all")
         figure, axes = plt.subplots(2, 1, figsize=(10, 8), layout="constrained")
         for axis, mode in zip(axes, ("forward", "train")):
             table = times.xs(mode, level="mode")

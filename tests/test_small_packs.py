@@ -201,12 +201,18 @@ def test_table_and_picture_are_of_the_rows(tmp_path, monkeypatch, tables):
             scale = 1e3 if workload == "random" else 1
             rows.add(provider, workload, mode, "bfloat16", "time", (3 + i + 2 * j) * scale, "ms")
             rows.add(provider, workload, mode, "bfloat16", "capture_time", 1 + i + j, "s")
+    for workload, seconds in (("pack1024", 4), ("pack1030", 5)):
+        rows.add(small_packs.PROVIDERS[1], workload, "forward", "bfloat16", "time", seconds, "ms")
+    rows.add(small_packs.PROVIDERS[1], "pack1030", "forward", "bfloat16", "over_pack1024", 1.25, "")
+    for provider, gib in zip(small_packs.PROVIDERS, (4, 5)):
+        rows.add(provider, "pack4096", "train", "bfloat16", "reserved_memory", gib, "GiB")
     rows.leave_out(small_packs.PROVIDERS[3], "random", "forward", "bfloat16", "takes one pack")
     rows.write(tmp_path / "small_packs_h200.csv")
     table = tables.small_packs()
     assert "| pack1x256, forward | 3.00 | 7.00 | 11.0 | 15.0 | 19.0 | 3.67x | 5.00x | 1.57x | 2.14x |" in table
     assert "| random, train | 10.0 | 14.0 | 18.0 |  |  | 1.80x |  | 1.29x |  |" in table
-    assert "packed in graphs 3.0 to 8.0 s" in table
+    assert "packed in graphs 3.0 to 8.0 s" in table and "pack1030" not in table
+    assert "one of 1,024 times: forward 1.25." in table and "4,096 patches: 4.0 GiB, in graphs 5.0." in table
     assert table.endswith("![small packs](pictures/small_packs_h200.png)")
     drawn = []
     monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
