@@ -7,6 +7,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from vlm_models import BOUND, ODD, check, images, lfm2_vl, packed_tower, relative, sample, siglip2, step, vision
 
+from siglip2_packed.quantized import keep_layout
 from siglip2_packed.vlm import replace_vision_tower, restore_vision_tower
 
 TARGETS = r".*vision_tower.*(q_proj|v_proj|fc1|patch_embedding)"
@@ -104,6 +105,7 @@ def test_what_bitsandbytes_quantised(tmp_path, quantise):
     with torch.no_grad():
         plain = siglip2_of_width(tmp_path)
         model = type(plain).from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+        keep_layout(model)  # transformers' tower, too: with AVX512-BF16 bitsandbytes goes on in bfloat16
         batch = sample(model, ODD)
         expected = vision(model, images(ODD)).last_hidden_state
         replace_vision_tower(model)
@@ -116,6 +118,7 @@ def test_what_bitsandbytes_quantised(tmp_path, quantise):
         assert kinds & {"Linear8bitLt", "Linear4bit"}
         model.save_pretrained(tmp_path / "quantised")
         again = type(plain).from_pretrained(tmp_path / "quantised", dtype=torch.float32)
+        keep_layout(again)
         restore_vision_tower(model)
         assert torch.equal(vision(model, images(ODD)).last_hidden_state, expected)
         assert relative(vision(again, images(ODD)).last_hidden_state[real], expected[real]) <= BOUND
@@ -132,6 +135,7 @@ def test_adapters_on_quantised_layers_learn(tmp_path):
     found = []
     for swaps in (False, True):
         model = type(plain).from_pretrained(tmp_path, quantization_config=bits4(), dtype=torch.float32)
+        keep_layout(model)
         wrapped = adapted(model, target_modules=r"vision_model.*(q_proj|v_proj|fc1)")
         if swaps:
             replace_vision_tower(wrapped)
