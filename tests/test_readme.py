@@ -115,6 +115,11 @@ def test_it_is_read_in_five_minutes():
     assert {*re.findall(r"[\w/]+", tree)} >= modules | folders
 
 
+def test_every_finding_is_listed():
+    listed = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "findings" / "README.md").read_text(), re.MULTILINE))
+    assert listed == {script.stem for script in (ROOT / "findings").glob("*.sh")}
+
+
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables = pytest.importorskip("readme_tables")
