@@ -7,11 +7,11 @@ The task is a toy: say a hidden patch's mean colour from its features. Replace `
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,11 +28,11 @@ class Photographs(Dataset):
         return self.processor(self.files[i])
 
 
-class Task(nn.Module):
+class Task(torch.nn.Module):
     def __init__(self, ckpt):
         super().__init__()
         self.tower = Siglip2PackedVisionModel.from_pretrained(ckpt, vision_use_head=False, dtype=torch.float32)
-        self.colour = nn.Linear(self.tower.config.hidden_size, 3)
+        self.colour = torch.nn.Linear(self.tower.config.hidden_size, 3)
 
     def forward(self, packed):
         """-> (sum of the losses of hidden patches, how many there are)."""
@@ -45,7 +45,7 @@ class Task(nn.Module):
 
 
 def train(args, device):
-    files = sorted(args.folder.glob("*.jpg"))
+    files = sorted(args.folder.rglob("*.jpg")) or sys.exit(f"no .jpg files in {args.folder}")
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt)
     sampler = PatchBudgetBatchSampler(image_grids(files, processor), args.budget)
     loader = DataLoader(Photographs(files, processor), batch_sampler=sampler, collate_fn=collate)
@@ -63,7 +63,7 @@ def train(args, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="photographs")
+    parser.add_argument("folder", type=Path, help="JPEG files, in all folders inside too")
     parser.add_argument("--ckpt", default="google/siglip2-so400m-patch16-naflex", help="folder or hub id")
     parser.add_argument("--budget", type=int, default=16384, help="patches of a batch (16384)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over all photographs (1)")

@@ -19,12 +19,12 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 @torch.inference_mode()
-def embed(files, processor, model, batch=32):
+def embed(files, processor, model, on_error="raise", batch=32):
     """N files -> `[N, D]` unit vectors, and the files that could be read."""
     vectors, read = [], []
     for start in range(0, len(files), batch):
         some = files[start : start + batch]
-        packed = processor(some, on_error="skip")
+        packed = processor(some, on_error=on_error)
         read += [some[i] for i in packed.kept]
         vectors.append(model(**packed.to(model.device)).pooler_output.float())
     return F.normalize(torch.cat(vectors), dim=1), read
@@ -48,7 +48,7 @@ def main():
     files = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise SystemExit(f"no photographs in {args.folder}")
-    vectors, files = embed(files, processor, model)
+    vectors, files = embed(files, processor, model, on_error="skip")
     if args.like:
         query, _ = embed([args.like], processor, model)
     else:

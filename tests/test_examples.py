@@ -1,5 +1,6 @@
 """The programs of examples/ do what they say, on a small checkpoint."""
 
+import argparse
 import os
 import runpy
 import subprocess
@@ -47,6 +48,11 @@ def test_a_photograph_is_most_like_itself(run):
     assert len(lines) == 2 and lines[1].endswith("photos/a.jpg")
 
 
+def test_a_query_that_cannot_be_read_is_named(run):
+    with pytest.raises(ValueError, match=r"nope\.jpg"):
+        run("search_photos", "photos", "--like", "nope.jpg")
+
+
 def test_words_find_photographs(run):
     (line,) = run("search_photos", ".", "--text", "a cat", "--top", "1")
     assert -1 <= float(line.split()[0]) <= 1
@@ -78,6 +84,12 @@ def test_patches_are_drawn_in_colours(run, folder):
     with Image.open(folder / "colours" / "receipt.png") as picture:
         assert picture.size == (4 * 16, 13 * 16)
         assert len(picture.getcolors()) > 10
+
+
+def test_no_photographs_is_no_training(tmp_path):
+    program = runpy.run_path(str(ROOT / "examples" / "packed_training.py"))
+    with pytest.raises(SystemExit, match=r"no \.jpg files in"):
+        program["train"](argparse.Namespace(folder=tmp_path, ckpt="CKPT", budget=256, epochs=1), torch.device("cpu"))
 
 
 def test_two_ranks_train_on_packs(folder):
