@@ -9,8 +9,9 @@ Shapes: N images, M texts, D hidden size of the vision tower (and projection siz
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from transformers.utils import logging
 
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.files import find_file
@@ -68,10 +70,11 @@ def load_text_tower(ckpt: str, device: torch.device, dtype: torch.dtype = torch.
         raise ValueError(f"{ckpt!r} cannot score text: {', '.join(missing)} missing; zero-shot takes a full checkpoint")
     if not any(find_file(ckpt, name) for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{ckpt!r} has a text tower but no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
-    config: Any = transformers.Siglip2Config.from_pretrained(ckpt).text_config
-    loaded: Any = transformers.Siglip2TextModel.from_pretrained(
-        ckpt, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-    )
+    with _without_load_report():
+        config: Any = transformers.Siglip2Config.from_pretrained(ckpt).text_config
+        loaded: Any = transformers.Siglip2TextModel.from_pretrained(
+            ckpt, config=config, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
     model, info = loaded
     absent = sorted(str(key) for key in {*info["missing_keys"], *info["mismatched_keys"]})
     if absent:
@@ -84,6 +87,17 @@ def load_text_tower(ckpt: str, device: torch.device, dtype: torch.dtype = torch.
 def cosines(images: Tensor, texts: Tensor) -> Tensor:
     """`[N, D]` and `[M, D]` -> `[N, M]`, in float32."""
     return F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers would list every tensor of the vision tower as unexpected; what is missing is looked at here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def run(args: argparse.Namespace) -> int:

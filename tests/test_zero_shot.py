@@ -1,6 +1,7 @@
 """`siglip2-packed zero-shot` against transformers' own full model, texts and images padded."""
 
 import json
+import logging
 import math
 import shutil
 
@@ -131,6 +132,20 @@ def test_long_texts_are_cut(full):
     tower = zero_shot.load_text_tower(str(full), torch.device("cpu"))
     embeds = tower.embed(["moon " * 500, "moon"])
     assert embeds.shape == (2, 64) and embeds.isfinite().all()
+
+
+def test_tensors_of_the_vision_tower_are_no_news(full):
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.add_handler(handler)
+    try:
+        zero_shot.load_text_tower(str(full), torch.device("cpu"))
+    finally:
+        transformers.utils.logging.remove_handler(handler)
+    assert [record.getMessage() for record in said] == []
+    assert transformers.utils.logging.get_verbosity() == verbosity
 
 
 def without(full, folder, prefix):
