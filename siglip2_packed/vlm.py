@@ -13,6 +13,7 @@ from transformers.models.siglip2 import modeling_siglip2
 
 from siglip2_packed.handover import check_whole
 from siglip2_packed.image_towers import IMAGE_TOWERS
+from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.towers import PackedTower, Siglip2PackedVisionTower
 
 _SIGLIP2 = getattr(modeling_siglip2, "Siglip2VisionTransformer", modeling_siglip2.Siglip2VisionModel)  # 4.57: inside
@@ -115,9 +116,10 @@ def _check_wrapper(model: nn.Module, tower: nn.Module, name: str) -> None:
 
 def _what_else(model: nn.Module) -> str:
     """Why there is nothing to replace."""
-    if packed := [name or "the model" for name, m in model.named_modules() if isinstance(m, PackedTower)]:
+    if packed := [name or "the model" for name, m in model.named_modules() if isinstance(m, Siglip2PackedVisionModel)]:
         return f"{', '.join(packed)} is packed already"
-    wanted = " or ".join(kind.__name__ for kind in TOWERS)
+    *most, last = (kind.__name__ for kind in TOWERS)
+    wanted = f"{', '.join(most)} or {last}"
     vision = {
         name: type(m).__name__
         for name, m in model.named_modules()
@@ -126,7 +128,7 @@ def _what_else(model: nn.Module) -> str:
     seen = [
         f"{name or 'it'} is a {kind}"
         for name, kind in vision.items()
-        if not any(name != other and name.startswith(f"{other}.") for other in vision)
+        if not any(name != other and name.startswith(other and f"{other}.") for other in vision)
     ]
     others = f"but {', '.join(seen)}" if seen else "nor any other module that is called vision"
     return f"{type(model).__name__} has no {wanted} of transformers, {others}"

@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import CLIPVisionConfig, CLIPVisionModel, Siglip2VisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from vlm_models import ODD, images, lfm2_vl, packed_tower, siglip2, tower, vision
 
+from siglip2_packed import Siglip2PackedVisionModel
 from siglip2_packed.attention import requested_attention
 from siglip2_packed.vlm import TOWERS, replace_vision_tower, restore_vision_tower
 
@@ -29,6 +37,8 @@ def test_models_without_such_a_tower_are_told_what_they_have():
     clip = nn.ModuleDict({"tower": CLIPVisionModel(CLIPVisionConfig(**SMALL))})
     with pytest.raises(ValueError, match=r"ModuleDict has no Siglip2Vision.*, but tower is a CLIPVisionModel$"):
         replace_vision_tower(clip)
+    with pytest.raises(ValueError, match=r", but it is a CLIPVisionModel$"):
+        replace_vision_tower(clip["tower"])
     if not any(kind.__name__.startswith("SiglipVision") for kind in TOWERS):
         with pytest.raises(ValueError, match="but it is a SiglipVisionModel"):
             replace_vision_tower(SiglipVisionModel(SiglipVisionConfig(**SMALL)))
@@ -36,6 +46,10 @@ def test_models_without_such_a_tower_are_told_what_they_have():
     replace_vision_tower(model)
     with pytest.raises(ValueError, match=r"vision_tower.* is packed already"):
         replace_vision_tower(model)
+    with pytest.raises(ValueError, match="^the model is packed already$"):
+        replace_vision_tower(
+            Siglip2PackedVisionModel(Siglip2VisionConfig(**{k: v for k, v in SMALL.items() if k != "image_size"}))
+        )
 
 
 def test_a_tower_of_another_class_is_not_taken_for_one():
