@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"\n{'each image alone':<28} {'against':<13} {NUMBERS}          worst stage (attention)")
             for file in tqdm(files, unit="image", leave=False, disable=True if args.verbose else None):
                 compared += examine(image_case(file.name, [file], args.ckpt, args.max_num_patches), alone=True)
-            together = f"{len(files)} images in one pack"
+            together = f"{len(files)} image{'s' * (len(files) > 1)} in one pack"
             cases = iter([image_case(together, files, args.ckpt, args.max_num_patches)])
         else:
             cases = random_cases(ours.config, args.batch_size, args.image_size, args.seed)

@@ -27,7 +27,7 @@ COMMANDS = (
     ("align", "compare with transformers and the padded reference", "siglip2_packed.flags:align"),
     ("bench", "time this encoder beside transformers and others", "siglip2_packed.flags:bench"),
     ("encode", "write the features of images, or of whole collections", "siglip2_packed.flags:encode"),
-    ("doctor", "attention backends of this machine and their errors", "siglip2_packed.flags:doctor"),
+    ("doctor", "what runs on this machine, and whether it was found right", "siglip2_packed.flags:doctor"),
     ("random-checkpoint", "write a checkpoint of random weights", "siglip2_packed.flags:random_checkpoint"),
     ("plan", "hours, disk and memory that a collection takes here", "siglip2_packed.flags:plan"),
     ("show", "draw what the features see, and where two models differ", "siglip2_packed.flags:show"),

@@ -16,9 +16,9 @@ from siglip2_packed.version import __version__
 
 SHAPES = {"base": Shape(768, 3072, 12, 16), "so400m": Shape(1152, 4304, 16, 16)}
 OF_QUERIES = f"""\
-dQ at a shared mean: the relative error of the gradient of queries where keys and values have in common a mean of
-{SHARED_MEAN:g} (biases, an attention sink). FlashAttention, and kernels that are made after it, lose it to the rounding
-of their output without a word. It is their known arithmetic, and none is refused for it."""
+dQ at a shared mean: the relative error of the gradient of queries where all keys and values share a mean of
+{SHARED_MEAN:g} (from biases, or an attention sink). FlashAttention, and kernels built like it, lose this gradient to
+the rounding of their output, without a warning. That is how they compute: none is refused for it."""
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-3", "flash-attn-4", "safetensors", "numpy")
 
 
@@ -71,7 +71,7 @@ def planned(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: lis
 
 
 def print_plan(patches: int, lengths: list[int], found: Plan | dict[str, str]) -> None:
-    print(f"\n  a pack of {patches:,} patches, {len(lengths)} images of up to {max(lengths)}")
+    print(f"\n  a pack of {patches:,} patches, {len(lengths)} image{'s' * (len(lengths) > 1)} of up to {max(lengths)}")
     if isinstance(found, dict):
         print(f"    refused: {found['refused']}")
         return

@@ -89,7 +89,7 @@ def add_model_flags(
     parser.add_argument("--device", help="device to run on (cuda if there is one, else cpu)")
     chosen = default if default in DTYPES else None
     parser.add_argument("--dtype", choices=list(DTYPES), default=chosen, help=f"{dtype} ({default})")
-    parser.add_argument("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says)")
+    parser.add_argument("--max-num-patches", type=int, metavar="N", help="most patches per image (the checkpoint's)")
     parser.add_argument("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
 
 
@@ -135,8 +135,8 @@ def doctor(parser: argparse.ArgumentParser) -> None:
     add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes to check (all)")
     add("--shapes", nargs="+", choices=DOCTOR_SHAPES, default=DOCTOR_SHAPES, help="sizes of the model (base so400m)")
     add("--patches", nargs="+", type=int, default=(256, 1024, 4096), metavar="T",
-        help="packs to plan (256 1024 4096)")  # fmt: skip
-    add("--image-patches", type=int, default=256, metavar="N", help="of which an image has at most so many (256)")
+        help="patches of the packs to show (256 1024 4096)")  # fmt: skip
+    add("--image-patches", type=int, default=256, metavar="N", help="most patches per image of these packs (256)")
     add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
     add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("doctor"))
@@ -155,7 +155,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N",
-        help="inputs a shard (1024, 8192 with --no-patches; of several ranks fewer, so that all are busy)")  # fmt: skip
+        help="inputs per shard (1024, 8192 with --no-patches; fewer where ranks would be idle)")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
     add("--retry-errors", action="store_true",
         help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip
@@ -163,10 +163,10 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
     add("--decode", choices=DECODE, help="JPEG files: Pillow's pixels, at a scale of their own, or by nvJPEG (exact)")
-    add("--workers", type=int, metavar="N", help="decoding threads or processes (one a core)")
-    add("--decode-in", choices=DECODE_IN, help="which of them (processes beside a GPU, else threads)")
+    add("--workers", type=int, metavar="N", help="decoding threads or processes (one per core)")
+    add("--decode-in", choices=DECODE_IN, help="decode in threads or processes (processes beside a GPU, else threads)")
     add("--save-dtype", choices=list(DTYPES), help="dtype to save (as --dtype; float32 where there is no bfloat16)")
-    add("--patch-budget", type=int, metavar="N", help="patches a pack (16384; on a CPU 2048)")
+    add("--patch-budget", type=int, metavar="N", help="most patches per pack (16384; on a CPU 2048)")
     add("--batch-invariant", action="store_true",
         help="the same features to the bit, whatever shares an image's pack (on CUDA; slower)")  # fmt: skip
     parser.set_defaults(run=later("encode"))
@@ -175,7 +175,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
 def plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=int, required=True, metavar="N", help="images of the collection")
-    add("--max-num-patches", type=int, metavar="N", help="patches an image (as the checkpoint says, or the shape)")
+    add("--max-num-patches", type=int, metavar="N", help="most patches per image (the checkpoint's, or the shape's)")
     add("--ckpt", type=given, help="checkpoint: a folder or a hub id; without it random weights of --shape")
     add("--shape", choices=list(SHAPES), default="so400m", help="size of random weights (so400m)")
     add("--sample", nargs="+", metavar="PATH", help="images, or folders of them, that stand for all (a JPEG made here)")

@@ -227,7 +227,7 @@ def test_doctor_shows_dq_at_a_shared_mean(examined):
         eps = torch.finfo(getattr(torch, model["dtype"])).eps
         assert eps / 10 < error["eager"] < 100 * eps
         assert model["dtype"] == "float32" or error["sdpa"] > 5 * error["eager"]
-    assert out.count("where keys and values have in common a mean of\n3 (biases") == 1
+    assert out.count("where all keys and values share a mean of\n3 (from biases") == 1
 
 
 def test_doctor_says_what_runs_for_packs(examined):
