@@ -146,9 +146,9 @@ def headline() -> str:
     ours, theirs = (values[name]["mixed"] for name in ("siglip2_packed", "transformers_sdpa_padded"))
     forward, memory = ("forward", "time"), ("train", "peak_memory")
     return (
-        f"**On an {rows.card[0]}, images of mixed sizes go through in {ours[forward]:.0f} ms, padded transformers takes"
-        f" {theirs[forward]:.0f}.\nTraining on them takes {ours[memory]:.0f} GiB instead of {theirs[memory]:.0f}.** "
-        f"(so400m, {rows['dtype'][0]}, {WORKLOADS['mixed']['images']} images of up to "
+        f"**On an {rows.card[0]}, a forward of images of mixed sizes takes {ours[forward]:.0f} ms, padded"
+        f" {theirs[forward]:.0f} (transformers).\nTraining on them takes {ours[memory]:.0f} GiB instead of"
+        f" {theirs[memory]:.0f}.** (so400m, {rows['dtype'][0]}, {WORKLOADS['mixed']['images']} images of up to "
         f"{max(WORKLOADS['mixed']['budgets']):,} patches.)"
     )
 

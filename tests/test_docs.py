@@ -135,6 +135,7 @@ def test_messages_are_those_that_people_meet(folder, monkeypatch, capsys):
     provocations = [
         lambda: model(torch.zeros(15, 768), [[1, 3, 4]]),
         lambda: model(rows, [[1, 2], [1, 2]]),
+        lambda: model({"pixel_values": rows, "grid_thw": [[1, 2, 2]]}),
         lambda: model(torch.zeros(1, 3, 32, 32), [[1, 2, 2]]),
         lambda: model(rows[None], [[1, 2, 2]]),
         lambda: model(rows.byte(), [[1, 2, 2]]),
@@ -154,7 +155,7 @@ def test_messages_are_those_that_people_meet(folder, monkeypatch, capsys):
     ]
     met = []
     for provoke in provocations:
-        with pytest.raises((ValueError, ImportError, OSError)) as error:
+        with pytest.raises((ValueError, TypeError, ImportError, OSError)) as error:
             provoke()
         met.append(str(error.value))
     told = re.findall(r"^\| `(.*?)` \| ", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
