@@ -37,8 +37,8 @@ DECODE = ("exact", "scaled", "gpu")
 DOCTOR_SHAPES = ("base", "so400m")
 ENCODE_EPILOG = """
 In folders and tar files images are {suffixes} (HEIC and
-HEIF: pip install siglip2-packed[heif]); what a file holds decides how it is read, and one that is named, or listed, is
-read whatever its suffix. PostScript, metafiles and what else would take another program to draw are errors. Links to
+HEIF: pip install 'siglip2-packed[heif]'); what a file holds decides how it is read, and one that is named, or listed,
+is read whatever its suffix. PostScript, metafiles and what else would take another program to draw are errors. Links to
 folders are followed. Hidden files and folders, companions of macOS and thumbnail folders are passed over. All that is
 passed over is counted, by suffix and reason, in skipped.csv. Tables hold images, paths or lists of them in a column;
 a folder that save_to_disk of Hugging Face datasets wrote is read as it is.

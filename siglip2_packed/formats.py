@@ -79,7 +79,7 @@ NO_IMAGES = {
 }
 """What Pillow has no decoder for, and an error can name: format -> how a file begins."""
 EXTRA = {
-    "HEIF": (rb".{4}ftyp(hei[cxms]|hev[cxms]|mi[af][12]|msf1)", "pip install siglip2-packed[heif]"),
+    "HEIF": (rb".{4}ftyp(hei[cxms]|hev[cxms]|mi[af][12]|msf1)", "pip install 'siglip2-packed[heif]'"),
     "AVIF": (rb".{4}ftypavi[fs]", "Pillow 11.3 or newer has one"),
 }
 """Formats that Pillow may lack: how a file begins, and where there is a decoder."""

@@ -123,7 +123,7 @@ def test_names_that_are_not_there_come_before_all_else(photos, tmp_path, capsys)
 def test_what_a_format_needs_is_looked_for_first(photos, tmp_path, monkeypatch, capsys, fmt):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert run(lambda: tmp_path / "nowhere", photos, tmp_path / "out", "--format", fmt) == 2
-    assert "pip install siglip2-packed[parquet]" in capsys.readouterr().err
+    assert "pip install 'siglip2-packed[parquet]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -243,6 +243,6 @@ def test_a_folder_with_tables_is_read_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     found = read([tmp_path])
     assert found[0][1] == str(tmp_path / "a.png")
-    assert all("pip install siglip2-packed[parquet]" in entry for _, entry in found[1:]) and len(found) == 3
+    assert all("pip install 'siglip2-packed[parquet]'" in entry for _, entry in found[1:]) and len(found) == 3
     with pytest.raises(ImportError, match="parquet"):
         find_inputs([tmp_path / "b.parquet"])

@@ -252,7 +252,7 @@ def import_pyarrow():
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError(f"Parquet and Arrow need pyarrow (pip install siglip2-packed[parquet]): {error}") from error
+        raise ImportError(f"Parquet and Arrow need pyarrow (pip install 'siglip2-packed[parquet]'): {error}") from error
     return pyarrow
 
 
