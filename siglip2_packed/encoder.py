@@ -109,7 +109,7 @@ class Siglip2PackedEncoder(nn.Module):
         return hidden_states, tuple(states) if output_hidden_states else None
 
     def plain_weights(self, hidden_states: Tensor) -> list[LayerWeights] | None:
-        """What all layers compute with, where calling the layers would do no more."""
+        """What all layers compute with, where there are any and calling them would do no more."""
         if plain.watched(hidden_states) or not plain.unhooked(*self.layers):
             return None
         found: list[LayerWeights] = []
@@ -123,7 +123,7 @@ class Siglip2PackedEncoder(nn.Module):
             if weights is None or (found and weights.second.fc1_bias.shape != found[0].second.fc1_bias.shape):
                 return None  # of another width, as pruned layers are
             found.append(weights)
-        return found
+        return found or None
 
     def learns(self, hidden_states: Tensor) -> bool:
         """Whether gradients are wanted, of weights or of what comes in."""

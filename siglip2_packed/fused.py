@@ -97,11 +97,11 @@ def infer(
     the sum of the biases so far, which each LayerNorm adds in float32.
     """
     x = hidden_states.clone()
-    by = for_inference(x, len(layers[0].second.fc1_bias) if layers else 0, attention.invariant)
+    by = for_inference(x, len(layers[0].second.fc1_bias), attention.invariant)
     waiting, late = _infer_layers(layers, x, attention, by)
     if norm is not None:
         return by.layer_norm(x, *norm, waiting, late)[0]
-    return x if late is None else x.add_(waiting + late)
+    return x.add_(waiting + late)
 
 
 def _infer_layers(layers, x, attention, by):
@@ -155,8 +155,7 @@ def layer(weights: LayerWeights, hidden_states: Tensor, attention: VarlenAttenti
 def train(layers: Sequence[LayerWeights], hidden_states: Tensor, attention: VarlenAttention) -> Tensor:
     """`[T, D]` -> `[T, D]` after all layers, of one width, differentiable once."""
     x, T = hidden_states, hidden_states.shape[0]
-    F = layers[0].second.fc1_bias.shape[0] if layers else 0
-    by = for_training(x, F, torch.is_grad_enabled(), attention.invariant) if layers else None
+    by = for_training(x, len(layers[0].second.fc1_bias), torch.is_grad_enabled(), attention.invariant)
     if attention.written_out and T:
         for some in _at_once(layers, choice.layers_at_once(T)):
             weights = [weight for first, second, _, _ in some for weight in (*first, *second)]
@@ -194,7 +193,9 @@ class _Layers(Function):
     def forward(ctx, x, attention, by, kinds, *weights):
         """kinds: eps of both norms, and head_dim, of each."""
         of_x, _, _, _, *needed = ctx.needs_input_grad
-        ctx.lowest = 0 if of_x else [*needed, True].index(True) // PER_LAYER  # that takes part in backward
+        lowest = 0 if of_x else [*needed, True].index(True) // PER_LAYER
+        recorded = by.layer_norm_backward_ is not None
+        ctx.lowest = lowest if recorded else len(kinds)  # that takes part in backward
         saved: list[Any] = []
         for number, (eps, head_dim) in enumerate(kinds):
             first, second = parts(weights[number * PER_LAYER :][:PER_LAYER])

@@ -227,3 +227,21 @@ def test_layers_keep_a_byte_an_element(monkeypatch):
         attention = VarlenAttention(Segments([5, 4], DEVICE), "triton")
         found.append(kept_for_backward(lambda: encoder(x, attention)))
     assert found[1] - found[0] == 2 * 9 * 64
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_no_layer_keeps_it_where_nothing_is_recorded(monkeypatch, hidden_states):
+    """Also where layers run one by one; the backward's kernels are not looked for either."""
+    encoder = Siglip2PackedVisionModel(Siglip2VisionConfig(**SHAPES["tiny"])).encoder.to(DEVICE, torch.bfloat16)
+    asked = []
+
+    def chosen(q, cu_seqlens, max_seqlen, packed, gradients, invariant):
+        asked.append(gradients)
+        return kernels.Kernels(eager.forward, None, ())
+
+    monkeypatch.setattr(operators, "for_tensors", chosen)
+    x = torch.randn(9, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            encoder(x, VarlenAttention(Segments([5, 4], DEVICE), "triton"), hidden_states)
+    assert asked and not any(asked)
