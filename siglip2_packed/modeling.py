@@ -292,7 +292,7 @@ class Siglip2PackedVisionModel(CheckpointedModel):
 
     def _check_invariant(self, pixel_values: Tensor) -> None:
         """Raises ValueError where parts are others than those that see to it themselves, or more than their class."""
-        parts = [*self.children(), *self.encoder.layers]
+        parts = [*self.children(), *getattr(self.encoder, "layers", ())]
         kept = {Siglip2PackedEmbeddings, Siglip2PackedEncoder, Siglip2PackedEncoderLayer, nn.LayerNorm}
         other = next((type(part) for part in parts if type(part) not in {*kept, Siglip2PackedPoolingHead}), None)
         if other is not None or plain.watched(pixel_values) or not plain.unhooked(*parts):

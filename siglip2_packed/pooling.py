@@ -9,7 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from siglip2_packed import invariance, plain
 from siglip2_packed.attention import head_dim
-from siglip2_packed.encoder import Siglip2PackedMLP
+from siglip2_packed.encoder import GELU_TANH, Siglip2PackedMLP
 from siglip2_packed.ops.linear import linear
 from siglip2_packed.ops.pool import attention_pool
 from siglip2_packed.ops.segments import Segments
@@ -65,6 +65,8 @@ class Siglip2PackedPoolingHead(nn.Module):
             return False
         parts = (attention.out_proj, NonDynamicallyQuantizableLinear), (self.layernorm, nn.LayerNorm)
         linears = (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear)
-        own = {type(x) for x in (attention.in_proj_weight, attention.in_proj_bias, self.probe)}
-        whole = own <= plain.WHOLE and plain.unhooked(attention, mlp, mlp.activation_fn)
-        return whole and plain.weights(*parts, *linears, dtype=hidden_states.dtype) is not None
+        own, dtype = (attention.in_proj_weight, attention.in_proj_bias, self.probe), hidden_states.dtype
+        if type(mlp.activation_fn) is not GELU_TANH or not plain.unhooked(attention, mlp, mlp.activation_fn):
+            return False
+        whole = all(type(x) in plain.WHOLE and x.dtype == dtype for x in own)
+        return whole and plain.weights(*parts, *linears, dtype=dtype) is not None

@@ -41,6 +41,8 @@ class TrainingGraph:
         """What it reads, to be kept."""
         metadata = self.inputs.metadata
         attention = attention_in(model, metadata.segments, bucket.patches, gradients=True)
+        if attention.invariant:
+            model._check_invariant(self.inputs.pixel_values)
         shadow = Shadow(model)
         pieces, heads = pieces_of(shadow.model, metadata, attention), []
         if hasattr(model, "head"):

@@ -17,7 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, SiglipVisionConfig
 
-from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel
+from siglip2_packed import PackedPatches, SigLip2NaflexVisionTower, Siglip2PackedVisionModel, graphs
 from siglip2_packed.buckets import Bucket, Metadata
 from siglip2_packed.cli import main
 from siglip2_packed.export import export
@@ -164,6 +164,25 @@ def test_a_fixed_size_tower(images):
 
 @INTERPRETED
 @pytest.mark.usefixtures("by_torch")
+def test_a_model_without_layers(model, images, monkeypatch):
+    """`select_layer=0`: nothing is asked for, or checked, of which there is nothing."""
+    asked = []
+
+    def verdict(function, name, device, dtype, sizes):
+        asked.append(sizes)
+        return check.Verdict({"out": 0.0}, {"out": 0.0})
+
+    monkeypatch.setattr(Function, "verdict", verdict)
+    model.config.select_layer = 0
+    model = Siglip2PackedVisionModel(model.config).half()
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert model(**packed(images, [2])).last_hidden_state.isfinite().all()
+    assert asked and all(size is False or size > 0 for sizes in asked for size in sizes)
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("by_torch")
 def test_features_and_gradients_are_as_right(model, images):
     """As those of the same model without it, in float64; gradients of a pack are the same in every run."""
     pack = packed(images, (1, 2))
@@ -296,6 +315,22 @@ def other_activation(model):
     model.encoder.layers[0].mlp.activation_fn = nn.GELU()
 
 
+def mixed_probe(model):
+    model.head.probe.data = model.head.probe.data.float()
+
+
+def mixed_projection_of_the_head(model):
+    model.head.attention.in_proj_weight.data = model.head.attention.in_proj_weight.data.float()
+
+
+def another_activation_of_the_head(model):
+    model.head.mlp.activation_fn = nn.Softmax(dim=0)  # across images
+
+
+def no_layers(model):
+    model.encoder = nn.Identity()
+
+
 def float32(model):
     model.float()
 
@@ -316,6 +351,10 @@ REFUSED = {
     mixed: r"Siglip2PackedEncoderLayer.self_attn.q_proj.weight is float32, and what it is applied to float16",
     mixed_positions: r"Siglip2PackedEmbeddings.position_embedding.weight is float32",
     other_activation: r"Siglip2PackedEncoderLayer.mlp.activation_fn is GELU",
+    mixed_probe: r"Siglip2PackedPoolingHead.probe is float32, and what it is applied to float16",
+    mixed_projection_of_the_head: r"Siglip2PackedPoolingHead.attention.in_proj_weight is float32",
+    another_activation_of_the_head: r"Siglip2PackedPoolingHead.mlp.activation_fn is Softmax",
+    no_layers: r"Identity computes in its own way",
     float32: r"needs bfloat16 or float16, the tensors are torch.float32",
     compiled: r"hooks or a replaced forward on Siglip2PackedVisionModel.encoder.layers.0",
 }
@@ -385,12 +424,31 @@ def test_llava_asks_for_it(checkpoint, delay_load):
 def test_graphs_know_the_setting(world):
     """What was captured without it is not replayed with it."""
     model = world.model().eval()
-    graphs = CUDAGraphs(model, BUDGETS)
+    graphed = CUDAGraphs(model, BUDGETS)
     with torch.no_grad():
         for invariant, count in ((False, 1), (True, 2), (False, 2)):
             model.config.batch_invariant = invariant
-            graphs(**world.pack())
-            assert graphs.held()[0] == count
+            graphed(**world.pack())
+            assert graphed.held()[0] == count
+
+
+@INTERPRETED
+def test_training_graphs_see_what_computes_in_another_way(world, monkeypatch):
+    class OfTheBatch(nn.LayerNorm):
+        pass
+
+    attention_in_any = graphs.attention_in_buckets
+
+    def attention_in_buckets(*args, **kwargs):
+        attention = attention_in_any(*args, **kwargs)
+        attention.invariant = True
+        return attention
+
+    monkeypatch.setattr(graphs, "attention_in_buckets", attention_in_buckets)
+    model = world.model(batch_invariant=True)
+    model.post_layernorm.__class__ = OfTheBatch
+    with pytest.raises(ValueError, match="batch_invariant cannot be had: OfTheBatch computes in its own way"):
+        CUDAGraphs(model, BUDGETS)(**world.pack())
 
 
 # On a card

@@ -13,7 +13,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +104,7 @@ def product_tiles(card: Card) -> tuple[ProductTile, ...]:
     return ((ROOMY_PRODUCT_TILE,) if card.capability // 10 in (9, 10) else ()) + PRODUCT_TILES
 
 
-@cache
+@lru_cache(maxsize=1024)
 def product_tile(card: Card, T: int, F: int) -> ProductTile:
     """For a result `[T, F]`: the one with which the busiest multiprocessor is done first.
 
