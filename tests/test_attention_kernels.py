@@ -152,6 +152,21 @@ def test_errors(change, message):
 # Operators
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_a_tangent_is_an_error(which):
+    """It was dropped without a word; beside inputs that have none nothing changes."""
+    tensors, cu = [*random_qkv(40, 2, 72).unbind(1)], offsets([17, 23])
+    expected = varlen_attention(*tensors, cu, 23)
+
+    def of_one(x):
+        return varlen_attention(*tensors[:which], x, *tensors[which + 1 :], cu, 23)
+
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jvp(of_one, (tensors[which],), (tensors[which],))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(varlen_attention(*tensors, cu, 23), expected)
+
+
 def test_operators_are_well_formed():
     qkv, cu = random_qkv(40, 2, 72), offsets([17, 23])
     ops = torch.ops.siglip2_packed

@@ -176,3 +176,9 @@ def test_half_precision(dtype, how):
 
     actual = with_gradients(run, (q, *kv.unbind(1)), grad)
     assert_close(actual, with_gradients(lambda *x: pool_loop(*x, lengths), (q, *kv.unbind(1)), grad), 6e-3)
+
+
+def test_a_tangent_is_an_error():
+    _, k, v = random_qkv(9, 2, 72).unbind(1)
+    with pytest.raises(RuntimeError, match="no derivative in forward mode"):
+        torch.func.jvp(lambda q: varlen_attention_pool(q, k, v, offsets([5, 4]), 5), (query(2, 72),), (query(2, 72),))

@@ -12,7 +12,7 @@ from siglip2_packed.ops.attention import eager, low_order
 from siglip2_packed.ops.attention.kernels import Kernels, kernels
 from siglip2_packed.ops.runtime.check import Refused, checkable
 from siglip2_packed.ops.runtime.once import once_differentiable
-from siglip2_packed.ops.runtime.tracing import batched, traced, transformed
+from siglip2_packed.ops.runtime.tracing import batched, no_tangent, traced, transformed
 from siglip2_packed.ops.segments import check_rows, check_segments, positive_scale
 
 
@@ -95,9 +95,11 @@ def varlen_attention(
 
     Raises:
         ValueError: what the arguments above exclude; kernels that are wrong here (`Refused`).
+        RuntimeError: a tangent of forward mode.
     """
     check_rows(q=q, k=k, v=v)
     check_segments(q, cu_seqlens, max_seqlen)
+    no_tangent(q, k, v)
     scale = positive_scale(q.shape[-1], softmax_scale)
     wanted = transformed() or q.requires_grad or k.requires_grad or v.requires_grad
     gradients = wanted and torch.is_grad_enabled()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from siglip2_packed.ops.runtime.base2 import LOG2_E
 from siglip2_packed.ops.runtime.launch import device_of, outer_strides, readable
+from siglip2_packed.ops.runtime.tracing import no_tangent
 from siglip2_packed.ops.segments import Segments, check_rows, check_segments, positive_scale
 
 
@@ -36,6 +37,7 @@ def varlen_attention_pool(
 
     Raises:
         ValueError: what the arguments above exclude.
+        RuntimeError: a tangent of forward mode.
     """
     check_rows(k=k, v=v)
     if q.shape != k.shape[1:] or q.dtype != k.dtype or q.device != k.device:
@@ -44,6 +46,7 @@ def varlen_attention_pool(
             f"got {list(q.shape)} {q.dtype} on {q.device}"
         )
     check_segments(k, cu_seqlens, max_seqlen)
+    no_tangent(q, k, v)
     return _pool(q, k, v, cu_seqlens, positive_scale(k.shape[-1], softmax_scale))[0].to(v.dtype)
 
 

@@ -33,6 +33,15 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def no_tangent(*tensors: Tensor) -> None:
+    """RuntimeError for one that carries a tangent (`torch.func.jvp`), which an operator would drop."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            "own attention kernels have no derivative in forward mode (torch.func.jvp, forward_ad); with "
+            "attn_implementation='sdpa' there is one"
+        )
+
+
 def alive(x: Tensor) -> Tensor:
     """x itself, also where it was kept from within a function transform that has ended: kernels need its memory."""
     return torch._C._functorch.unwrap_if_dead(x)  # type: ignore[no-any-return]
