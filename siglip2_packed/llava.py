@@ -80,7 +80,8 @@ class SigLip2NaflexVisionTower(nn.Module):
         cuda_graphs: have packs run in CUDA graphs, forward and backward, where that is possible; see
             `graphs.CUDAGraphs`. Also read from `vision_tower_cfg`, as `mm_vision_cuda_graphs`.
         batch_invariant: an image's features are the same to the bit whatever images it is encoded with, or a
-            ValueError; see `Siglip2PackedVisionModel`. Also `mm_vision_batch_invariant`.
+            ValueError; see `Siglip2PackedVisionModel`. Also `mm_vision_batch_invariant`. Of a tower with weights it is
+            `vision_tower.config.batch_invariant` that counts.
 
     Built inside a VLM's `from_pretrained`, delayed or not, the tower has its weights from the VLM's checkpoint; only
     those that are not in there begin as `vision_tower`'s.
