@@ -113,6 +113,20 @@ def test_without_simplejpeg_it_is_pillow(monkeypatch):
     assert jpeg.decoder.__wrapped__() == "Pillow"
 
 
+def test_a_simplejpeg_that_cannot_be_imported_is_said_once(monkeypatch, caplog, tmp_path):
+    (tmp_path / "simplejpeg.py").write_text("raise ValueError('numpy.dtype size changed')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "simplejpeg", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert jpeg.decoder.__wrapped__() == "Pillow"
+    assert caplog.messages == ["simplejpeg cannot be used (numpy.dtype size changed): Pillow decodes"]
+
+
+def test_the_comparison_is_no_matter_of_the_user_s_limit(simplejpeg, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert jpeg.decoder.__wrapped__() == "simplejpeg"
+
+
 def test_a_setting_that_means_nothing_is_refused():
     with pytest.raises(ValueError, match="decode must be one of 'exact', 'scaled', 'gpu', got 'fast'"):
         Siglip2PackedImageProcessor(decode="fast")
