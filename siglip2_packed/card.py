@@ -64,8 +64,11 @@ class Jpeg(NamedTuple):
         return self.stored[0] * self.stored[1]
 
 
-def plain_jpeg(source: Source) -> Jpeg | None:
+def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Jpeg | None:
     """The file, if it is a JPEG for the card: grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not cut short.
+
+    Args:
+        do_convert_rgb: the processor's; False leaves a grey file to the exact way, which refuses it.
 
     Raises:
         ValueError: it is no image that can be read.
@@ -74,7 +77,8 @@ def plain_jpeg(source: Source) -> Jpeg | None:
     if not again:  # an image that is decoded already, pixels, a stream that can be read once
         return None
     with opened(source) as image:
-        if image.format != "JPEG" or not _known(image):
+        refused = image.mode != "RGB" and do_convert_rgb is False
+        if image.format != "JPEG" or refused or not _known(image):
             return None
         turn, file = transposition(image), image.fp  # type: ignore[attr-defined]
         scan = file.tell()  # Pillow has read up to here

@@ -207,7 +207,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
 
         def read(frame: Frame, whole: bool = gpu is None) -> _Patches | card.Jpeg | ValueError:
             try:
-                file = None if whole else card.plain_jpeg(frame.source)
+                file = None if whole else card.plain_jpeg(frame.source, self.do_convert_rgb)
                 return self._read(frame, input_data_format) if file is None else file
             except ValueError as error:
                 if on_error == "skip":

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
 from siglip2_packed.cli import main
+from siglip2_packed.collection.cut import cut
+from siglip2_packed.collection.decode import decoded
 
 CPU = torch.device("cpu")
 
@@ -102,6 +104,15 @@ def test_errors_are_those_of_the_exact_way():
         on_cpu()[0]([PLAIN["grey"], BROKEN["cut"]])
     empty = on_cpu()[0]([])
     assert (empty["pixel_values"].shape, empty["grid_thw"].shape) == ((0, 768), (0, 3))
+
+
+def test_grey_files_are_refused_where_they_are_not_to_be_converted():
+    processor, on_card = on_cpu(do_convert_rgb=False, max_num_patches=6)
+    with pytest.raises(ValueError, match=r"^image 1: mode L is not RGB, and do_convert_rgb=False"):
+        processor([PLAIN["progressive"], PLAIN["grey"]])
+    assert len(processor([PLAIN["progressive"]])["grid_thw"]) == on_card.decoded == 1
+    (found,) = cut([decoded(processor, 0, "grey.jpg", PLAIN["grey"])], processor, on_card)
+    assert found.error == "mode L is not RGB, and do_convert_rgb=False"
 
 
 def test_what_the_card_refuses_is_read_the_exact_way(caplog):

@@ -205,7 +205,7 @@ def test_align_says_how_far_features_move(checkpoint, tmp_path, capsys, monkeypa
     if how == "scaled":  # decoded whole
         photograph((20, 20)).save(file)
     else:
-        monkeypatch.setattr(card, "plain_jpeg", lambda source: None)
+        monkeypatch.setattr(card, "plain_jpeg", lambda *_: None)
     assert main(["align", *flags, "--images", str(file)]) == 1
     assert "nothing to compare: every file has its exact pixels" in capsys.readouterr().out
 

@@ -232,7 +232,8 @@ def decoded(
     if isinstance(entry, ValueError):
         return DecodedImage(ordinal, name, error=one_line(entry))
     try:
-        jpeg = plain_jpeg(entry) if processor.decode == "gpu" and not exactly else None
+        by_card = processor.decode == "gpu" and not exactly
+        jpeg = plain_jpeg(entry, processor.do_convert_rgb) if by_card else None
         if jpeg is not None:
             return DecodedImage(ordinal, name, processor.grid(*jpeg.size), jpeg=jpeg)
         patches, grid = processor.read(entry)
