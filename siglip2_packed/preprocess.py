@@ -261,6 +261,8 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
     def read(self, source: Source) -> tuple[np.ndarray, tuple[int, int]]:
         """One image -> (`[h·w, P]` uint8 patches, (h, w)), resized and cut; `normalize` does the rest, where it likes.
 
+        On the host, with `decode="gpu"` the exact way.
+
         Raises:
             ValueError: with the reason why it cannot be used.
         """

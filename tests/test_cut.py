@@ -1,5 +1,6 @@
 """Collections whose JPEG files are decoded on the card, or at a scale: every row of its image, recorded as such."""
 
+import io
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection.cut import cut
 from siglip2_packed.collection.decode import DecodingProcesses, decode, decoding_pool
+from siglip2_packed.inspection.decoding import jpegs
 from siglip2_packed.ray_data import Siglip2PackedEncoder
 
 FILES = {**PLAIN, **BROKEN, **OTHER, **ODD}
@@ -217,6 +219,22 @@ def test_align_fails_on_pixels_of_another_picture(checkpoint, tmp_path, capsys, 
     flags = ["--ckpt", str(checkpoint()), "--device", "cpu", "--images", str(tmp_path / "photo.jpg")]
     assert main(["align", *flags, "--decode", "scaled"]) == 1
     assert "1 of " in capsys.readouterr().out
+
+
+def test_long_images_are_enlarged_to_what_a_jpeg_file_holds(tmp_path):
+    Image.new("RGB", (1, 600)).save(tmp_path / "tall.png")
+    Image.new("RGB", (20, 15)).save(tmp_path / "plain.png")
+    found = jpegs([tmp_path / "tall.png", tmp_path / "plain.png"], enlarge=True)
+    sizes = {name: Image.open(io.BytesIO(data)).size for name, data in found}
+    assert sizes == {
+        "tall.png": (1, 600),
+        "tall.png, 7 megapixels": (109, 65500),
+        "plain.png": (20, 15),
+        "plain.png, 12 megapixels": (4000, 3000),
+    }
+    Image.new("L", (65501, 1)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide\.png: 65501x1; a JPEG file has at most 65500 pixels a side"):
+        next(jpegs([tmp_path / "wide.png"], enlarge=False))
 
 
 def test_align_needs_files_and_a_card(checkpoint, tmp_path, capsys):

@@ -22,22 +22,30 @@ RELATIVE, COSINE = 8.6e-3, 0.9995
 """Bounds of `scaled` and `gpu`: what bfloat16 moves features by, and the worst token."""
 LARGE = 12e6
 """Pixels of a photo."""
+LONGEST = 65500
+"""Pixels a side of a JPEG file, as libjpeg writes one."""
 
 
 def jpegs(files: Sequence[Path], enlarge: bool) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each file, as a JPEG: itself if it is one.
 
     Args:
-        enlarge: and of each at 12 megapixels, which a scale of its own is for.
+        enlarge: and of each at 12 megapixels, which a scale of its own is for; fewer if a side would be too long.
+
+    Raises:
+        ValueError: an image that no JPEG file holds, by name.
     """
     for file in files:
         data = file.read_bytes()
         image = to_rgb(open_upright(data)[0], None)
-        yield file.name, data if data.startswith(b"\xff\xd8") else _coded(image)
+        coded = data.startswith(b"\xff\xd8")
+        if not coded and max(image.size) > LONGEST:
+            raise ValueError(f"{file}: {image.width}x{image.height}; a JPEG file has at most {LONGEST} pixels a side")
+        yield file.name, data if coded else _coded(image)
         if enlarge:
-            factor = math.sqrt(LARGE / (image.width * image.height))
-            size = round(image.width * factor), round(image.height * factor)
-            yield f"{file.name}, 12 megapixels", _coded(image.resize(size, Image.Resampling.BICUBIC))
+            factor = min(math.sqrt(LARGE / (image.width * image.height)), LONGEST / max(image.size))
+            large = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+            yield f"{file.name}, {large.width * large.height / 1e6:.0f} megapixels", _coded(large)
 
 
 def _coded(image: Image.Image) -> bytes:
