@@ -32,6 +32,9 @@ from siglip2_packed.graphs import replayed
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
+NO_ZEROS_AT_END = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8")
+"""How JPEG, PNG and GIF files begin."""
+
 
 class Siglip2PackedEncoder:
     """A batch with a column of images -> the same rows with their features in place of it.
@@ -129,11 +132,12 @@ class Siglip2PackedEncoder:
 def cells(column: Any) -> list[Any]:
     """What each row holds. Ray stacks arrays of one shape: images of one size come as `[N, h, w, c]`.
 
-    NumPy takes zeros at the end of bytes for padding; they are put back, up to the longest of the batch.
+    NumPy takes zeros at the end of bytes for padding; they are put back, up to the longest of the batch. Not behind
+    files that end in something else: one cut short would be read as if it were whole.
     """
     if getattr(column, "ndim", 1) > 1:
         return list(column)
     values = column.tolist()
     if getattr(column.dtype, "kind", "") == "S":
-        values = [value.ljust(column.dtype.itemsize, b"\0") for value in values]
+        values = [v if v.startswith(NO_ZEROS_AT_END) else v.ljust(column.dtype.itemsize, b"\0") for v in values]
     return values

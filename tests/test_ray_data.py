@@ -115,6 +115,18 @@ def test_bytes_that_end_in_zeros(checkpoint):
     assert encoder({"bytes": np.array(files)})["error"].tolist() == ["", ""]
 
 
+def test_files_cut_short_are_errors_whatever_else_is_in_the_batch(checkpoint):
+    encoder = Siglip2PackedEncoder(checkpoint(), device="cpu", patch_budget=64, workers=1)
+    noise = Image.effect_noise((40, 40), 90)
+    for kind in ("JPEG", "PNG", "GIF"):
+        file = io.BytesIO()
+        noise.save(file, kind)
+        whole = file.getvalue()
+        for batch in (np.array([whole[:-200], whole]), np.array([whole[:-200], whole], object)):
+            cut, error = encoder({"bytes": batch})["error"]
+            assert "truncated" in cut and error == "", kind
+
+
 def test_local_ray(checkpoint, photos, monkeypatch):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
