@@ -137,7 +137,8 @@ class PackedPatches(BatchFeature):
 
     def pin_memory(self) -> PackedPatches:
         for name in ("pixel_values", *self._own_tensors()):
-            self[name] = self[name].pin_memory()
+            if self[name].device.type == "cpu":  # patches that a card has decoded are there
+                self[name] = self[name].pin_memory()
         return self
 
     def _own_tensors(self) -> list[str]:

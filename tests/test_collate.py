@@ -98,3 +98,10 @@ def test_dataloader_pins_patches_and_other_fields_not_the_metadata(monkeypatch):
     assert isinstance(result, PackedPatches)
     assert [tensor is expected for tensor, expected in zip(pinned, (rows, label), strict=True)] == [True, True]
     assert result["pixel_values"] is not rows and result["label"] is not label
+
+
+def test_what_is_on_a_device_is_not_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail(f"pinned on {tensor.device}"))
+    packed = PackedPatches(torch.zeros(6, 48), [(1, 2, 3)])
+    packed["pixel_values"] = packed["pixel_values"].to("meta")
+    assert packed.pin_memory()["pixel_values"].is_meta
