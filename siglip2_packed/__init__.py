@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from siglip2_packed.version import __version__
 
 if TYPE_CHECKING:
+    from siglip2_packed.collection.load import load_features
     from siglip2_packed.llava import SigLip2NaflexImageProcessor, SigLip2NaflexVisionTower, encode_images
     from siglip2_packed.llava_fixed import SigLipImageProcessor, SigLipVisionTower
     from siglip2_packed.modeling import NoPoolingHead, Siglip2NaflexPacking, Siglip2PackedVisionModel
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "convert_to_packing_format",
     "encode_images",
+    "load_features",
     "pack",
     "pad",
     "replace_vision_tower",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "collection.load": ("load_features",),
     "llava": ("SigLip2NaflexImageProcessor", "SigLip2NaflexVisionTower", "encode_images"),
     "llava_fixed": ("SigLipImageProcessor", "SigLipVisionTower"),
     "modeling": ("NoPoolingHead", "Siglip2NaflexPacking", "Siglip2PackedVisionModel"),

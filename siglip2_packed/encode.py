@@ -29,7 +29,7 @@ from tqdm import tqdm
 from siglip2_packed.card import Card
 from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import cores, decoding_pool
-from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode
+from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.parquet import import_pyarrow
@@ -139,14 +139,14 @@ def encode_inputs(
                 meter=meter,
                 card=card,
             )
-            yield from watched(images, progress, meter)
+            yield from watched(of_unit_length(images) if args.normalize else images, progress, meter)
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
             if is_one_file(out):
                 described = {"ckpt": args.ckpt, "dtype": args.dtype, "max_num_patches": processor.max_num_patches}
-                described |= {"decode": processor.decode, **invariant}
+                described |= {"decode": processor.decode, "normalize": args.normalize, **invariant}
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
                 how: Any = {"resume": args.resume, "retry_errors": args.retry_errors}
@@ -296,6 +296,7 @@ def run_settings(args: argparse.Namespace, processor: Siglip2PackedImageProcesso
         "shard_size": args.shard_size,
         "format": args.format,
         "kept": kept(args),
+        "normalize": args.normalize,
         "dtype": args.dtype,
         "save_dtype": str(save_dtype(args)).removeprefix("torch."),
         **processor.to_dict(),
@@ -315,6 +316,8 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
     if not (args.patches or args.pooled):
         raise ValueError("--no-patches without --pooled: nothing to write")
+    if args.normalize and not args.pooled:
+        raise ValueError("--normalize is of pooled vectors: give --pooled")
     if args.format in ("parquet", "arrow"):
         import_pyarrow()
     for flag, value in (("--shard-size", args.shard_size), ("--workers", args.workers)):

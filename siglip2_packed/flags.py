@@ -152,6 +152,7 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=given, metavar="DIR", help="folder to write shards to; or one .safetensors file")
     add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")
+    add("--normalize", action="store_true", help="pooled vectors of unit length, as search takes them")
     add("--patches", action=argparse.BooleanOptionalAction, default=True, help="the features of all patches (yes)")
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N",

@@ -8,6 +8,7 @@
     run.py        which shards a process writes, and what the files of a run vouch for: the rule is there
                   plan.py: what is there and what is missing; identity.py: what a row depends on
                   lock.py: one run a folder; ranks.py: the processes of one run
+    load.py       the folder of a finished run  ->  names, vectors, the patches of an image
 
 `encode.py` is the command; `ray_data.py` takes decode and features to a cluster. Nothing here imports either.
 """

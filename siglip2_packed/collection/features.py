@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from siglip2_packed.card import Card
@@ -240,6 +241,12 @@ def clock(device: torch.device) -> Callable[[], Callable[[], float]]:
             return lambda: seconds
 
     return stop
+
+
+def of_unit_length(images: Iterable[EncodedImage]) -> Iterator[EncodedImage]:
+    """Divides pooled vectors by their length, in float32, each on its own: it does not depend on the pack."""
+    for image in images:
+        yield image if image.pooled is None else image._replace(pooled=F.normalize(image.pooled.float(), dim=0))
 
 
 def halted(images: Iterable[Image]) -> Iterator[Image]:

@@ -71,9 +71,13 @@ def read_part(output: Output, number: int) -> list[Row] | None:
 
 
 def parsed(rows: bytes) -> list[Row]:
+    return [Row(*row) for row in csv_rows(rows)]
+
+
+def csv_rows(table: bytes) -> list[list[str]]:
     limit = csv.field_size_limit(1 << 30)  # csv's own is less than what a line of a list may be
     try:
-        return [Row(*row) for row in csv.reader(io.StringIO(rows.decode("utf-8", "surrogateescape"), newline=""))]
+        return list(csv.reader(io.StringIO(table.decode("utf-8", "surrogateescape"), newline="")))
     finally:
         csv.field_size_limit(limit)
 

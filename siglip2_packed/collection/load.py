@@ -1,0 +1,222 @@
+"""A finished run's folder -> names and features, whatever its format: the way back from disk.
+
+N images, n rows of a shard, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from siglip2_packed.collection.identity import run_digest
+from siglip2_packed.collection.parquet import import_pyarrow
+from siglip2_packed.collection.parts import csv_rows, read_part
+from siglip2_packed.collection.plan import listed
+from siglip2_packed.collection.run import RECORD, read_run
+from siglip2_packed.collection.shards import Output, tensor_names
+
+
+def load_features(folder: str | os.PathLike) -> Features:
+    """What `siglip2-packed encode` has written: names, pooled vectors, and the patches of each image.
+
+    Tensors are mapped from the shards of safetensors, npy and Arrow, and read when they are touched; Parquet is decoded
+    a shard at a time. Their dtype is the one saved, bfloat16 included. Writing to them changes no file.
+
+    Args:
+        folder: `--out` of a run that came to its end.
+
+    Returns:
+        Features of N images, in the order of index.csv:
+
+        - `names`: N strings.
+        - `pooled`: `[N, D]`; of one shard a view of the file, of several copied into memory. Not of unit length, unless
+          `encode --normalize` wrote them.
+        - `patches(name)`: `[h·w, D]` of an image, a view of the file.
+        - `grid(name)`: its (h, w) in patches.
+        - `blocks(size)`: `pooled` in pieces, for more than memory holds.
+        - `run`: run.json, what all rows were computed with.
+
+    Raises:
+        FileNotFoundError: no such folder, or none that encode wrote.
+        ValueError: a run that is not finished or of another version; asked for, features that were not kept, an image
+            that there is not, a shard that is not as the run wrote it.
+
+    Example:
+        >>> from siglip2_packed import load_features
+        >>> from siglip2_packed.cli import main
+        >>> main("encode photos --ckpt CKPT --out vectors --pooled --no-patches".split())  # doctest: +ELLIPSIS
+        wrote vectors: 2 images...
+        0
+        >>> features = load_features("vectors")
+        >>> features.names
+        ['photos/a.jpg', 'photos/b.jpg']
+        >>> features.pooled.shape
+        torch.Size([2, 64])
+    """
+    return Features(Path(folder))
+
+
+class Features:
+    """See `load_features`."""
+
+    def __init__(self, folder: Path):
+        self.run = finished_run(folder)
+        self.output = Output(folder, self.run["format"], tensor_names(self.run["kept"]), run_digest(self.run))
+        index, errors = table(folder / "index.csv"), table(folder / "errors.csv")
+        if len(index) + len(errors) != self.run["inputs"]:
+            raise ValueError(unfinished(folder))
+        self.names = [name for name, *_ in index]
+        self.errors = dict(errors)
+        self._grids = [grid for *_, grid in index]
+        self._shards = np.array([int(re.findall(r"\d+", shard)[0]) for _, shard, *_ in index], np.int64)
+        self._rows = np.array([row for _, _, row, _ in index], np.int64)
+        self._tensor = lru_cache(2)(self._read)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"Features: {' and '.join(self.run['kept'])} of {len(self)} images in {str(self.output.folder)!r}"
+
+    @cached_property
+    def pooled(self) -> Tensor:
+        """`[N, D]`"""
+        blocks = list(self.blocks(max(1, len(self))))
+        if len(blocks) == 1 and (blocks[0][0].diff() == 1).all():
+            return blocks[0][1]
+        pooled = torch.empty(len(self), self._width, dtype=getattr(torch, self.run["save_dtype"]))
+        for images, vectors in blocks:
+            pooled[images] = vectors
+        return pooled
+
+    def blocks(self, size: int = 1 << 16) -> Iterator[tuple[Tensor, Tensor]]:
+        """(which images, their pooled vectors): `[n]` int64, places in `names`, and `[n, D]`, n at most `size`."""
+        self._need("pooled", "without --pooled")
+        for number, images in self._by_shard.items():
+            pooled, places = self._tensor(number, "pooled"), torch.from_numpy(images)
+            yield from zip(places.split(size), pooled.split(size))
+
+    def grid(self, name: str) -> tuple[int, int]:
+        """(h, w) of an image, in patches."""
+        return self._area(self._find(name))
+
+    def patches(self, name: str) -> Tensor:
+        """`[h·w, D]` of an image."""
+        self._need("patches", "with --no-patches")
+        image = self._find(name)
+        number, row = int(self._shards[image]), int(self._rows[image])
+        before = sum(math.prod(self._area(other)) for other in self._by_shard[number][:row])
+        return self._tensor(number, "patches")[before : before + math.prod(self._area(image))]
+
+    @property
+    def _width(self) -> int:
+        return self.run["tower"]["hidden_size"]
+
+    @cached_property
+    def _by_shard(self) -> dict[int, np.ndarray]:
+        """Which images the rows of each shard are."""
+        order = np.lexsort((self._rows, self._shards))
+        numbers, begin = np.unique(self._shards[order], return_index=True)
+        return dict(zip(numbers.tolist(), np.split(order, begin[1:])))
+
+    @cached_property
+    def _images(self) -> dict[str, int]:
+        return {name: image for image, name in enumerate(self.names)}
+
+    def _find(self, name: str) -> int:
+        if name in self._images:
+            return self._images[name]
+        if name in self.errors:
+            raise ValueError(f"{name!r} could not be read: {self.errors[name]}")
+        alike = [other for other in self.names if Path(other).name == Path(name).name]
+        hint = f": {listed(alike)} is" if alike else f", the first of which is {self.names[0]!r}" if self.names else ""
+        raise ValueError(f"{name!r} is not among the {len(self)} images in {str(self.output.folder)!r}{hint}")
+
+    def _area(self, image: int) -> tuple[int, int]:
+        _, h, w = map(int, self._grids[image].split("x"))
+        return h, w
+
+    def _need(self, kept: str, how: str) -> None:
+        if kept not in self.run["kept"]:
+            raise ValueError(f"{str(self.output.folder)!r} holds no {kept}: it was encoded {how}")
+
+    def _read(self, number: int, name: str) -> Tensor:
+        """A tensor of a shard, once its part has vouched for it and for the index."""
+        part = read_part(self.output, number) or []
+        images = self._by_shard[number].tolist()
+        listed_rows = [(self.names[i], str(self._rows[i]), self._grids[i]) for i in images]
+        if [(row.input, row.row, row.grid) for row in part if not row.error] != listed_rows:
+            raise ValueError(
+                f"{self.output.folder / self.output.shard(number)} is not as index.csv and .parts say: it was changed, "
+                "lost or copied without them. encode --resume makes it again"
+            )
+        files = dict(zip(self.output.kept, self.output.files(number)))
+        return READ[self.output.fmt](files.get(name, files["grid_thw"]), name, self._width)
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    """run.json of a run that came to its end."""
+    run = read_run(folder)
+    if not run:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no run.json: it is no folder that `siglip2-packed encode` wrote"
+        )
+    if run.get("record") != RECORD:
+        raise ValueError(f"the run in {str(folder)!r} is of another version of siglip2-packed: encode again")
+    if not (folder / "index.csv").exists() or not (folder / "errors.csv").exists():
+        raise ValueError(unfinished(folder))
+    return run
+
+
+def unfinished(folder: Path) -> str:
+    return f"the run in {str(folder)!r} is not finished: encode --resume goes on with it"
+
+
+def table(path: Path) -> list[list[str]]:
+    """Its rows, without the header."""
+    return csv_rows(path.read_bytes())[1:]
+
+
+def of_safetensors(path: Path, name: str, width: int) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def of_npy(path: Path, name: str, width: int) -> Tensor:
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def of_arrow(path: Path, name: str, width: int) -> Tensor:
+    pa = import_pyarrow()
+    file = np.memmap(path, np.uint8, "c")
+    values = numbers(pa.ipc.open_file(pa.py_buffer(file)).read_all()[name])
+    begin = values.ctypes.data - file.ctypes.data  # pyarrow's own view may not be written to, not even in memory
+    return torch.from_numpy(file[begin : begin + values.nbytes].view(values.dtype)).view(-1, width)
+
+
+def of_parquet(path: Path, name: str, width: int) -> Tensor:
+    pa = import_pyarrow()
+    return torch.from_numpy(numbers(pa.parquet.read_table(path, columns=[name])[name]).copy()).view(-1, width)
+
+
+READ = {"safetensors": of_safetensors, "npy": of_npy, "arrow": of_arrow, "parquet": of_parquet}
+"""(file, tensor, D) -> `[rows, D]`."""
+
+
+def numbers(column: Any) -> np.ndarray:
+    """Those of a column of lists, of lists of lists, end to end."""
+    pa = import_pyarrow()
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    while pa.types.is_nested(array.type):
+        array = array.flatten()
+    return array.to_numpy()
