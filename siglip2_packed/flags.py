@@ -195,6 +195,19 @@ def random_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("random_checkpoint"))
 
 
+def search(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("features", metavar="DIR", help="what encode --pooled has written")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--text", type=given, help="words; the checkpoint has to have a text tower and a tokenizer")
+    asked.add_argument("--image", type=given, metavar="FILE", help="an image, of the collection or not")
+    add("--ckpt", type=given, help="checkpoint that encode was given: a folder or a hub id (as run.json says)")
+    add("--top", type=int, default=20, metavar="N", help="how many images (20)")
+    add("--html", metavar="FILE", help="also write a contact sheet: thumbnails and cosines on one page")
+    add("--device", help="device to run on (cuda if there is one, else cpu)")
+    parser.set_defaults(run=later("search"))
+
+
 def show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, or folders to walk for images")
     add_model_flags(parser, dtype="dtype of the model")

@@ -67,7 +67,7 @@ def load_text_tower(ckpt: str, device: torch.device, dtype: torch.dtype = torch.
     heads = read_tensors(ckpt, ("text_model.head.weight",))
     missing = ["text_model.*"] * (not heads) + [name for name in ("logit_scale", "logit_bias") if name not in logits]
     if missing:
-        raise ValueError(f"{ckpt!r} cannot score text: {', '.join(missing)} missing; zero-shot takes a full checkpoint")
+        raise ValueError(f"{ckpt!r} cannot score text: {', '.join(missing)} missing; a full checkpoint is needed")
     if not any(find_file(ckpt, name) for name in TOKENIZER_FILES):
         raise FileNotFoundError(f"{ckpt!r} has a text tower but no tokenizer (no {' or '.join(TOKENIZER_FILES)})")
     with _without_load_report():
@@ -100,13 +100,18 @@ def _without_load_report() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises ValueError for what no tokenizer reads."""
+    for text in texts:
+        if text != text.encode("utf-8", "replace").decode():
+            raise ValueError(f"{text!r} is not UTF-8, which the tokenizer reads")
+
+
 def run(args: argparse.Namespace) -> int:
     if "{}" not in args.template:
         raise ValueError(f"--template {args.template!r} has no {{}} for the label to go")
     texts = [args.template.replace("{}", label) for label in args.labels]
-    for text in texts:
-        if text != text.encode("utf-8", "replace").decode():
-            raise ValueError(f"{text!r} is not UTF-8, which the tokenizer reads")
+    check_texts(texts)
     files = image_files(args.images)
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
 

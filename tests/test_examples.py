@@ -11,6 +11,8 @@ import torch
 from documents import ROOT, furnish
 from PIL import Image
 
+from siglip2_packed import cli
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CKPT = ("--ckpt", "CKPT")
 
@@ -42,19 +44,27 @@ def test_each_is_short_and_has_a_test():
     assert len(EXAMPLES) >= 5
 
 
-def test_a_photograph_is_most_like_itself(run):
-    lines = run("search_photos", "photos", "--like", "photos/b.jpg")
+@pytest.fixture(scope="module")
+def features(folder):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert cli.main(["encode", "photos", *CKPT, "--out", "features", "--pooled", "--no-patches"]) == 0
+    return "features"
+
+
+def test_a_photograph_is_most_like_itself(run, features):
+    lines = run("search_photos", features, "--like", "photos/b.jpg")
     assert lines[0] == "1.000  photos/b.jpg"
     assert len(lines) == 2 and lines[1].endswith("photos/a.jpg")
 
 
-def test_a_query_that_cannot_be_read_is_named(run):
+def test_a_query_that_cannot_be_read_is_named(run, features):
     with pytest.raises(ValueError, match=r"nope\.jpg"):
-        run("search_photos", "photos", "--like", "nope.jpg")
+        run("search_photos", features, "--like", "nope.jpg")
 
 
-def test_words_find_photographs(run):
-    (line,) = run("search_photos", ".", "--text", "a cat", "--top", "1")
+def test_words_find_photographs(run, features):
+    (line,) = run("search_photos", features, "--text", "a cat", "--top", "1")
     assert -1 <= float(line.split()[0]) <= 1
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from siglip2_packed.collection.identity import run_digest
 from siglip2_packed.collection.parquet import import_pyarrow
-from siglip2_packed.collection.parts import csv_rows, read_part
+from siglip2_packed.collection.parts import Row, csv_rows, read_part
 from siglip2_packed.collection.plan import listed
 from siglip2_packed.collection.run import RECORD, read_run
 from siglip2_packed.collection.shards import Output, tensor_names
@@ -99,9 +99,9 @@ class Features:
             pooled[images] = vectors
         return pooled
 
-    def blocks(self, size: int = 1 << 16) -> Iterator[tuple[Tensor, Tensor]]:
+    def blocks(self, size: int = 1 << 14) -> Iterator[tuple[Tensor, Tensor]]:
         """(which images, their pooled vectors): `[n]` int64, places in `names`, and `[n, D]`, n at most `size`."""
-        self._need("pooled", "without --pooled")
+        self.require("pooled")
         for number, images in self._by_shard.items():
             pooled, places = self._tensor(number, "pooled"), torch.from_numpy(images)
             yield from zip(places.split(size), pooled.split(size))
@@ -112,11 +112,21 @@ class Features:
 
     def patches(self, name: str) -> Tensor:
         """`[h·w, D]` of an image."""
-        self._need("patches", "with --no-patches")
+        self.require("patches")
         image = self._find(name)
         number, row = int(self._shards[image]), int(self._rows[image])
         before = sum(math.prod(self._area(other)) for other in self._by_shard[number][:row])
         return self._tensor(number, "patches")[before : before + math.prod(self._area(image))]
+
+    def require(self, kept: str) -> None:
+        """Raises ValueError unless the run kept these: "pooled", "patches"."""
+        if kept not in self.run["kept"]:
+            how = {"pooled": "without --pooled", "patches": "with --no-patches"}[kept]
+            raise ValueError(f"{str(self.output.folder)!r} holds no {kept}: it was encoded {how}")
+
+    def stamp(self, image: int) -> str:
+        """The state in which the image of this place in `names` was encoded, see `identity.stamp`."""
+        return self._part(int(self._shards[image]))[int(self._rows[image])].stamp
 
     @property
     def _width(self) -> int:
@@ -146,20 +156,19 @@ class Features:
         _, h, w = map(int, self._grids[image].split("x"))
         return h, w
 
-    def _need(self, kept: str, how: str) -> None:
-        if kept not in self.run["kept"]:
-            raise ValueError(f"{str(self.output.folder)!r} holds no {kept}: it was encoded {how}")
-
-    def _read(self, number: int, name: str) -> Tensor:
-        """A tensor of a shard, once its part has vouched for it and for the index."""
-        part = read_part(self.output, number) or []
-        images = self._by_shard[number].tolist()
-        listed_rows = [(self.names[i], str(self._rows[i]), self._grids[i]) for i in images]
-        if [(row.input, row.row, row.grid) for row in part if not row.error] != listed_rows:
+    def _part(self, number: int) -> list[Row]:
+        """The rows of a shard, vouched for by its part, which says the same as the index."""
+        found = [row for row in read_part(self.output, number) or [] if not row.error]
+        rows = [(self.names[i], str(self._rows[i]), self._grids[i]) for i in self._by_shard[number].tolist()]
+        if [(row.input, row.row, row.grid) for row in found] != rows:
             raise ValueError(
                 f"{self.output.folder / self.output.shard(number)} is not as index.csv and .parts say: it was changed, "
                 "lost or copied without them. encode --resume makes it again"
             )
+        return found
+
+    def _read(self, number: int, name: str) -> Tensor:
+        self._part(number)
         files = dict(zip(self.output.kept, self.output.files(number)))
         return READ[self.output.fmt](files.get(name, files["grid_thw"]), name, self._width)
 

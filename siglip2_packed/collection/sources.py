@@ -14,11 +14,12 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from siglip2_packed.collection.arrow import ARROW, Arrow
-from siglip2_packed.collection.identity import stamp
+from siglip2_packed.collection.identity import same, stamp
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 from siglip2_packed.collection.tar import Tar, is_compressed
 from siglip2_packed.collection.walk import (
@@ -163,6 +164,36 @@ def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, b
         parts += found
         skipped.update(finder.skipped)
     return Inputs(parts, skipped)
+
+
+def find_again(name: str, stamp: str, column: str | None = None) -> str | bytes:
+    """The path or the bytes of an input that was encoded, by its name.
+
+    Args:
+        stamp: the state it was in, see `identity.stamp`.
+        column: the image column of tables, as `find_inputs` was given it.
+
+    Raises:
+        ValueError: it is not there any more, in another state, or cannot be read.
+        OSError: what holds it cannot be opened.
+    """
+    holders = [name[:i] for i, letter in enumerate(name) if letter == "#"]
+    path = next(filter(os.path.isfile, [name, *holders]), None)
+    if path is None:
+        raise ValueError("not there any more")
+    inputs = _inputs_of(path, column)
+    for ordinal, other in enumerate(inputs.names()):
+        if other == name and same(stamp, inputs.stamp(ordinal)):
+            entry = next(inputs.read(ordinal, ordinal + 1)).entry
+            if isinstance(entry, ValueError):
+                raise entry
+            return entry
+    raise ValueError("changed since it was encoded")
+
+
+@lru_cache(4)
+def _inputs_of(path: str, column: str | None) -> Inputs:
+    return find_inputs([path], column)
 
 
 def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
