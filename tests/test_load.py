@@ -127,12 +127,14 @@ def test_what_is_missing_is_named(finished, checkpoint, photos, tmp_path):
         load_features(tmp_path / "vectors").patches(str(photos / GOOD[0]))
 
 
-@pytest.mark.parametrize("damage", ["index", "more inputs", "torn", "swapped", "without parts", "version"])
+@pytest.mark.parametrize("damage", ["index", "cut index", "more inputs", "torn", "swapped", "without parts", "version"])
 def test_a_folder_that_is_not_what_it_says(finished, tmp_path, damage):
     out = shutil.copytree(finished, tmp_path / "out")
     first, second = sorted(out.glob("shard-*"))[:2]
     if damage == "index":
         (out / "index.csv").unlink()
+    elif damage == "cut index":
+        (out / "index.csv").write_bytes((out / "index.csv").read_bytes()[:-9])
     elif damage in ("more inputs", "version"):
         old, new = ('"inputs": 15', '"inputs": 16') if damage == "more inputs" else ('"record": 2', '"record": 1')
         text = (out / "run.json").read_text()
@@ -145,7 +147,8 @@ def test_a_folder_that_is_not_what_it_says(finished, tmp_path, damage):
     else:
         shutil.rmtree(out / ".parts")
     unfinished = damage in ("index", "more inputs")
-    message = "is not finished" if unfinished else "another version" if damage == "version" else f"{first.name} is not"
+    messages = {"cut index": "row 12 has 3 columns", "version": "another version"}
+    message = "is not finished" if unfinished else messages.get(damage, f"{first.name} is not")
     with pytest.raises(ValueError, match=message):
         load_features(out).pooled  # noqa: B018
 

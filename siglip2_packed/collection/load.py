@@ -72,13 +72,13 @@ class Features:
     def __init__(self, folder: Path):
         self.run = finished_run(folder)
         self.output = Output(folder, self.run["format"], tensor_names(self.run["kept"]), run_digest(self.run))
-        index, errors = table(folder / "index.csv"), table(folder / "errors.csv")
+        index, errors = table(folder / "index.csv", columns=4), table(folder / "errors.csv", columns=2)
         if len(index) + len(errors) != self.run["inputs"]:
             raise ValueError(unfinished(folder))
         self.names = [name for name, *_ in index]
         self.errors = dict(errors)
         self._grids = [grid for *_, grid in index]
-        self._shards = np.array([int(re.findall(r"\d+", shard)[0]) for _, shard, *_ in index], np.int64)
+        self._shards = np.array([int(re.sub(r"\D", "", shard)) for _, shard, *_ in index], np.int64)
         self._rows = np.array([row for _, _, row, _ in index], np.int64)
         self._tensor = lru_cache(2)(self._read)
 
@@ -91,11 +91,11 @@ class Features:
     @cached_property
     def pooled(self) -> Tensor:
         """`[N, D]`"""
-        blocks = list(self.blocks(max(1, len(self))))
-        if len(blocks) == 1 and (blocks[0][0].diff() == 1).all():
-            return blocks[0][1]
+        self.require("pooled")
+        if [images.tolist() for images in self._by_shard.values()] == [[*range(len(self))]]:
+            return self._tensor(*self._by_shard, "pooled")
         pooled = torch.empty(len(self), self._width, dtype=getattr(torch, self.run["save_dtype"]))
-        for images, vectors in blocks:
+        for images, vectors in self.blocks():
             pooled[images] = vectors
         return pooled
 
@@ -191,9 +191,14 @@ def unfinished(folder: Path) -> str:
     return f"the run in {str(folder)!r} is not finished: encode --resume goes on with it"
 
 
-def table(path: Path) -> list[list[str]]:
-    """Its rows, without the header."""
-    return csv_rows(path.read_bytes())[1:]
+def table(path: Path, columns: int) -> list[list[str]]:
+    """Its rows, without the header. Raises ValueError if one is not whole."""
+    rows = csv_rows(path.read_bytes())
+    for line, row in enumerate(rows, 1):
+        if len(row) != columns:
+            why = f"{len(row)} columns, not {columns}: encode --resume writes it again"
+            raise ValueError(f"{path}: row {line} has {why}")
+    return rows[1:]
 
 
 def of_safetensors(path: Path, name: str, width: int) -> Tensor:
