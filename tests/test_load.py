@@ -81,6 +81,17 @@ def test_inputs_that_came_later_and_before(checkpoint, photos, expected, tmp_pat
         torch.testing.assert_close(tokens, expected[name][0], rtol=1e-5, atol=1e-5)
 
 
+def test_one_shard_in_another_order(checkpoint, photos, expected, tmp_path):
+    out, (a, b, broken) = tmp_path / "out", (photos / name for name in (GOOD[0], GOOD[1], BAD[0]))
+    assert run(checkpoint, [b, a], out, "--pooled", "--no-patches") == 0
+    assert run(checkpoint, [a, b, broken], out, "--pooled", "--no-patches", "--resume") == 0
+    features = load_features(out)
+    assert short(features) == GOOD[:2] and {row["shard"] for row in table(out / "index.csv")} == {
+        "shard-00000.safetensors"
+    }
+    torch.testing.assert_close(features.pooled, torch.stack([expected[name][1] for name in GOOD[:2]]))
+
+
 def test_bfloat16_is_itself_where_the_format_has_it(checkpoint, photos, expected, tmp_path):
     for fmt, dtype in (("safetensors", torch.bfloat16), ("npy", torch.float32)):
         assert run(checkpoint, photos, tmp_path / fmt, *SETTINGS, "--dtype", "bfloat16", "--format", fmt) == 0
