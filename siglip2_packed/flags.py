@@ -173,6 +173,16 @@ def encode(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("encode"))
 
 
+def encode_text(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("texts", nargs="+", metavar="TEXT", help="texts, a vector each")
+    add("--ckpt", required=True, type=given, help="full checkpoint, with text tower and tokenizer: folder or hub id")
+    add("--out", required=True, type=new_file, metavar="FILE", help=".safetensors file to write")
+    add("--normalize", action="store_true", help="vectors of unit length")
+    add("--device", help="device to run on (cuda if there is one, else cpu)")
+    parser.set_defaults(run=later("encode_text"))
+
+
 def plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=int, required=True, metavar="N", help="images of the collection")

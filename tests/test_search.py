@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import io
+import json
 import re
 import shutil
 import tarfile
@@ -11,6 +12,8 @@ import pytest
 import torch
 from encode_runs import GOOD, SETTINGS, image_bytes, run
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from siglip2_packed import load_features, search
 from siglip2_packed.cli import main
@@ -118,6 +121,21 @@ def test_what_cannot_be_searched_is_named(checkpoint, finished, photos, tmp_path
     assert "holds no pooled: it was encoded without --pooled" in capsys.readouterr().err
     assert main(["search", str(tmp_path), "--text", "cat", "--device", "cpu"]) == 2
     assert "holds no run.json" in capsys.readouterr().err
+
+
+def test_texts_are_written(ckpt, tmp_path, capsys):
+    out, texts = tmp_path / "made" / "texts.safetensors", [f"{i} cats" for i in range(65)] + ["“É”"]
+    argv = ["encode-text", *texts, "--ckpt", str(ckpt), "--device", "cpu", "--out"]
+    assert main([*argv, str(out)]) == main([*argv, str(tmp_path / "unit.safetensors"), "--normalize"]) == 0
+    tower = load_text_tower(str(ckpt), torch.device("cpu"))
+    one_by_one = torch.cat([tower.embed([text]) for text in texts])
+    written, unit = load_file(out)["pooled"], load_file(tmp_path / "unit.safetensors")["pooled"]
+    torch.testing.assert_close(written, one_by_one, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unit, written / written.square().sum(dim=1, keepdim=True).sqrt())
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["texts"]) == texts
+    assert main([*argv, str(tmp_path / "x.npy")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
 
 
 class Page(html.parser.HTMLParser):

@@ -180,7 +180,7 @@ def find_again(name: str, stamp: str, column: str | None = None) -> str | bytes:
     holders = [name[:i] for i, letter in enumerate(name) if letter == "#"]
     path = next(filter(os.path.isfile, [name, *holders]), None)
     if path is None:
-        raise ValueError("not there any more")
+        raise ValueError("not there any more" if os.path.isabs(name) else "not found from the working folder")
     inputs = _inputs_of(path, column)
     for ordinal, other in enumerate(inputs.names()):
         if other == name and same(stamp, inputs.stamp(ordinal)):
