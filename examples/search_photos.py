@@ -16,7 +16,6 @@ from siglip2_packed import load_features
 from siglip2_packed.zero_shot import load_text_tower
 
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("features", help="the folder that encode wrote")

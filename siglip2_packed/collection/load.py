@@ -38,7 +38,7 @@ def load_features(folder: str | os.PathLike) -> Features:
     Returns:
         Features of N images, in the order of index.csv:
 
-        - `names`: N strings.
+        - `names`: N strings; `index(name)`: where one of them is.
         - `pooled`: `[N, D]`; of one shard a view of the file, of several copied into memory. Not of unit length, unless
           `encode --normalize` wrote them.
         - `patches(name)`: `[h·w, D]` of an image, a view of the file.
@@ -106,14 +106,24 @@ class Features:
             pooled, places = self._tensor(number, "pooled"), torch.from_numpy(images)
             yield from zip(places.split(size), pooled.split(size))
 
+    def index(self, name: str) -> int:
+        """Its place in `names`, of the first of that name."""
+        if name in self._images:
+            return self._images[name]
+        if name in self.errors:
+            raise ValueError(f"{name!r} could not be read: {self.errors[name]}")
+        alike = [other for other in self.names if Path(other).name == Path(name).name]
+        hint = f": {listed(alike)} is" if alike else f", the first of which is {self.names[0]!r}" if self.names else ""
+        raise ValueError(f"{name!r} is not among the {len(self)} images in {str(self.output.folder)!r}{hint}")
+
     def grid(self, name: str) -> tuple[int, int]:
         """(h, w) of an image, in patches."""
-        return self._area(self._find(name))
+        return self._area(self.index(name))
 
     def patches(self, name: str) -> Tensor:
         """`[h·w, D]` of an image."""
         self.require("patches")
-        image = self._find(name)
+        image = self.index(name)
         number, row = int(self._shards[image]), int(self._rows[image])
         before = sum(math.prod(self._area(other)) for other in self._by_shard[number][:row])
         return self._tensor(number, "patches")[before : before + math.prod(self._area(image))]
@@ -141,16 +151,7 @@ class Features:
 
     @cached_property
     def _images(self) -> dict[str, int]:
-        return {name: image for image, name in enumerate(self.names)}
-
-    def _find(self, name: str) -> int:
-        if name in self._images:
-            return self._images[name]
-        if name in self.errors:
-            raise ValueError(f"{name!r} could not be read: {self.errors[name]}")
-        alike = [other for other in self.names if Path(other).name == Path(name).name]
-        hint = f": {listed(alike)} is" if alike else f", the first of which is {self.names[0]!r}" if self.names else ""
-        raise ValueError(f"{name!r} is not among the {len(self)} images in {str(self.output.folder)!r}{hint}")
+        return {name: image for image, name in reversed([*enumerate(self.names)])}
 
     def _area(self, image: int) -> tuple[int, int]:
         _, h, w = map(int, self._grids[image].split("x"))
