@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from siglip2_packed.collection.decode import cores
-from siglip2_packed.collection.identity import weights_digest
+from siglip2_packed.collection.identity import tower, weights_digest
 from siglip2_packed.collection.load import Features, load_features
 from siglip2_packed.collection.sources import find_again
 from siglip2_packed.flags import DTYPES, pick_device
@@ -56,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def model_of(features: Features, ckpt: str) -> Any:
-    """The model that made the vectors. Raises ValueError if the checkpoint's weights are others."""
+    """The model that made the vectors. Raises ValueError if the checkpoint is another."""
     run = features.run
     model: Any = Siglip2PackedVisionModel.from_pretrained(ckpt, dtype=DTYPES[run["dtype"]])
-    if weights_digest(model.state_dict(), cores()) != run["weights"]:
+    if tower(model.config) != run["tower"] or weights_digest(model.state_dict(), cores()) != run["weights"]:
         raise ValueError(
-            f"the features are those of {run['checkpoint']!r}, with other weights than {ckpt!r}: a cosine between the "
-            "two would mean nothing. Give the checkpoint that encode was given"
+            f"the features are of {run['checkpoint']!r}, whose configuration or weights are not those of {ckpt!r}: a "
+            "cosine between the two would mean nothing. Give the checkpoint that encode was given"
         )
     return model.eval()
 

@@ -92,11 +92,18 @@ def test_blocks_change_nothing(features, monkeypatch):
         search.nearest(stored, query[:, 1:], 5, device)
 
 
-def test_another_checkpoint_is_refused(features, tmp_path, capsys):
-    other = save_random_checkpoint(tmp_path / "other", "tiny", seed=1, full=True)
+@pytest.mark.parametrize("differs", ["weights", "layer_norm_eps"])
+def test_another_checkpoint_is_refused(features, ckpt, tmp_path, capsys, differs):
+    other = tmp_path / "other"
+    if differs == "weights":
+        save_random_checkpoint(other, "tiny", seed=1, full=True)
+    else:
+        config = json.loads((shutil.copytree(ckpt, other) / "config.json").read_text())
+        config["vision_config"]["layer_norm_eps"] = 1e-3
+        (other / "config.json").write_text(json.dumps(config))
     for asked in ("--text=cat", f"--image={tmp_path / 'x.jpg'}"):
         assert main(["search", str(features), asked, "--ckpt", str(other), "--device", "cpu"]) == 2
-        assert "with other weights than" in capsys.readouterr().err
+        assert f"configuration or weights are not those of '{other}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
