@@ -1,15 +1,14 @@
-"""What the attention kernels for Hopper (compute capability 9.0, in Gluon) share.
+"""The tile scheduler of the attention kernels for Hopper (compute capability 9.0, in Gluon), and their pipelines.
 
-Shapes: T rows, H heads, K head_dim.
-
-A tile is 64 rows of a head: 64 lanes and, for K = 72, a tail of 16. The copy engine (TMA) brings it into shared memory
-and fills lanes outside [0, K) and rows outside [0, T) with zeros. Odd heads of K = 72 start in the middle of a 32-byte
-sector: they have the tail in front, from lane -8, so that main tiles are always whole sectors.
+Shapes: S segments, H heads, K head_dim.
 
 A work item is a block of rows of one head of one segment. Thread blocks stay resident and draw items from an atomic
 counter, long segments first, so that lengths may be mixed. In each, one warp (the producer) walks cu_seqlens to find
 the items that it draws, brings their tiles, and tells the warpgroups that compute (the consumers) in a message in
 shared memory which item it is.
+
+Tiles go through pipelines. The n-th has stage n % STAGES, and waits there for phase n // STAGES & 1 of the stage's two
+barriers: the consumers for `full`, the producer, to bring one, for the phase before of `empty`.
 """
 
 import functools
@@ -19,41 +18,58 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from siglip2_packed.ops.runtime.hopper import Tiles, barrier
+from siglip2_packed.ops.runtime.hopper import barrier
 from siglip2_packed.ops.runtime.tracing import capturing
 
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # as TMA writes it: [64 rows, 1 head, lanes]
-TILE_TAIL = gl.constexpr(gl.NVMMASharedLayout(32, 16, 3))
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-ACC_TAIL = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16-byte pieces of rows
-ROWS_TAIL = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
+VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
-def cut(head, K: gl.constexpr):
-    """First lanes of the main tile and of the tail."""
-    odd = head % 2 * ((K - 64) % 16)
-    return odd, 64 - odd * (K // 8)
+def pipeline(STAGES: gl.constexpr, full: gl.constexpr, empty: gl.constexpr):
+    """Barriers `full` and `empty` of each stage, which complete after so many arrivals: [STAGES, 1]."""
+    fulls = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empties = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(fulls.index(i), count=full)
+        mbarrier.init(empties.index(i), count=empty)
+    return fulls, empties
 
 
 @gluon.jit
-def low_part(x, rounded, LOW: gl.constexpr):
-    """`low_order.of`, LOW being the shift; int16."""
-    rounded = rounded.to(gl.float32)
-    low = (x.to(gl.int32, bitcast=True) - rounded.to(gl.int32, bitcast=True) + (1 << LOW >> 1)) >> LOW
-    low = gl.minimum(gl.maximum(low, -128), 127)
-    return gl.where((rounded > float("-inf")) & (rounded < float("inf")), low, 0).to(gl.int16)
+def barriers(STAGES: gl.constexpr):
+    """One of each stage, which completes after one arrival: [STAGES, 1]."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    return full
 
 
 @gluon.jit
-def restored(out, low, LOW: gl.constexpr):
-    """`low_order.restored`; float32 of `out` alone if LOW is 0."""
-    x = out.to(gl.float32)
-    if LOW > 0:
-        x = (x.to(gl.int32, bitcast=True) + (low.to(gl.int32) << LOW)).to(gl.float32, bitcast=True)
-    return x
+def producer_acquire(bars, count, STAGES: gl.constexpr):
+    """Waits until the stage of the next tile, behind `count` others, is free; returns the barrier that waits for it."""
+    full, empty = bars
+    bar = full.index(count % STAGES)
+    mbarrier.wait(empty.index(count % STAGES), (count // STAGES & 1) ^ 1)
+    return bar
+
+
+@gluon.jit
+def consumer_wait(full, count, STAGES: gl.constexpr):
+    """Waits until the tile behind `count` others is there."""
+    mbarrier.wait(full.index(count % STAGES), count // STAGES & 1)
+
+
+@gluon.jit
+def consumer_release(empty, count, STAGES: gl.constexpr):
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def messages():
+    """Of an item and of the next, four numbers each: [8, 1]."""
+    return gl.allocate_shared_memory(gl.int32, [8, 1], VECTOR)
 
 
 @gluon.jit
@@ -67,27 +83,54 @@ def read(message, at):
 
 
 @gluon.jit
-def tell(message, place, first, length, head, row):
+def announce(message, turn, first, length, head, row):
     """Which item the consumers have next: the segment's first row and length, the head, the item's row in it."""
-    write(message, 4 * place, first)
-    write(message, 4 * place + 1, length)
-    write(message, 4 * place + 2, head)
-    write(message, 4 * place + 3, row)
+    at = turn % 2 * 4
+    write(message, at, first)
+    write(message, at + 1, length)
+    write(message, at + 2, head)
+    write(message, at + 3, row)
     barrier()
 
 
 @gluon.jit
-def walk(
-    bring: gl.constexpr, source, tiles, bars, cu_seqlens, counter, S, H, blocks,
-    K: gl.constexpr, WGS: gl.constexpr, RING: gl.constexpr,
+def announce_end(message, turn):
+    write(message, turn % 2 * 4 + 1, 0)
+    barrier()
+
+
+@gluon.jit
+def announced_length(message, turn):
+    """That of the item's segment; 0 behind the last item."""
+    return read(message, turn % 2 * 4 + 1)
+
+
+@gluon.jit
+def next_length(message, item_full, turn):
+    """`announced_length`, once it is announced."""
+    consumer_wait(item_full, turn, 2)
+    return announced_length(message, turn)
+
+
+@gluon.jit
+def announced(message, turn):
+    """The segment's first row, the head, and the item's row in the segment."""
+    at = turn % 2 * 4
+    return read(message, at), read(message, at + 2), read(message, at + 3)
+
+
+@gluon.jit
+def schedule(
+    load_item: gl.constexpr, source, tiles, bars, cu_seqlens, counter, S, H, blocks,
+    K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Numbers the items of WGS * 64 rows and has `bring` bring those that fall to this thread block; returns how many.
+    """Numbers the items of WGS * 64 rows, has `load_item` bring those that fall to this thread block, returns how many.
 
     blocks: items of max_seqlen rows. The counter is zero before and after.
     """
     item = gl.program_id(0)
     turn = 0  # items taken
-    count = 0  # tiles brought, as `bring` counts them
+    count = 0  # tiles brought, as `load_item` counts them
     begin = 0  # number of the segment's first item
     last = gl.load(cu_seqlens + S)
     left = last  # rows whose items are not numbered yet
@@ -103,7 +146,7 @@ def walk(
                 while item < end:
                     head = (item - begin) // own
                     row = (item - begin) % own * (64 * WGS)
-                    count = bring(source, tiles, bars, first, length, head, row, turn, count, K, WGS, RING)
+                    count = load_item(source, tiles, bars, first, length, head, row, turn, count, K, WGS, STAGES)
                     turn += 1
                     item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
                 begin = end
@@ -133,15 +176,3 @@ def _counters(device: torch.device) -> Tensor:
     zeros = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     torch.cuda.synchronize(device)  # launches on other streams count on the zeros
     return zeros
-
-
-TILES = Tiles([64, 1, 64], TILE.value), Tiles([64, 1, 16], TILE_TAIL.value)
-"""Of a tensor `[T, H, K]`, and their tails."""
-
-
-def with_tails(*tensors: Tensor) -> list[Tensor | None]:
-    """Each `[T, H, K]` twice, for its tiles and for their tails, or None at K = 64."""
-    found: list[Tensor | None] = []
-    for x in tensors:
-        found += x, x if x.shape[2] > 64 else None
-    return found
