@@ -34,7 +34,7 @@ from siglip2_packed.ops.attention.hopper_tiles import (
     product,
     scaled,
     store,
-    tile,
+    tile_pair,
     within,
     zero_rows,
     zero_rows_beyond,
@@ -154,7 +154,8 @@ def _consumer(
     dk, dv, lse, delta, scale, scale_log2, T = pack
     k_tiles, v_tiles, q_tiles, grad_tiles, message = tiles
     lse_stages, delta_stages = statistics
-    item_full, (kv_full, kv_empty), pair_pipeline = pipelines
+    item_full, kv_pipeline, pair_pipeline = pipelines
+    kv_full, kv_empty = kv_pipeline
     DTYPE: gl.constexpr = dk.dtype.element_ty
     count = 0
     turn = 0
@@ -169,8 +170,7 @@ def _consumer(
         next_lse = _statistic(lse_ptr, 64, length, float("inf"))
         next_delta = _statistic(delta_ptr, 64, length, 0.0)
         consumer_wait(kv_full, turn, 1)
-        k = tile(k_tiles, 0)  # [64, 64] and [64, 16]
-        v = tile(v_tiles, 0)  # the same
+        k, v = tile_pair(k_tiles, v_tiles, 0)  # each [64, 64] and [64, 16]
         dk_acc, dv_acc, count = _mainloop(
             k, v, q_tiles, grad_tiles, statistics, pair_pipeline, count, length, lse_ptr, delta_ptr,
             next_lse, next_delta, scale_log2, DTYPE, K, STAGES,

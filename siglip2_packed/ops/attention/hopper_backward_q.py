@@ -44,7 +44,7 @@ from siglip2_packed.ops.attention.hopper_tiles import (
     restored,
     scaled,
     store,
-    tile,
+    tile_pair,
     within,
     zero_rows,
     zero_rows_beyond,
@@ -63,7 +63,8 @@ def _load_item(
     """Brings Q and dO of an item, tiles for each warpgroup, then through one ring `out`, and K and V in turn."""
     q, k, v, out, grad = source
     q_tiles, grad_tiles, ring, message = tiles
-    item_full, (q_full, q_empty), ring_pipeline = pipelines
+    item_full, q_pipeline, ring_pipeline = pipelines
+    q_full, q_empty = q_pipeline
     lanes = first_lanes(head, K)
     q_stage = turn % 2
     for w in gl.static_range(WGS):
@@ -94,7 +95,8 @@ def _producer(
     K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     cu_seqlens, counter, S, H, blocks = work
-    item_full, (_, q_empty), _ = pipelines
+    item_full, q_pipeline, _ = pipelines
+    _, q_empty = q_pipeline
     turn = schedule(_load_item, source, tiles, pipelines, cu_seqlens, counter, S, H, blocks, K, WGS, STAGES)
     for w in gl.static_range(WGS):
         mbarrier.wait(q_empty.index(turn % 2 + w * 2), (turn // 2 & 1) ^ 1)
@@ -190,7 +192,9 @@ def _consumer(
     """Rows 64 W to 64 W + 63 of every item."""
     low, dq, lse, delta, scale, scale_log2, T = pack
     q_tiles, grad_tiles, ring, message = tiles
-    item_full, (q_full, q_empty), (full, empty) = pipelines
+    item_full, q_pipeline, ring_pipeline = pipelines
+    q_full, q_empty = q_pipeline
+    full, empty = ring_pipeline
     DTYPE: gl.constexpr = dq.dtype.element_ty
     rows_layout: gl.constexpr = gl.SliceLayout(1, ACC[0])
     count = 0
@@ -209,8 +213,7 @@ def _consumer(
             if LOW > 0:
                 low_tile = _load_low(low, first + row + 64 * W, head, left, H, K)
             mbarrier.wait(q_full.index(q_stage), turn // 2 & 1)
-            q = tile(q_tiles, q_stage)  # [64, 64] and [64, 16]
-            grad = tile(grad_tiles, q_stage)  # the same
+            q, grad = tile_pair(q_tiles, grad_tiles, q_stage)  # each [64, 64] and [64, 16]
             for w in gl.static_range(WGS):
                 if w != W:  # noqa: SIM102 (the outer is decided at compile time)
                     if row + 64 * w < length:  # a tile of `out` that is another warpgroup's
@@ -226,7 +229,7 @@ def _consumer(
                 zero_rows((ring,), count % STAGES, length)
                 fence_async_shared()
                 barrier()
-            acc, r, count = _mainloop(q, grad, ring, (full, empty), count, length, e, d, scale_log2, DTYPE, K, STAGES)
+            acc, r, count = _mainloop(q, grad, ring, ring_pipeline, count, length, e, d, scale_log2, DTYPE, K, STAGES)
             first, head, row = announced(message, turn)  # again: the mainloop has no registers for them
             left = length - row - 64 * W
             rows = gl.arange(0, 64, rows_layout)

@@ -77,7 +77,9 @@ def _load_item(
     """Brings Q of an item, a tile for each warpgroup, then K and V tile by tile."""
     q, k, v = source
     q_tiles, k_tiles, v_tiles, message = tiles
-    (q_full, q_empty), (kv_full, kv_empty) = pipelines
+    q_pipeline, kv_pipeline = pipelines
+    q_full, q_empty = q_pipeline
+    kv_full, kv_empty = kv_pipeline
     lanes = first_lanes(head, K)
     stage, phase = turn % 2, turn // 2 % 2
     mbarrier.wait(q_empty.index(stage), phase ^ 1)
@@ -104,7 +106,8 @@ def _producer(
 ):
     cu_seqlens, counter, S, blocks = work
     turn = schedule(_load_item, source, tiles, pipelines, cu_seqlens, counter, S, H, blocks, K, WGS, STAGES)
-    (q_full, q_empty), _ = pipelines
+    q_pipeline, _ = pipelines
+    q_full, q_empty = q_pipeline
     mbarrier.wait(q_empty.index(turn % 2), turn // 2 % 2 ^ 1)
     announce_end(tiles[-1], turn)
     mbarrier.arrive(q_full.index(turn % 2), count=WGS)
@@ -183,7 +186,9 @@ def _consumer(
     out, low, lse, cu_seqlens, scale_log2, T, S = pack
     DTYPE: gl.constexpr = out.dtype.element_ty
     q_tiles, k_tiles, v_tiles, message = tiles
-    (q_full, q_empty), (kv_full, kv_empty) = pipelines
+    q_pipeline, kv_pipeline = pipelines
+    q_full, q_empty = q_pipeline
+    kv_full, kv_empty = kv_pipeline
     index = indices(K)  # of what is stored
     turn = 0
     count = 0
@@ -201,7 +206,7 @@ def _consumer(
                 fence_async_shared()
                 barrier()
             o, m, total, count = _mainloop(
-                q, k_tiles, v_tiles, (kv_full, kv_empty), count, length, scale_log2, DTYPE, K, STAGES
+                q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2, DTYPE, K, STAGES
             )
             _epilogue(
                 o, m, total, q, q_empty, q_stage, index, out, low, lse, T,

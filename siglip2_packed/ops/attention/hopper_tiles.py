@@ -75,6 +75,16 @@ def tile(stages, stage):
 
 
 @gluon.jit
+def tile_pair(stages, others, stage):
+    """Those in a stage of two tensors."""
+    found, other = (), ()
+    for i in gl.static_range(len(stages)):
+        found += (part(stages, stage, i),)
+        other += (part(others, stage, i),)
+    return found, other
+
+
+@gluon.jit
 def load(tensors, row, head, lanes, bar, tiles, stage, K: gl.constexpr, pred=True):
     """Brings 64 rows of a head of each, from `row` on: [64, 1, 64] and [64, 1, 16]. `bar` waits for all of them."""
     mbarrier.expect(bar, len(tensors) * 64 * 2 * (80 if K > 64 else 64), pred=pred)
@@ -107,14 +117,14 @@ def zeros(K: gl.constexpr):
     """Of an accumulator: [64, 64] and [64, 16]."""
     acc = ()
     for i in gl.static_range(2 if K > 64 else 1):
-        acc += (gl.zeros([64, LANES[i]], gl.float32, ACC[i]),)
+        acc += (gl.full([64, LANES[i]], 0.0, gl.float32, ACC[i]),)
     return acc
 
 
 @gluon.jit
 def product(a, stages, stage):
     """Issues a bT of two tiles, b that in a stage: [64, 64]."""
-    acc = gl.zeros([64, 64], gl.float32, ACC[0])
+    acc = gl.full([64, 64], 0.0, gl.float32, ACC[0])
     for i in gl.static_range(len(a)):
         acc = warpgroup_mma(a[i], part(stages, stage, i).permute((1, 0)), acc, use_acc=i > 0, is_async=True)
     return acc
