@@ -39,7 +39,7 @@ def load_features(folder: str | os.PathLike) -> Features:
         Features of N images, in the order of index.csv:
 
         - `names`: N strings; `index(name)`: where one of them is.
-        - `pooled`: `[N, D]`; of one shard a view of the file, of several copied. Of unit length by `encode --normalize`.
+        - `pooled`: `[N, D]`; of one shard a view of the file. Of unit length if `encode --normalize` wrote them.
         - `patches(name)`: `[h·w, D]` of an image, a view of the file.
         - `grid(name)`: its (h, w) in patches.
         - `blocks(size)`: `pooled` in pieces, for more than memory holds.
