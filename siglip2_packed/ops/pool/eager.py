@@ -35,5 +35,5 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
         highest = torch.segment_reduce(scores, "max", lengths=lengths, unsafe=True)
     weights = (scores - highest.repeat_interleave(lengths, dim=0, output_size=k.shape[0])).exp()
     total = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
-    summed = torch.segment_reduce(weights[..., None] * v.to(precision), "sum", lengths=lengths, unsafe=True)
-    return (summed / total[..., None]).to(v.dtype)
+    weights = weights / total.repeat_interleave(lengths, dim=0, output_size=k.shape[0])
+    return torch.segment_reduce(weights[..., None] * v.to(precision), "sum", lengths=lengths, unsafe=True).to(v.dtype)
