@@ -3,19 +3,21 @@
     python benchmarks/bulk.py                   # CPU, tiny model: decode-bound; about twelve minutes on two cores
     python benchmarks/bulk.py --device cuda     # so400m in bfloat16; with --max-num-patches 1024 device-bound
     python benchmarks/bulk.py --photos --images 200 --max-num-patches 256 --decode scaled gpu    # 12-megapixel photos
+    python benchmarks/bulk.py --before cfe958a  # and encode of an older tree, a commit or a folder, on the same files
     python benchmarks/bulk.py --quick           # does it run?
 
 Crops of scikit-image's photographs, 0.05 to 2 megapixels, sides 1:2 to 2:1, all drawn from a seed. Every provider runs
-once a round over all files (transformers' over every n-th, with --every n), each time in a process of its own. What a
-process does once does not count: reading the checkpoint, beside which decoding processes begin, a first full pack, with
-the checks of kernels and the capture of a CUDA graph. The vectors that encode wrote in each round are compared with
-transformers' model in float32, called on each image alone, before anything is reported: float32 within 1e-4 and twice
-the error of the padded batches, half precision within 1.1 times.
+once a round over all files (transformers' over every n-th, with --every n), in a process of its own that has run them
+before, over the first WARM files, when all providers did so at once. What comes before the first file does not count:
+reading the checkpoint, beside which decoding processes begin, a full pack, with the capture of a CUDA graph. What
+encode wrote in each round is compared with transformers' model in float32, called on each image alone, before anything
+is reported: float32 within 1e-4 and twice the error of the padded batches, half precision within 1.1 times.
 
     pillow:decode              JPEG -> RGB, in a thread a core
     pillow:decode_resize       and resized to the grid and cut: all that a model's input needs of the CPU
     siglip2_packed             encode to shards of pooled vectors: the above, packs, model, index
     siglip2_packed:scaled, :gpu     the same with --decode; vectors within 2e-2 of encode's exact ones
+    siglip2_packed:TREE        encode of the tree that --before names, as its own bulk.py runs it; vectors likewise
     torchvision:nvjpeg         with --decode gpu, nvJPEG alone: files in memory -> pixels on the card
     siglip2_packed:forward     the model alone, on a pack that is there already
     transformers_sdpa_padded   for each 64 files: Image.open, Siglip2ImageProcessor, Siglip2VisionModel
@@ -24,13 +26,13 @@ the error of the padded batches, half precision within 1.1 times.
 import argparse
 import itertools
 import math
-import multiprocessing
 import os
 import random
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 
 # For every provider. The cores decode; a model's threads that spin while they wait would take them away.
@@ -40,14 +42,16 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 import transformers
+from compare_trees import ROOT, Tree, Worker, old_tree
 from PIL import Image
 from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
 from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import Meter, clock, encode
-from siglip2_packed.collection.run import to_folder
+from siglip2_packed.collection.run import ALONE, to_folder
 from siglip2_packed.collection.sources import find_inputs
+from siglip2_packed.encode import shard_size
 from siglip2_packed.flags import DTYPES
 from siglip2_packed.graphs import replayed
 from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
@@ -57,14 +61,19 @@ PHOTOGRAPHS = "astronaut chelsea coffee hubble_deep_field immunohistochemistry r
 SCALED, GPU, NVJPEG = "siglip2_packed:scaled", "siglip2_packed:gpu", "torchvision:nvjpeg"
 OURS, FORWARD, PADDED = "siglip2_packed", "siglip2_packed:forward", "transformers_sdpa_padded"
 DECODE, RESIZE, ONE_BY_ONE = "pillow:decode", "pillow:decode_resize", "transformers:one_by_one"
-BATCH, BUDGET = 64, 16384
+BATCH, BUDGET, WARM = 64, 16384, 256
+
+
+@lru_cache
+def photograph_of(name: str) -> Image.Image:
+    from skimage import data
+
+    return Image.fromarray(getattr(data, name)()).convert("RGB")
 
 
 def make_jpeg(folder: Path, number: int, seed: int) -> None:
-    from skimage import data
-
     rng = random.Random(f"{seed} {number}")
-    photograph = Image.fromarray(getattr(data, rng.choice(PHOTOGRAPHS))()).convert("RGB")
+    photograph = photograph_of(rng.choice(PHOTOGRAPHS))
     area = math.exp(rng.uniform(math.log(0.05e6), math.log(2e6)))
     aspect = math.exp(rng.uniform(-math.log(2), math.log(2)))
     width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -77,9 +86,7 @@ def make_jpeg(folder: Path, number: int, seed: int) -> None:
 
 def make_photo(folder: Path, number: int, seed: int) -> None:
     """One of scikit-image's photographs at 12 megapixels, as it would be on its side or not."""
-    from skimage import data
-
-    photograph = Image.fromarray(getattr(data, PHOTOGRAPHS[number % len(PHOTOGRAPHS)])()).convert("RGB")
+    photograph = photograph_of(PHOTOGRAPHS[number % len(PHOTOGRAPHS)])
     size = (4032, 3024) if (number + seed) % 3 else (3024, 4032)
     photograph.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number:05d}.jpg", quality=92)
 
@@ -90,7 +97,7 @@ def make_folder(folder: Path, images: int, seed: int, make=make_jpeg) -> list[st
     files = [folder / f"{number:05d}.jpg" for number in range(images)]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     with ProcessPoolExecutor() as pool:
-        list(pool.map(make, itertools.repeat(folder), missing, itertools.repeat(seed), chunksize=16))
+        list(pool.map(make, itertools.repeat(folder), missing, itertools.repeat(seed), chunksize=4))
     return [str(file) for file in files]
 
 
@@ -124,15 +131,16 @@ def nvjpeg_only(files, ckpt, device, dtype):
     return {"seconds": time.perf_counter() - start}
 
 
-def ours(files, ckpt, device, dtype, decode="exact"):
+def ours(files, ckpt, device, dtype, decode="exact", ranks=ALONE):
     processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode)
-    pool = decoding_pool(torch.device(device), processor, patch_budget=BUDGET)
+    workers = max(1, cores() // ranks.world)
+    pool = decoding_pool(torch.device(device), processor, workers, patch_budget=BUDGET)
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
     on_card = processor.on_card(model.device) if decode == "gpu" else None
     inputs = find_inputs(files)
-    settings = {"shard_size": 8192, "format": "safetensors"}
+    settings = {"shard_size": shard_size(False, len(files), ranks.world), "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
     meter = Meter(BUDGET)
 
@@ -146,16 +154,19 @@ def ours(files, ckpt, device, dtype, decode="exact"):
             pooled=True,
             patches=False,
             patch_budget=BUDGET,
+            workers=workers,
             meter=meter,
             card=on_card,
         )
 
-    with pool, tempfile.TemporaryDirectory() as folder:
+    with pool, tempfile.TemporaryDirectory() as own:
+        folder = Path(ranks.first(lambda: own))
         start = time.perf_counter()
-        failed, _, patches = to_folder(Path(folder), inputs, settings, encoded, empty)
+        failed, _, patches = to_folder(folder, inputs, settings, encoded, empty, ranks=ranks)
         seconds = time.perf_counter() - start
         assert failed == 0
-        shards = [load_file(shard)["pooled"] for shard in sorted(Path(folder).glob("shard-*"))]
+        shards = [load_file(shard)["pooled"] for shard in sorted(folder.glob("shard-*"))]
+        ranks.wait()
     found = {"seconds": seconds, "patches": patches, "wait": max(0.0, 1 - meter.busy / seconds)}
     return found | {"full": meter.patches / (meter.packs * BUDGET), "pooled": torch.cat(shards).float().numpy()}
 
@@ -243,15 +254,6 @@ def measured(provider, files, ckpt, device, dtype):
     return found
 
 
-def alone(provider, *args):
-    """In a process of its own: its memory, its caches. Forked from one that has imported all, and run nothing."""
-    multiprocessing.set_forkserver_preload(
-        ["transformers.models.siglip2.modeling_siglip2", "siglip2_packed.collection.features"]
-    )
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
-        return pool.submit(measured, provider, *args).result()
-
-
 def check(found, reference, every, dtype):
     """(max abs, relative error) of ours and of the padded batches. Stops where ours are beyond design section 6."""
     errors = {}
@@ -264,7 +266,7 @@ def check(found, reference, every, dtype):
     if not good:
         raise SystemExit(f"(max abs, relative error) {errors}: not transformers' vectors, nothing is reported")
     exact = torch.from_numpy(found[OURS]["pooled"])
-    for name in {SCALED, GPU} & {*found}:
+    for name in others(found):
         vectors = torch.from_numpy(found[name]["pooled"])
         errors[name] = float((vectors - exact).abs().max()), relative_error(vectors, exact)
         if not errors[name][1] <= 2e-2:
@@ -272,11 +274,18 @@ def check(found, reference, every, dtype):
     return errors
 
 
+def others(names):
+    """Those of the providers that are `encode` in another way than exactly by this tree."""
+    known = {*PROVIDERS} - {SCALED, GPU}
+    return [name for name in names if name not in known]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000, help="JPEGs in the folder (5000)")
     parser.add_argument("--photos", action="store_true", help="12-megapixel photos instead")
     parser.add_argument("--decode", nargs="+", choices=list(DECODED), default=[], help="time these as well")
+    parser.add_argument("--before", help="time encode of this tree as well, a folder or a commit")
     parser.add_argument("--every", type=int, default=1, help="transformers takes every n-th of them (1)")
     parser.add_argument("--folder", type=Path, help="where they are kept (a temporary folder)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs (cpu)")
@@ -300,28 +309,51 @@ def main() -> None:
         f"{'photos12mp' if args.photos else 'jpegs'}{images}",
     )
 
-    with tempfile.TemporaryDirectory() as temporary:
-        files = make_folder(
-            args.folder or Path(temporary) / "jpegs", images, args.seed, make_photo if args.photos else make_jpeg
-        )
-        ckpt = save_random_checkpoint(Path(temporary) / "ckpt", shape)
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        start = time.perf_counter()
+        make = make_photo if args.photos else make_jpeg
+        files = make_folder(args.folder or temporary / "jpegs", images, args.seed, make)
+        made = time.perf_counter() - start
+        ckpt = str(save_random_checkpoint(temporary / "ckpt", shape))
         if args.max_num_patches:
             workload += f"_max{args.max_num_patches}"
             processor = Siglip2PackedImageProcessor.from_pretrained(ckpt)
             processor.max_num_patches = args.max_num_patches
             processor.save_pretrained(ckpt)
         size = sum(map(os.path.getsize, files)) / 2**20
-        print(f"{workload}, {size:.0f} MiB; {shape} in {dtype} on {machine}, {cores()} cores", flush=True)
-        flags = ckpt, args.device, dtype
-        reference = torch.from_numpy(alone(ONE_BY_ONE, files[:: args.every], *flags)["pooled"])
+        print(f"{workload}, {size:.0f} MiB, made in {made:.1f} s; {shape} in {dtype} on {machine}, {cores()} cores")
+        trees = dict.fromkeys((*timed, ONE_BY_ONE), Tree("", ROOT))
+        if args.before:
+            tree = stack.enter_context(old_tree(args.before))
+            trees[f"{OURS}:{tree.name}"] = tree
+        with ThreadPoolExecutor() as pool:
+            workers = dict(zip(trees, pool.map(Worker, trees.values())))
+        for worker in workers.values():
+            stack.enter_context(worker)
+
+        def begin(name, files):
+            flags = {"ckpt": ckpt, "device": args.device, "dtype": dtype}
+            workers[name].send("bulk", provider=name if name in PROVIDERS else OURS, files=files, **flags)
+
+        for name in workers:
+            begin(name, files[:: args.every] if name == ONE_BY_ONE else files[:WARM])
+        warm = {name: worker.receive() for name, worker in workers.items()}
+        reference = torch.from_numpy(warm[ONE_BY_ONE]["pooled"])
+        print(f"warm after {time.perf_counter() - start:.0f} s", flush=True)
+        timed = [name for name in workers if name != ONE_BY_ONE]
         rounds, errors = [], []
         for _ in range(repeats):
-            found = {name: alone(name, files[:: args.every if name == PADDED else 1], *flags) for name in timed}
+            found = {}
+            for name in timed:
+                begin(name, files[:: args.every] if name == PADDED else files)
+                found[name] = workers[name].receive()
             errors.append(check(found, reference, args.every, dtype))
             rounds.append(found)
             print("   ".join(f"{name} {x['images'] / x['seconds']:.1f}/s" for name, x in found.items()), flush=True)
+        print(f"timed after {time.perf_counter() - start:.0f} s", flush=True)
 
-    for name in (OURS, PADDED, *({SCALED, GPU} & {*timed})):
+    for name in (OURS, PADDED, *others(timed)):
         for i, metric in enumerate(("max_abs_error", "relative_error")):
             rows.add(name, workload, "encode", dtype, metric, [found[name][i] for found in errors], "")
 
@@ -338,7 +370,7 @@ def main() -> None:
         add(name, "peak_host_memory", "GiB", lambda r: r[name]["host"])
         if "memory" in rounds[0][name]:
             add(name, "peak_memory", "GiB", lambda r: r[name]["memory"])
-    for name in (OURS, *({SCALED, GPU} & {*timed})):
+    for name in (OURS, *others(timed)):
         add(name, "device_wait", "share", lambda r: r[name]["wait"])
     add(OURS, "pack_utilisation", "share", lambda r: r[OURS]["full"])
 
@@ -347,9 +379,13 @@ def main() -> None:
 
     for name, metric in ((DECODE, "share_of_decode"), (RESIZE, "share_of_decode_resize")):
         add(OURS, metric, "share", lambda r: rate(r[OURS]) / rate(r[name]))
-    for name in {SCALED, GPU} & {*timed}:
+    for name in others(timed):
         add(name, "share_of_forward", "share", lambda r: rate(r[name], "patches") / rate(r[FORWARD], "patches"))
-        add(name, "speedup_over_exact", "x", lambda r: rate(r[name]) / rate(r[OURS]))
+        if name in PROVIDERS:
+            add(name, "speedup_over_exact", "x", lambda r: rate(r[name]) / rate(r[OURS]))
+        else:  # of an older tree
+            for way in {OURS, SCALED, GPU} & {*timed}:
+                add(way, f"speedup_over_{name.partition(':')[2]}", "x", lambda r: rate(r[way]) / rate(r[name]))
     if NVJPEG in timed:
         add(GPU, "share_of_nvjpeg", "share", lambda r: rate(r[GPU]) / rate(r[NVJPEG]))
     add(OURS, "share_of_forward", "share", lambda r: rate(r[OURS], "patches") / rate(r[FORWARD], "patches"))
@@ -358,7 +394,7 @@ def main() -> None:
         print(f"{row['provider']:26} {row['metric']:22} {row['p50']:>10} {row['unit']}")
     path = args.out or (None if args.quick else Path(__file__).parent / "results" / f"bulk_{machine}.csv")
     if path:
-        rows.write(path, replacing=["workload"])
+        rows.write(path, replacing=["workload", "dtype"])
         print(f"{len(rows.rows)} rows -> {path}")
 
 

@@ -84,18 +84,26 @@ class Worker:
 
 
 @contextlib.contextmanager
-def trees(args: argparse.Namespace) -> Iterator[tuple[Tree, Tree]]:
-    """Old and new; a commit is written to a temporary folder."""
+def old_tree(name: str) -> Iterator[Tree]:
+    """A folder, or a commit, which is written to a temporary one."""
+    folder = Path(name).resolve()
+    if folder.is_dir():
+        yield Tree(folder.name, folder)
+        return
+    archive = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=False)
+    if archive.returncode:
+        raise SystemExit(f"{name}: neither a folder nor a commit: {archive.stderr.decode().strip()}")
     with tempfile.TemporaryDirectory() as temporary:
-        old, name = Path(args.old).resolve(), Path(args.old).resolve().name
-        if not old.is_dir():
-            archive = subprocess.run(["git", "archive", args.old], cwd=ROOT, capture_output=True, check=False)
-            if archive.returncode:
-                raise SystemExit(f"--old {args.old}: neither a folder nor a commit: {archive.stderr.decode().strip()}")
-            old, name = Path(temporary).resolve(), args.old
-            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-                files.extractall(old, filter="data")
-        yield Tree(name, old), Tree("", args.new.resolve())
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(temporary, filter="data")
+        yield Tree(name, Path(temporary).resolve())
+
+
+@contextlib.contextmanager
+def trees(args: argparse.Namespace) -> Iterator[tuple[Tree, Tree]]:
+    """Old and new."""
+    with old_tree(args.old) as old:
+        yield old, Tree("", args.new.resolve())
 
 
 @contextlib.contextmanager

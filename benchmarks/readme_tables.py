@@ -401,21 +401,29 @@ def names_right(value: dict[str, float]) -> str:
 
 def bulk() -> str:
     lines = [
-        "| 5,000 JPEGs | transformers' loop | encode | of decoding and resizing alone | of the model alone "
+        "| 5,000 JPEGs, or photos | transformers' loop | encode | of decoding and resizing alone | of the model alone "
         "| device waits | packs full |",
         "|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("bulk_*.csv")):
         rows = pd.read_csv(path)
-        for workload, values in rows.groupby("workload", sort=False):
+        for (workload, dtype), values in rows.groupby(["workload", "dtype"], sort=False):
             value = values.set_index(["provider", "metric"])["p50"]
-            first, ours = values.iloc[0], value["siglip2_packed"]
-            limit = workload.partition("_max")[2]
-            name = f"{first.card}, {first['dtype']}" + (f", up to {limit} patches" if limit else "")
-            shares = ("share_of_decode_resize", "share_of_forward", "device_wait", "pack_utilisation")
-            cells = " | ".join(f"{ours[share]:.0%}" for share in shares)
-            theirs = value["transformers_sdpa_padded", "images_per_s"]
-            lines.append(f"| {name} | {theirs:.0f}/s | {ours['images_per_s']:.0f}/s | {cells} |")
+            theirs = value.get(("transformers_sdpa_padded", "images_per_s"))
+            if theirs is None:  # of ranks
+                continue
+            images, _, limit = workload.partition("_max")
+            name = f"{values.card.iloc[0]}, {dtype}" + (f", up to {limit} patches" if limit else "")
+            if not images.startswith("jpegs"):
+                name += f", {images.partition('mp')[2]} photos of 12 megapixels"
+            for way in ("", ":scaled", ":gpu"):
+                if ("siglip2_packed" + way, "images_per_s") not in value:
+                    continue
+                ours = value["siglip2_packed" + way]
+                shares = ("share_of_decode_resize", "share_of_forward", "device_wait", "pack_utilisation")
+                cells = " | ".join(f"{ours[share]:.0%}" if share in ours else "" for share in shares)
+                how = f", `--decode {way[1:]}`" if way else ""
+                lines.append(f"| {name}{how} | {theirs:.0f}/s | {ours['images_per_s']:.0f}/s | {cells} |")
     return "\n".join(lines)
 
 

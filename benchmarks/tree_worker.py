@@ -316,12 +316,25 @@ def start(grids: list) -> dict[str, float]:
     return seconds
 
 
+def bulk(provider: str, device: str, **arguments) -> dict:
+    """What the tree's own bulk.py measures of one of its providers."""
+    sys.path.insert(0, str(Path(where()).parent / "benchmarks"))
+    from bulk import measured
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return measured(provider, device=device, **arguments)
+
+
 def where() -> str:
     return str(Path(siglip2_packed.__file__).parent)
 
 
 COMMANDS = {
-    x.__name__: x for x in (where, model_bits, pixel_bits, load, prepare, keep, compare, settle, sample, host, start)
+    x.__name__: x
+    for x in (where, model_bits, pixel_bits, load, prepare, keep, compare, settle, sample, host, start, bulk)
 }
 
 
