@@ -5,6 +5,7 @@ python benchmarks/readme_tables.py
 
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -449,6 +450,53 @@ def many_ranks() -> str:
     return "\n".join(lines)
 
 
+IMAGE_COSTS = {
+    "forward": ("siglip2_packed", "forward"),
+    "in graphs": ("siglip2_packed:cudagraph", "forward"),
+    "fp8, in graphs": ("siglip2_packed:fp8", "forward"),
+    "training": ("siglip2_packed", "train"),
+    "training, in graphs": ("siglip2_packed:cudagraph", "train"),
+}
+PACK_COSTS = {name: IMAGE_COSTS[name] for name in ("forward", "fp8, in graphs", "training")}
+
+
+def planning() -> str:
+    """A table of one image, and one of full packs; nothing where nothing was measured."""
+    parts = []
+    for path in sorted(RESULTS.glob("planning_*.csv")):
+        rows = pd.read_csv(path)
+        first, values = rows.iloc[0], rows.set_index(["workload", "provider", "mode", "metric"]).p50
+
+        def cells(workload: str, costs: dict[str, tuple[str, str]], images: int) -> Iterator[str]:
+            for key in costs.values():
+                ms = values.get((workload, *key, "time"), float("nan"))
+                yield decimals(ms) + (f" ({images / ms * 1e3:,.0f}/s)" if images > 1 and pd.notna(ms) else "")
+            for key in PACK_COSTS.values():
+                yield decimals(values.get((workload, *key, "peak_memory"), float("nan")))
+
+        one, packs = [], []
+        for workload in rows.workload.unique():
+            size, limit, grid, images = re.findall(r"[\dx]+", workload.replace("_max", "_"))
+            h, w = map(int, grid.split("x"))
+            kind, count = f"| {size.replace('x', ' x ')} | {int(limit):,}", int(images)
+            if count == 1:
+                one.append(f"{kind} | {h} x {w} | {h * w:,} | {' | '.join(cells(workload, IMAGE_COSTS, 1))} |")
+            else:
+                packs.append(f"{kind} | {count} | {' | '.join(cells(workload, PACK_COSTS, count))} |")
+        memory = [f"GiB {name.partition(',')[0]}" for name in PACK_COSTS]
+        tables = {
+            "One image, ms and GiB:": (["image", "`max_num_patches`", "grid", "patches", *IMAGE_COSTS, *memory], one),
+            "A full pack, ms (images a second) and GiB:": (
+                ["image", "`max_num_patches`", "images", *PACK_COSTS, *memory], packs),
+        }  # fmt: skip
+        parts.append(
+            f"{first.card}, so400m, bfloat16, medians; torch {first.torch}, triton {first.triton}, {first.date}"
+        )
+        for title, (head, lines) in tables.items():
+            parts += [title, "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines])]
+    return "\n\n".join(parts)
+
+
 TABLES = {
     "headline": headline,
     "summary": summary,
@@ -460,6 +508,7 @@ TABLES = {
     "train_tower": train_tower,
     "bulk": bulk,
     "many_ranks": many_ranks,
+    "planning": planning,
 }
 
 
