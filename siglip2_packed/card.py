@@ -1,6 +1,9 @@
 """JPEG files decoded, resized and cut into patches on a GPU (`decode="gpu"`), for a processor or a collection.
 
-    file  ->  its header, on the host  ->  nvJPEG  ->  antialiased resize in float32, rounded to 8 bits  ->  patches
+    file  ->  its header, on the host  ->  nvJPEG  ->  antialiased resize, rounded to 8 bits (ops.patches)  ->  patches
+
+nvJPEG has a stream of its own. What it decodes is in memory of another, so that no memory comes back to it before all
+who read that memory are done, and nobody waits for them.
 
 Only what nvJPEG and libjpeg read alike goes this way, and only whole files: `plain_jpeg` judges that by the header.
 Everything else, and every file of which the card does not give as many pixels as the header says, is its caller's to
@@ -9,6 +12,7 @@ read the exact way. T patches of all files, P patch_dim.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -18,30 +22,32 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from siglip2_packed.images import SIDEWAYS, Size, Source, opened, seekable, transposition, turned
+from siglip2_packed.images import Size, Source, opened, seekable, transposition, turned
+from siglip2_packed.ops.patches import Turn, cutter
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]
 """Files, `[bytes]` uint8 on the host -> their pixels, `[3, height, width]` uint8 on the device."""
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 """Of Pillow -> of torch, whose antialiasing has the same filters."""
-PIXELS_AT_ONCE = 1 << 26
-"""Of the files of a batch, three bytes each on the card; one file of more is a batch of its own."""
+PIXELS_AT_ONCE = 28 * 4032 * 3024
+"""Of the files of a batch, three bytes each on the card: 0.95 GiB, four photos of 12 megapixels for each of an H100's
+seven decoders. One file of more is a batch of its own."""
 FILES_AT_ONCE = 64
 END_OF_IMAGE = b"\xff\xd9"
-MIRRORED = {  # after sides are exchanged, if they are; of [c, h, w]
-    Image.Transpose.FLIP_LEFT_RIGHT: [2],
-    Image.Transpose.FLIP_TOP_BOTTOM: [1],
-    Image.Transpose.ROTATE_180: [1, 2],
-    Image.Transpose.TRANSPOSE: [],
-    Image.Transpose.ROTATE_270: [2],
-    Image.Transpose.ROTATE_90: [1],
-    Image.Transpose.TRANSVERSE: [1, 2],
+TURNS = {
+    None: Turn(),
+    Image.Transpose.FLIP_LEFT_RIGHT: Turn(across=True),
+    Image.Transpose.FLIP_TOP_BOTTOM: Turn(down=True),
+    Image.Transpose.ROTATE_180: Turn(down=True, across=True),
+    Image.Transpose.TRANSPOSE: Turn(sideways=True),
+    Image.Transpose.ROTATE_270: Turn(sideways=True, across=True),
+    Image.Transpose.ROTATE_90: Turn(sideways=True, down=True),
+    Image.Transpose.TRANSVERSE: Turn(sideways=True, down=True, across=True),
 }
+"""Of Pillow's `transpose`."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -50,7 +56,7 @@ logger = logging.getLogger(__name__)
 class Jpeg(NamedTuple):
     """A file for the card."""
 
-    data: bytes
+    data: bytearray
     stored: Size
     turn: Image.Transpose | None
 
@@ -82,9 +88,10 @@ def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Jpeg | Non
             return None
         turn, file = transposition(image), image.fp  # type: ignore[attr-defined]
         scan = file.tell()  # Pillow has read up to here
+        data = bytearray(file.seek(0, os.SEEK_END))  # the card's decoder takes what can be written to
         file.seek(0)
-        data = file.read()
-        whole = data.find(END_OF_IMAGE, scan) >= 0  # any before that is a thumbnail's
+        del data[file.readinto(data) :]
+        whole = data.rfind(END_OF_IMAGE, scan) >= 0  # any before that is a thumbnail's
         return Jpeg(data, (image.height, image.width), turn) if whole else None
 
 
@@ -94,6 +101,18 @@ def _known(image: Any) -> bool:
     # no transform, or these names for its parts: what is stored is RGB
     ycbcr = image.info.get("adobe_transform", 1) == 1 and bytes(part[0] for part in image.layer) != b"RGB"
     return image.mode == "RGB" and ycbcr and JpegImagePlugin.get_sampling(image) >= 0
+
+
+class Decoded(NamedTuple):
+    """A batch of files on the card."""
+
+    files: list[Jpeg]
+    grids: list[tuple[int, int]]
+    """(h, w) patches of each."""
+    pixels: list[Tensor | None]
+    """`[3, height, width]` uint8 as stored, or None."""
+    ready: torch.cuda.Event | None
+    """When the card has them."""
 
 
 class Card:
@@ -115,23 +134,44 @@ class Card:
         resample: Image.Resampling,
         decode_jpegs: DecodeJpegs | None = None,
     ):
-        self.device, self.patch_size, self.mode = device, patch_size, MODES[resample]
+        self.device, self.patch_size = device, patch_size
         self.decode_jpegs = decode_jpegs or nvjpeg(device)
+        self.resized = cutter(device, patch_size, MODES[resample])
+        self.stream = _stream(index_of(device)) if device.type == "cuda" else None
+        """Whose memory the decoded pixels are."""
         self.decoded = self.refused = 0
         """Files so far."""
         self.said = False
 
-    @torch.no_grad()
     def patches(self, files: list[Jpeg], grids: list[tuple[int, int]]) -> list[Tensor | None]:
         """A batch of files and the (h, w) patches of each -> `[h·w, P]` uint8 on the device.
 
         None is for one that is to be read the exact way: the card refused it, or has no memory for it.
         """
-        decoded = zip(self._decode(files), files, grids)
-        found = [None if pixels is None else self._cut(pixels, file, grid) for pixels, file, grid in decoded]
-        self.refused += sum(patches is None for patches in found)
-        self.decoded += sum(patches is not None for patches in found)
-        return found
+        return self.cut(self.decode(files, grids))
+
+    @torch.no_grad()
+    def decode(self, files: list[Jpeg], grids: list[tuple[int, int]]) -> Decoded:
+        """The first half of `patches`, for a thread of its own."""
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            pixels = self._decode(files)
+            ready = None if self.stream is None else self.stream.record_event()
+        return Decoded(files, grids, pixels, ready)
+
+    @torch.no_grad()
+    def cut(self, batch: Decoded) -> list[Tensor | None]:
+        """The second half, on the current stream."""
+        if batch.ready is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(batch.ready)
+            for pixels in batch.pixels:
+                if pixels is not None:
+                    pixels.record_stream(current)
+        there = [i for i, pixels in enumerate(batch.pixels) if pixels is not None]
+        found = dict(zip(there, self._cut(batch, there)))
+        self.refused += sum(found.get(i) is None for i in range(len(batch.files)))
+        self.decoded += sum(patches is not None for patches in found.values())
+        return [found.get(i) for i in range(len(batch.files))]
 
     def joined(self, patches: Sequence[np.ndarray | Tensor]) -> Tensor:
         """`[h·w, P]` uint8 of each image, here or on the host -> `[T, P]` on the device."""
@@ -147,11 +187,8 @@ class Card:
         """`[3, height, width]` uint8, as stored, or None."""
         if not files:
             return []
-        if self.device.type == "cuda":
-            # nvJPEG writes on a stream of its own, to memory that this one has let go of and may still read
-            torch.cuda.current_stream(self.device).synchronize()
         try:
-            found = self.decode_jpegs([torch.frombuffer(bytearray(file.data), dtype=torch.uint8) for file in files])
+            found = self.decode_jpegs([torch.frombuffer(file.data, dtype=torch.uint8) for file in files])
         except RuntimeError as error:  # it does not say of which
             if len(files) > 1:
                 half = len(files) // 2
@@ -160,35 +197,26 @@ class Card:
             return [None]
         return [pixels if pixels.shape == (3, *file.stored) else None for pixels, file in zip(found, files)]
 
-    def _cut(self, pixels: Tensor, file: Jpeg, grid: tuple[int, int]) -> Tensor | None:
-        p, (h, w) = self.patch_size, grid
-        height, width = turned((h * p, w * p), file.turn)
-        whole_height, whole_width = file.stored
-        # as Pillow does: what is the width of the upright image, rounded, then the other side
-        first = (height, whole_width) if file.turn in SIDEWAYS else (whole_height, width)
+    def _cut(self, batch: Decoded, some: list[int]) -> list[Tensor | None]:
+        """`[h·w, P]` of some of its files, which are there; None for one that there is no memory for."""
+        if not some:
+            return []
+        pixels: Any = [batch.pixels[i] for i in some]
+        grids = [batch.grids[i] for i in some]
         try:
-            levels = self._resize(self._resize(pixels, first), (height, width))
+            patches = self.resized(pixels, [TURNS[batch.files[i].turn] for i in some], grids)
         except RuntimeError as error:
+            if len(some) > 1:
+                half = len(some) // 2
+                return self._cut(batch, some[:half]) + self._cut(batch, some[half:])
             self._say(error)
-            return None
-        levels = upright(levels, file.turn)
-        return rearrange(levels, "c (h py) (w px) -> (h w) (py px c)", py=p, px=p)
-
-    def _resize(self, pixels: Tensor, size: Size) -> Tensor:
-        found = F.interpolate(pixels[None].float(), size, mode=self.mode, antialias=True, align_corners=False)[0]
-        return found.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+            return [None]
+        return list(patches.split([h * w for h, w in grids]))
 
     def _say(self, error: RuntimeError) -> None:
         if not self.said:  # the first is enough
             self.said = True
             logger.warning("read the exact way, as all that %s refuses: %s", self.device, str(error).splitlines()[0])
-
-
-def upright(pixels: Tensor, turn: Image.Transpose | None) -> Tensor:
-    """`[c, h, w]`, turned as Pillow's `transpose` does."""
-    if turn is None:
-        return pixels
-    return (pixels.transpose(1, 2) if turn in SIDEWAYS else pixels).flip(MIRRORED[turn])
 
 
 def nvjpeg(device: torch.device) -> DecodeJpegs:
@@ -200,9 +228,19 @@ def nvjpeg(device: torch.device) -> DecodeJpegs:
     if device.type != "cuda":
         raise ValueError(f"decode='gpu' is for a CUDA device, got {device}")
     try:
-        return _nvjpeg(torch.cuda.current_device() if device.index is None else device.index)
+        return _nvjpeg(index_of(device))
     except Exception as error:  # not installed, of another torch, without CUDA, a card or driver that has none
         raise ValueError(f"decode='gpu': torchvision has no nvJPEG here: {str(error).splitlines()[0]}") from error
+
+
+def index_of(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@lru_cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """One a device: each would keep memory of its own."""
+    return torch.cuda.Stream(index)
 
 
 @lru_cache

@@ -8,6 +8,7 @@
     columns/      sums and products over rows       eager, triton
     positions/    the position table, resized       eager, triton
     float8/       rows in float8 with scales        eager, triton
+    patches/      decoded images, resized and cut   eager, triton
     layer         the functions a layer is made of, chosen at once
     segments      which rows belong together
     survey        what there is, what is right, what would run: for `doctor`
