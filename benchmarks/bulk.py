@@ -283,6 +283,7 @@ def others(names):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000, help="JPEGs in the folder (5000)")
+    parser.add_argument("--repeat", type=int, default=1, help="each is encoded so many times a round (1)")
     parser.add_argument("--photos", action="store_true", help="12-megapixel photos instead")
     parser.add_argument("--decode", nargs="+", choices=list(DECODED), default=[], help="time these as well")
     parser.add_argument("--before", help="time encode of this tree as well, a folder or a commit")
@@ -306,7 +307,7 @@ def main() -> None:
     machine = card_name() if cuda else cpu_name()
     rows, workload = (
         Rows("bulk", torch.cuda.get_device_name() if cuda else machine),
-        f"{'photos12mp' if args.photos else 'jpegs'}{images}",
+        f"{'photos12mp' if args.photos else 'jpegs'}{images}" + (f"x{args.repeat}" if args.repeat > 1 else ""),
     )
 
     with ExitStack() as stack:
@@ -336,6 +337,7 @@ def main() -> None:
             flags = {"ckpt": ckpt, "device": args.device, "dtype": dtype}
             workers[name].send("bulk", provider=name if name in PROVIDERS else OURS, files=files, **flags)
 
+        files *= args.repeat
         for name in workers:
             begin(name, files[:: args.every] if name == ONE_BY_ONE else files[:WARM])
         warm = {name: worker.receive() for name, worker in workers.items()}

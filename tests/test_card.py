@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,11 +145,13 @@ def test_what_the_card_refuses_is_read_the_exact_way(caplog):
     assert "cpu refuses: Error while decoding JPEG images: 3\n" in caplog.text
 
 
-@pytest.mark.parametrize("fault", ["size", "memory"])
+@pytest.mark.parametrize("fault", ["size", "memory", "memory of the decoder"])
 def test_pixels_that_cannot_be_used_are_not(fault, monkeypatch):
     processor, on_card = on_cpu(max_num_patches=40)
     if fault == "size":
         on_card.decode_jpegs = lambda files: [pixels[:, 1:] for pixels in decode_jpegs(files)]
+    elif fault == "memory of the decoder":
+        on_card.decode_jpegs = lambda _: raise_(torch.OutOfMemoryError("out of memory"))
     else:
         on_card.resized = lambda *_: raise_(torch.OutOfMemoryError("out of memory"))
     packed, exact = processor([PLAIN["grey"]]), Siglip2PackedImageProcessor(max_num_patches=40)([PLAIN["grey"]])
@@ -172,8 +175,15 @@ def test_batches_are_bounded(monkeypatch):
 def test_a_device_without_nvjpeg_says_why(monkeypatch):
     with pytest.raises(ValueError, match="decode='gpu' is for a CUDA device, got cpu"):
         card.Card(CPU, 16, Image.Resampling.BILINEAR)
+    monkeypatch.setattr(card, "index_of", lambda device: 0)
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
     with pytest.raises(ValueError, match="decode='gpu': torchvision has no nvJPEG here: "):
+        card.nvjpeg(torch.device("cuda"))
+    without_cuda = ModuleType("torchvision.io")
+    without_cuda.ImageReadMode = SimpleNamespace(RGB=3)
+    without_cuda.decode_jpeg = lambda *_, **__: raise_(RuntimeError("decode_jpegs_cuda: not compiled with CUDA\nmore"))
+    monkeypatch.setitem(sys.modules, "torchvision.io", without_cuda)
+    with pytest.raises(ValueError, match="has no nvJPEG here: decode_jpegs_cuda: not compiled with CUDA$"):
         card.nvjpeg(torch.device("cuda"))
 
 

@@ -1,7 +1,10 @@
 """Collections whose JPEG files are decoded on the card, or at a scale: every row of its image, recorded as such."""
 
 import io
+import itertools
 import json
+import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encode_runs import run, table
+from encode_runs import run, start, table
 from jpeg_files import BROKEN, ODD, OTHER, PLAIN, inputs, jpeg, photograph
 from PIL import Image
 from safetensors.torch import load_file
@@ -159,6 +162,71 @@ def test_a_run_goes_on_as_it_was_begun_and_no_other_way(checkpoint, photos, tmp_
     assert run(checkpoint, photos, out, *flags, "--resume") == 0
     assert "decode scaled" in capsys.readouterr().out
     assert torch.equal(load_file(shard)["pooled"], before["pooled"])
+
+
+def test_a_card_that_runs_out_of_memory_costs_no_row(checkpoint, photos, tmp_path, capsys, monkeypatch):
+    """In the midst of a run, while it decodes and while it cuts, for a while."""
+    flags = ["--pooled", "--no-patches", "--patch-budget", "40", "--workers", "2"]
+    assert run(checkpoint, photos, tmp_path / "exact", *flags) == 0
+    cards, calls = on_cpu(monkeypatch), itertools.count()
+    whole_card = encode.card_of
+
+    def out_of_memory(function):
+        def tried(*args):
+            if next(calls) % 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return function(*args)
+
+        return tried
+
+    def short(*args):
+        found = whole_card(*args)
+        found.decode_jpegs, found.resized = out_of_memory(found.decode_jpegs), out_of_memory(found.resized)
+        return found
+
+    monkeypatch.setattr(encode, "card_of", short)
+    monkeypatch.setattr(card, "FILES_AT_ONCE", 4)
+    assert run(checkpoint, photos, tmp_path / "gpu", *flags, "--decode", "gpu") == 0
+    exact, found = features_of(tmp_path / "exact"), features_of(tmp_path / "gpu")
+    assert list(found) == list(exact)
+    assert all((found[kind][1] - exact[kind][1]).norm() <= 5e-3 * exact[kind][1].norm() for kind in exact)
+    assert cards[0].decoded > 0 and cards[0].refused > 0
+    said = f"decode gpu ({cards[0].decoded} on the card, {cards[0].refused} refused by it)"
+    assert said in capsys.readouterr().out
+
+
+def killed(argv, moment):
+    """The command on a CPU for a card, killed before the `moment`-th renaming of a file."""
+    renamings, rename = itertools.count(), os.replace
+
+    def replace(*args):
+        if next(renamings) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(*args)
+
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        on_cpu(patch)
+        patch.setattr(os, "replace", replace)
+        sys.exit(main(argv))
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_run_by_the_card_that_was_killed_goes_on(checkpoint, photos, tmp_path, monkeypatch, moment):
+    """Before the first shard and before its part."""
+    flags = ["--pooled", "--no-patches", "--shard-size", "9", "--patch-budget", "40", "--decode", "gpu"]
+    argv = ["encode", str(photos), "--ckpt", str(checkpoint()), "--device", "cpu", *flags, "--out"]
+    process = start(killed, [*argv, str(tmp_path / "killed")], moment)
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list((tmp_path / "killed").glob("shard-*"))) == moment - 1
+    on_cpu(monkeypatch)
+    for out in ("killed", "whole"):
+        assert run(checkpoint, photos, tmp_path / out, *flags, "--resume") == 0
+    found, whole = features_of(tmp_path / "killed"), features_of(tmp_path / "whole")
+    assert list(found) == list(whole)
+    assert all((found[kind][1] - whole[kind][1]).norm() <= 1e-5 * whole[kind][1].norm() for kind in whole)
+    assert (tmp_path / "killed" / "errors.csv").read_text() == (tmp_path / "whole" / "errors.csv").read_text()
 
 
 def test_a_card_that_is_not_there(checkpoint, photos, tmp_path, capsys, monkeypatch):

@@ -107,7 +107,7 @@ def encode(
     checked: Callable[[Iterable], Iterator] = halted if strict else iter
     images = decode(inputs, processor, pool, workers or cores())
     images = checked(images if card is None else cut(images, processor, card))
-    window = max(64, 2 * patch_budget // processor.max_num_patches)  # two packs, or more where a pack takes few
+    window = max(64, patch_budget // processor.max_num_patches)  # a pack, or more where a pack takes few
     ready = packs(images, patch_budget, window, pin_memory=model.device.type == "cuda")
     meter = meter or Meter(patch_budget)
 
