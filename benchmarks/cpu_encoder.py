@@ -2,12 +2,14 @@
 
     python benchmarks/cpu_encoder.py            # about five minutes on two cores
 
-base shape, float32, the workloads with a fraction of their images. Answers are compared before anything is timed.
+base shape, float32, the workloads with a fraction of their images; and the packed encoder in bfloat16 beside float32,
+if the CPU has instructions for it (--only bfloat16: this alone). Answers are compared before anything is timed.
 """
 
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 # huge pages for large tensors, for every provider: page faults would be most of what the position resize is timed at
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from transformers import Siglip2VisionModel
 
 from siglip2_packed import PackedPatches, Siglip2PackedVisionModel, pad
-from siglip2_packed.measure import Rows, cpu_name, in_turn, relative_error
+from siglip2_packed.measure import Rows, cpu_bfloat16, cpu_name, in_turn, relative_error
 from siglip2_packed.ops.positions.eager import resize_positions
 from siglip2_packed.random_checkpoint import save_random_checkpoint
 from siglip2_packed.workloads import forward_flops, grids
@@ -70,6 +72,30 @@ def encoder(rows: Rows, folder: Path, repeats: int) -> None:
             )
 
 
+def bfloat16(rows: Rows, folder: Path, repeats: int) -> None:
+    dtypes = ("float32", "bfloat16")
+    models = {dtype: Siglip2PackedVisionModel.from_pretrained(folder, dtype=dtype) for dtype in dtypes}
+    sizes = grids("uniform256", images=IMAGES["uniform256"])
+    patches = sum(t * h * w for t, h, w in sizes)
+    pixels = torch.randn(patches, 768)
+
+    def forward(dtype):
+        with torch.no_grad():
+            return models[dtype](**PackedPatches(pixels.to(models[dtype].dtype), sizes)).last_hidden_state
+
+    error = relative_error(forward("bfloat16").float(), forward("float32"))
+    if not error < 2e-2:
+        raise SystemExit(f"bfloat16: relative error {error:.1e} against float32, nothing timed")
+    times = in_turn({dtype: lambda dtype=dtype: forward(dtype) for dtype in dtypes}, repeats)
+    speedup = sorted(single / half for single, half in zip(*times.values()))
+    add = partial(rows.add, OURS, "uniform256", "forward", "bfloat16")
+    add("relative_error", error, "")
+    add("time", times["bfloat16"], "ms")
+    add("patches_per_s", [patches / x * 1e3 for x in times["bfloat16"]], "1/s")
+    add("speedup_over_float32", speedup, "x")
+    print(f"bfloat16 by {cpu_bfloat16()}: {speedup[len(speedup) // 2]:.2f}x float32, relative error {error:.1e}")
+
+
 def positions(rows: Rows, repeats: int) -> None:
     table = torch.randn(256, 768)
     sizes = [(1, h, w) for h in range(5, 21) for w in range(4, 20)]  # 256 distinct grids around the table's 16x16
@@ -95,15 +121,20 @@ def positions(rows: Rows, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds; every provider runs once a round")
+    parser.add_argument("--only", choices=["bfloat16"], help="this part alone")
     parser.add_argument("--out", type=Path, help="CSV file (default: results/cpu_encoder_<cpu>.csv beside this script)")
     args = parser.parse_args()
     torch.manual_seed(0)
     rows = Rows("cpu_encoder", cpu_name())
-    positions(rows, args.repeats)
     with tempfile.TemporaryDirectory() as folder:
-        encoder(rows, save_random_checkpoint(folder, "base"), args.repeats)
+        ckpt = save_random_checkpoint(folder, "base")
+        if not args.only:
+            positions(rows, args.repeats)
+            encoder(rows, ckpt, args.repeats)
+        if cpu_bfloat16():
+            bfloat16(rows, ckpt, args.repeats)
     path = args.out or Path(__file__).parent / "results" / f"cpu_encoder_{cpu_name()}.csv"
-    rows.write(path)
+    rows.write(path, replacing=["workload", "dtype"])
     print(f"{len(rows.rows)} rows -> {path}")
 
 

@@ -21,7 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def cpu_encoder() -> str:
     tables = []
     for path in sorted(RESULTS.glob("cpu_encoder_*.csv")):
-        rows = pd.read_csv(path)
+        every = pd.read_csv(path)
+        rows = every[every["dtype"] == "float32"]
         first = rows.iloc[0]
         time = rows[rows.metric == "time"].pivot(index=["workload", "mode"], columns="provider", values="p50")
         ratio = rows[rows.metric.str.startswith("speedup")].set_index(["workload", "mode"])["p50"]
@@ -41,6 +42,12 @@ def cpu_encoder() -> str:
             f"Positions of 256 distinct grids: {positions['siglip2_packed']:.1f} ms, a loop of `F.interpolate` "
             f"{positions['interpolate_loop']:.0f} ms ({ratio['positions256', 'forward']:.0f}x).",
         ]
+        half = every[every["dtype"] == "bfloat16"].set_index("metric")["p50"]
+        if len(half):
+            lines[-1] += (
+                f" uniform256 in bfloat16: {half['time']:.0f} ms, {half['speedup_over_float32']:.1f}x float32 in turn "
+                f"with it, relative error {half['relative_error']:.1e}."
+            )
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from siglip2_packed.flags import DTYPES, pick_device, write_json
-from siglip2_packed.measure import cpu_name
+from siglip2_packed.measure import cpu_bfloat16, cpu_name
 from siglip2_packed.ops.survey import SHARED_MEAN, Finding, Plan, Shape, findings, plan
 from siglip2_packed.version import __version__
 
@@ -108,6 +108,9 @@ def environment(device: torch.device) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability(device)
         found["capability"] = f"{major}.{minor}"
         found["cuda"] = str(torch.version.cuda)
+    elif device.type == "cpu":
+        by = cpu_bfloat16()
+        found["bfloat16"] = f"by {by}: two to three times as fast as float32" if by else "not faster than float32 here"
     return found
 
 

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from siglip2_packed.card import Card
+from siglip2_packed.card import PIXELS_AT_ONCE, Card
 from siglip2_packed.collection import FORMATS
-from siglip2_packed.collection.decode import cores, decoding_pool
+from siglip2_packed.collection.decode import cores, decoding_pool, most_ahead
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.lock import Lock, lock_of
@@ -42,6 +42,7 @@ from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
 from siglip2_packed.invariance import asked
 from siglip2_packed.jpeg import decoder
+from siglip2_packed.measure import cpu_bfloat16
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -101,6 +102,8 @@ def encode_inputs(
     device = local_device(args.device)
     before = run_before(out)  # it goes on as what it was begun, wherever that was
     dtypes = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
+    if args.dtype is None and not before and ranks.rank == 0:
+        say_faster(device)
     args.dtype = args.dtype or dtypes.get("dtype") or default_dtype(device)
     args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
     begun = before.get("shard_size") if isinstance(before.get("shard_size"), int) else None
@@ -123,6 +126,7 @@ def encode_inputs(
         count = sum(stop - start for start, stop in ranges)
         if ranks.rank == 0:
             say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
+            say_ahead(processor, workers, args.patch_budget)
         with tqdm(
             total=done + count, initial=done, unit="image", dynamic_ncols=True, disable=ranks.rank > 0
         ) as progress:
@@ -257,6 +261,14 @@ def default_dtype(device: torch.device) -> str:
     return "bfloat16" if fit else "float32"
 
 
+def say_faster(device: torch.device) -> None:
+    """Of a CPU that computes faster in another dtype than its default."""
+    if device.type == "cpu" and (by := cpu_bfloat16()):
+        print(
+            f"this CPU has {by}: --dtype bfloat16 is two to three times as fast as float32, within 1%", file=sys.stderr
+        )
+
+
 def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], args: argparse.Namespace) -> None:
     """How much will be written at most, and what room there is for it."""
     rows = {"patches": longest, "pooled": 1}
@@ -266,6 +278,18 @@ def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], arg
     why = f" ({args.format} has no bfloat16)" if args.dtype == "bfloat16" and dtype == "float32" else ""
     warn = ": this may not fit" if need > free else ""
     print(f"to write: up to {size(need)} of {dtype}{why}; free there: {size(free)}{warn}", file=sys.stderr)
+
+
+def say_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int) -> None:
+    """What memory decoding takes at most."""
+    files, patches = most_ahead(processor, workers, patch_budget)
+    if processor.decode == "gpu":
+        pixels = f"{size(2 * 3 * PIXELS_AT_ONCE)} of pixels and {size(patches)} of patches on the card"
+        print(f"ahead of the model: up to {files} files; {pixels}", file=sys.stderr)
+    else:
+        print(
+            f"ahead of the model: up to {size(patches)} of patches, and {workers} images being decoded", file=sys.stderr
+        )
 
 
 def size(count: float) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Rows",
     "card_name",
     "check_rate",
+    "cpu_bfloat16",
     "cpu_name",
     "in_turn",
     "relative_error",
@@ -135,6 +136,12 @@ def card_name() -> str:
     """The GPU, as it stands in the results' file names: `h100`."""
     words = torch.cuda.get_device_name().lower().split()
     return next((word for word in words if any(c.isdigit() for c in word)), "_".join(words))
+
+
+def cpu_bfloat16() -> str:
+    """By which instructions this CPU multiplies bfloat16: `amx`, `avx512_bf16`, or nothing if it has none."""
+    asked = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    return next((name for name, ask in asked.items() if getattr(torch.cpu, ask, bool)()), "")
 
 
 def cpu_name() -> str:

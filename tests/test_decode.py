@@ -4,6 +4,7 @@ import itertools
 import mmap
 import multiprocessing
 import os
+import threading
 import time
 
 import numpy as np
@@ -15,14 +16,17 @@ from siglip2_packed import Siglip2PackedImageProcessor
 from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
     IMAGES_PER_JOB,
+    JOBS_PER_WORKER,
     MOST_SHARED,
     DecodedImage,
     DecodingProcesses,
     Shelf,
     decode,
     decoding_pool,
+    most_ahead,
     packs,
     read_image,
+    window,
 )
 
 
@@ -69,6 +73,46 @@ def test_images_are_decoded_no_further_ahead_than_the_window():
     images = (DecodedImage(next(asked), "", (1, 10), np.zeros((10, 3), np.uint8)) for _ in range(1000))
     next(packs(images, 40, 64))
     assert next(asked) <= 64 + 4
+
+
+def test_inputs_are_read_by_a_thread_of_their_own_and_not_far_ahead(processor):
+    threads = []
+
+    def reading():
+        for item in inputs(*[image_bytes(0, (4, 4))] * 200):
+            threads.append(threading.get_ident())
+            yield item
+
+    for how, jobs in (("gpu", 2), ("exact", 2 * JOBS_PER_WORKER)):
+        processor.decode = how
+        with decoding_pool(torch.device("cpu"), processor, 2) as pool:
+            images = decode(reading(), processor, pool, 2)
+            next(images)
+            time.sleep(0.2)
+            files, _ = most_ahead(processor, 2, 2048)
+            assert len(threads) <= (jobs + 3) * IMAGES_PER_JOB <= files + IMAGES_PER_JOB
+            images.close()
+        assert threads and threading.get_ident() not in threads
+        threads.clear()
+
+
+@pytest.mark.parametrize("how", ["exact", "gpu"])
+def test_no_more_patches_are_ahead_than_said(processor, how):
+    """Those that are decoded, in the window and in packs, at once."""
+    processor.decode = how
+    budget = 20 * processor.max_num_patches
+    longest = np.zeros((processor.max_num_patches, 3 * processor.patch_size**2), np.uint8)
+    given = itertools.count()
+
+    def images():
+        for i in range(1000):
+            next(given)
+            yield DecodedImage(i, "", (processor.max_num_patches, 1), longest)
+
+    made = packs(images(), budget, window(processor, budget))
+    next(made)
+    _, most = most_ahead(processor, 1, budget)
+    assert (next(given) + 3 * budget // processor.max_num_patches) * longest.nbytes <= most
 
 
 @pytest.mark.parametrize("places", [0, 1, 3, 24])

@@ -127,6 +127,17 @@ def test_what_a_format_needs_is_looked_for_first(photos, tmp_path, monkeypatch, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_memory_decoding_takes_and_which_dtype_is_faster(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "cpu_bfloat16", lambda: "amx")
+    flags = ["--workers", "2", "--patch-budget", "1024"]
+    for out, more, told in (("a", [], True), ("a", ["--resume"], False), ("b", ["--dtype", "float32"], False)):
+        assert run(checkpoint, photos, tmp_path / out, *flags, *more) == 0
+        said = capsys.readouterr().err
+        # (2 workers x 3 jobs + 2) x 8 images and the window's 64, of 16 patches, and 4 packs: 48 bytes a patch
+        assert "ahead of the model: up to 294.9 kB of patches, and 2 images being decoded" in said
+        assert ("this CPU has amx: --dtype bfloat16 is two to three times as fast" in said) == told
+
+
 def test_how_much_it_will_write(checkpoint, photos, tmp_path, monkeypatch, capsys):
     """15 images of at most 16 patches and a pooled vector, 64 numbers each, of 2 and of 4 bytes; then nothing more."""
     flags = ["--pooled", "--dtype", "bfloat16"]

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.card import Jpeg, plain_jpeg
+from siglip2_packed.card import FILES_AT_ONCE, Jpeg, plain_jpeg
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
@@ -33,6 +33,8 @@ from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 IMAGES_PER_JOB = 8
 JOBS_PER_WORKER = 3
+PACKS_AHEAD = 4
+"""Two that are ready, one that is being filled, one that the model has."""
 READS = 3
 """Of a file that changes under the reader's hands."""
 MOST_SHARED = 4 << 30
@@ -165,13 +167,14 @@ def follow_parent() -> None:
 def decode(
     inputs: Iterable[Input], processor: Siglip2PackedImageProcessor, pool: Executor, workers: int
 ) -> Iterator[DecodedImage]:
-    """In the order of the inputs, a few images a worker ahead."""
-    inputs = iter(inputs)
+    """In the order of the inputs, a few images a worker ahead. What lies in tar files and tables is read by a thread of
+    its own.
+    """
     jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
     def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], int | None]]:
-        while some := list(islice(inputs, IMAGES_PER_JOB)):
+        for some in prefetch(by_job(inputs), 2):
             place = shelf.take()
             yield partial(read_images, processor, some, place), place
 
@@ -183,6 +186,29 @@ def decode(
         if place is not None:
             images = from_place(images, shelf.lend(place))
         yield from images
+
+
+def by_job(inputs: Iterable[Input]) -> Iterator[list[Input]]:
+    inputs = iter(inputs)
+    while some := list(islice(inputs, IMAGES_PER_JOB)):
+        yield some
+
+
+def most_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int) -> tuple[int, int]:
+    """(files, bytes of patches) that there are at most ahead of the model, of images as long as may be.
+
+    What is being decoded comes to it: an image a worker, or two batches on the card.
+    """
+    waiting = IMAGES_PER_JOB * ((1 if processor.decode == "gpu" else JOBS_PER_WORKER) * workers + 2)
+    by_card = processor.decode == "gpu"
+    cut = window(processor, patch_budget) + (FILES_AT_ONCE if by_card else waiting)
+    patches = PACKS_AHEAD * patch_budget + cut * processor.max_num_patches
+    return waiting + 2 * FILES_AT_ONCE * by_card, patches * 3 * processor.patch_size**2
+
+
+def window(processor: Siglip2PackedImageProcessor, patch_budget: int) -> int:
+    """Images that a pack is filled from: as many as it takes, or more where it takes few."""
+    return max(64, patch_budget // processor.max_num_patches)
 
 
 def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[DecodedImage]:

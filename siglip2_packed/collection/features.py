@@ -17,7 +17,7 @@ from torch import Tensor
 
 from siglip2_packed.card import Card
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import DecodedImage, Pack, cores, decode, packs, prefetch
+from siglip2_packed.collection.decode import DecodedImage, Pack, cores, decode, packs, prefetch, window
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
@@ -107,8 +107,7 @@ def encode(
     checked: Callable[[Iterable], Iterator] = halted if strict else iter
     images = decode(inputs, processor, pool, workers or cores())
     images = checked(images if card is None else cut(images, processor, card))
-    window = max(64, patch_budget // processor.max_num_patches)  # a pack, or more where a pack takes few
-    ready = packs(images, patch_budget, window, pin_memory=model.device.type == "cuda")
+    ready = packs(images, patch_budget, window(processor, patch_budget), pin_memory=model.device.type == "cuda")
     meter = meter or Meter(patch_budget)
 
     # The device gets the next pack before the last one's features are waited for.
