@@ -102,8 +102,7 @@ def encode_inputs(
     device = local_device(args.device)
     before = run_before(out)  # it goes on as what it was begun, wherever that was
     dtypes = {name: before[name] for name in ("dtype", "save_dtype") if before.get(name) in DTYPES.names}
-    if args.dtype is None and not before and ranks.rank == 0:
-        say_faster(device)
+    default = args.dtype is None and not before
     args.dtype = args.dtype or dtypes.get("dtype") or default_dtype(device)
     args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
     begun = before.get("shard_size") if isinstance(before.get("shard_size"), int) else None
@@ -127,6 +126,8 @@ def encode_inputs(
         if ranks.rank == 0:
             say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
             say_ahead(processor, workers, args.patch_budget)
+            if default:
+                say_faster(device)
         with tqdm(
             total=done + count, initial=done, unit="image", dynamic_ncols=True, disable=ranks.rank > 0
         ) as progress:
