@@ -110,7 +110,9 @@ def environment(device: torch.device) -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
     elif device.type == "cpu":
         by = cpu_bfloat16()
-        found["bfloat16"] = f"by {by}: two to three times as fast as float32" if by else "not faster than float32 here"
+        found["bfloat16"] = (
+            f"by {by}: about twice as fast as float32 or faster" if by else "not faster than float32 here"
+        )
     return found
 
 
