@@ -7,6 +7,9 @@ Shapes: T patches of a rank, N images of a rank, H heads.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,8 +45,9 @@ def apply_fsdp(
     param_dtype: torch.dtype | None = torch.bfloat16,
     reduce_dtype: torch.dtype | None = torch.float32,
     reshard_after_forward: bool = True,
+    layers_per_unit: int = 1,
 ) -> Siglip2PackedVisionModel:
-    """Shards a model over ranks in place (FSDP2): a unit for every encoder layer, one for all the rest.
+    """Shards a model over ranks in place (FSDP2): a unit for every encoder layer, or few, and one for all the rest.
 
     Frozen parameters, a tower whose last layers alone are trained, `gradient_checkpointing_enable()`, two calls a
     step, and ranks with an empty pack all work; every rank has to call the model equally often. Make the optimizer
@@ -55,20 +59,24 @@ def apply_fsdp(
         reduce_dtype: dtype to reduce gradients in; likewise.
         reshard_after_forward: frees a layer's parameters until backward; False keeps them, for speed. CUDA graphs run
             with neither: each step gathers them at another address (five steps, five addresses, torch 2.11).
+        layers_per_unit: encoder layers that are gathered and reduced together, the last unit of what is left. More are
+            fewer and larger transfers, and less work for the host; so many layers are whole at once, twice over.
 
     Returns:
         `model`, its parameters now DTensors of their own dtype (float32 to train in mixed precision).
 
     Raises:
-        ValueError: a model without encoder layers of its own, a dtype that is none for gradients.
+        ValueError: a model without encoder layers of its own, a dtype that is none for gradients, less than a layer.
     """
-    layers = encoder_layers(model)
+    layers, size = encoder_layers(model), whole("layers_per_unit", layers_per_unit)
     for name, dtype in {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}.items():
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"{name} must be a floating torch.dtype or None, got {dtype!r}")
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    for unit in (*layers, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    shard: Any = partial(fully_shard, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    for first in range(0, len(layers), size):
+        shard(list(layers[first : first + size]))
+    shard(model)
     return model
 
 

@@ -32,6 +32,13 @@ def fsdp2(task):
     return fully_shard(task)
 
 
+def fsdp2_in_larger_units(task):
+    apply_fsdp(task.model, param_dtype=None, reduce_dtype=None, layers_per_unit=2)
+    states = [fully_shard.state(layer) for layer in task.model.encoder.layers]
+    assert states[0] is states[1] not in states[2:]
+    return fully_shard(task)
+
+
 TRAINING = {
     "tokens": TOKENS,
     "pooled": dict(pooled=True),
@@ -54,6 +61,12 @@ TRAINING = {
 def test_two_ranks_train_as_one(ranks, checkpoint, engine, training, images):
     folder, kwargs = checkpoint("tiny"), TRAINING[training]
     check(ranks(train, engine, folder, images, **kwargs), train_alone(folder, **kwargs))
+
+
+@pytest.mark.parametrize("training", ["pooled", "called twice, checkpointing", "last layer", "LLaVA"])
+def test_units_of_several_layers_train_as_one(ranks, checkpoint, training):
+    folder, kwargs = checkpoint("tiny"), TRAINING[training]
+    check(ranks(train, fsdp2_in_larger_units, folder, NO_IMAGES, **kwargs), train_alone(folder, **kwargs))
 
 
 def warned(folder, images, steps=1, **kwargs):
@@ -199,6 +212,9 @@ def test_recipes_say_what_they_take(checkpoint):
         for name in ("param_dtype", "reduce_dtype"):
             with pytest.raises(ValueError, match=f"{name} must be a floating torch.dtype or None, got {dtype!r}"):
                 apply_fsdp(model, **{name: dtype})
+    for number in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"layers_per_unit must be .*{number}"):
+            apply_fsdp(model, layers_per_unit=number)
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, float("nan"), "3", None])
