@@ -94,8 +94,8 @@ class Captioner(nn.Module):
         return 3 * (forward_flops(tower, grids) + products + attention)
 
 
-def parallelize(captioner: Captioner, engine: str, dtype: torch.dtype, checkpointing: bool = False):
-    """-> what to call with a pack; it computes in `dtype`, parameters stay float32."""
+def parallelize(captioner: Captioner, engine: str, dtype: torch.dtype, checkpointing: bool = False, **sharding):
+    """-> what to call with a pack; it computes in `dtype`, parameters stay float32. `sharding` is for `apply_fsdp`."""
     if checkpointing:
         captioner.tower.vision_tower.gradient_checkpointing_enable()
         captioner.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -103,7 +103,7 @@ def parallelize(captioner: Captioner, engine: str, dtype: torch.dtype, checkpoin
         autocast = torch.autocast(captioner.tower.device.type, dtype, enabled=dtype != torch.float32)
         return autocast(DistributedDataParallel(captioner))
     mixed = dict(param_dtype=dtype, reduce_dtype=torch.float32)
-    apply_fsdp(captioner.tower.vision_tower, **mixed)
+    apply_fsdp(captioner.tower.vision_tower, **mixed, **sharding)
     for unit in (*captioner.lm.model.layers, captioner):
         fully_shard(unit, mp_policy=MixedPrecisionPolicy(**mixed))
     return captioner
@@ -116,6 +116,13 @@ def loss_sum(logits: torch.Tensor, packed) -> torch.Tensor:
 def mean_loss(model, packed) -> torch.Tensor:
     """Its gradients, averaged over ranks, are those of the mean over the caption tokens of all ranks."""
     return mean_over_ranks(loss_sum(model(packed), packed), len(packed["targets"]))
+
+
+def update(loss: torch.Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def train(model, captioner: Captioner, args, packs, device: torch.device, peak: float | None):
@@ -131,11 +138,8 @@ def train(model, captioner: Captioner, args, packs, device: torch.device, peak: 
     for step, packed in zip(range(1, args.steps + 1), packs):
         packed = packed.to(device, non_blocking=True)
         loss = mean_loss(model, packed)
-        loss.backward()
-        nn.utils.clip_grad_norm_(tower + fresh, 1.0)
-        optimizer.step()
+        update(loss, tower + fresh, optimizer)
         schedule.step()
-        optimizer.zero_grad()
 
         losses.append(loss.detach())
         patches, images = len(packed["pixel_values"]), len(packed["grid_thw"])
