@@ -5,6 +5,7 @@ N images.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import sys
@@ -12,7 +13,9 @@ import zlib
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heappush
 from itertools import islice
+from operator import itemgetter
 from types import FrameType
 from typing import Any
 
@@ -22,6 +25,8 @@ from torch.utils.data import Sampler
 
 SO400M_COST = (2 * 1152 + 4304, 1)
 ORDERS = 8  # of an epoch, until one fits its steps
+Priced = tuple[int, int, int]
+"""Cost, turn and index of an image in a pack."""
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
@@ -127,6 +132,17 @@ def cost_terms(cost: Any) -> tuple[float, float]:
     return a, b
 
 
+def whole_costs(frames: np.ndarray, frame: np.ndarray, a: float, b: float) -> list[int]:
+    """a·n + b·n² of each image, whole numbers in proportion: their sums are exact, so what evens them comes to an end.
+
+    Args:
+        frames, frame: `[N]` frames of an image, and patches of each.
+    """
+    if not (a.is_integer() and b.is_integer() and a + b <= 2**32):
+        a, b = (x / (a + b) * 2**32 for x in (a, b))
+    return list(map(int, np.rint(a * frames * frame + b * frames * frame.astype(np.float64) ** 2).tolist()))
+
+
 def accelerate_asks(sampler: PatchBudgetBatchSampler) -> bool:
     """Whether accelerate's BatchSamplerShard asks `sampler` for its batches just now.
 
@@ -230,9 +246,8 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
         self._cost = cost_terms(cost)
         sizes = image_sizes(lengths, self.budget)
         frames, frame = (sizes[:, 0], sizes[:, 1] * sizes[:, 2]) if sizes.ndim == 2 else (np.ones_like(sizes), sizes)
-        patches, (a, b) = frames * frame, self._cost
-        self._lengths: list[int] = patches.tolist()
-        self._costs: list[float] = (a * patches + b * frames * frame.astype(np.float64) ** 2).tolist()
+        self._lengths: list[int] = (frames * frame).tolist()
+        self._costs = whole_costs(frames, frame, *self._cost)
         self._crc32 = zlib.crc32(sizes.astype("<i8").tobytes())
         self.epoch = 0
         self._batch = self._start = 0  # batches handed out in this epoch; where the next iteration begins
@@ -391,7 +406,7 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
             return sorted(steps, key=lambda step: min(map(min, step)))
         return [[steps[k][r] for r in rng.permutation(ranks)] for k in rng.permutation(len(steps))]
 
-    def _cost_of(self, pack: list[int]) -> float:
+    def _cost_of(self, pack: list[int]) -> int:
         return sum(self._costs[i] for i in pack)
 
     def _spread(self, packs: list[list[int]], missing: int) -> list[list[int]]:
@@ -399,17 +414,52 @@ class PatchBudgetBatchSampler(Sampler[list[int]]):
 
         None stays empty: an empty one is the cheapest, and then some pack has two images to give one from.
         """
-        packs = [list(pack) for pack in packs] + [[] for _ in range(missing)]
-        counts, costs = np.array([len(pack) for pack in packs]), np.array([self._cost_of(pack) for pack in packs])
+        packs = packs + [[] for _ in range(missing)]
+        turns = itertools.count(len(self._lengths))  # an image that moved comes after those that were there before
+        pools = [sorted([(self._costs[i], turn, i) for turn, i in enumerate(pack)]) for pack in packs]
+        costs = [self._cost_of(pack) for pack in packs]
+        rooms = [self.budget - sum([self._lengths[i] for i in pack]) for pack in packs]
+        costly = [(-cost, place) for place, cost in enumerate(costs)]
+        cheap = [(cost, place) for place, cost in enumerate(costs)]
+        heapify(costly)
+        heapify(cheap)
         while True:
-            high, low = int(np.where(counts > 1, costs, -1).argmax()), int(costs.argmin())
-            gap = costs[high] - costs[low]
-            room = self.budget - sum(self._lengths[i] for i in packs[low])
-            movable = [i for i in packs[high] if self._costs[i] < gap and self._lengths[i] <= room]
-            if not movable or counts[low] == self.max_images:
-                return packs
-            image = min(movable, key=lambda i: abs(self._costs[i] - gap / 2))
-            packs[high].remove(image)
-            packs[low].append(image)
-            counts[[high, low]] += (-1, 1)
-            costs[[high, low]] += (-self._costs[image], self._costs[image])
+            while costly and (len(pools[costly[0][1]]) < 2 or -costly[0][0] != costs[costly[0][1]]):
+                heappop(costly)
+            while cheap[0][0] != costs[cheap[0][1]]:
+                heappop(cheap)
+            if not costly:
+                break
+            high, low = costly[0][1], cheap[0][1]
+            moved = self._nearest_half(pools[high], costs[high] - costs[low], rooms[low])
+            if moved is None or len(pools[low]) == self.max_images:
+                break
+            cost, _, image = moved
+            del pools[high][bisect_left(pools[high], moved)]
+            insort(pools[low], (cost, next(turns), image))
+            for place, sign in ((high, -1), (low, 1)):
+                costs[place] += sign * cost
+                rooms[place] -= sign * self._lengths[image]
+                heappush(costly, (-costs[place], place))
+                heappush(cheap, (costs[place], place))
+        return [[i for _, _, i in sorted(pool, key=itemgetter(1))] for pool in pools]
+
+    def _nearest_half(self, pool: list[Priced], gap: int, room: int) -> Priced | None:
+        """Of a pool in order: what costs less than the gap, fits, and comes nearest to half; the first of equals."""
+        middle = bisect_left(pool, (gap / 2,))
+        fits = [
+            next((x for x in some if self._lengths[x[2]] <= room), None)
+            for some in (reversed(pool[:middle]), pool[middle : bisect_left(pool, (gap,))])
+        ]
+        near = [cost for cost, _, _ in filter(None, fits)]
+        if not near:
+            return None
+        distance = min(abs(2 * cost - gap) for cost in near)
+        equal = [
+            x
+            for cost in near
+            if abs(2 * cost - gap) == distance
+            for x in pool[bisect_left(pool, (cost,)) : bisect_left(pool, (cost + 1,))]
+            if self._lengths[x[2]] <= room
+        ]
+        return min(equal, key=itemgetter(1))

@@ -214,6 +214,17 @@ def test_the_quadratic_term_counts():
     assert any(len({len(pack) for pack in step}) > 1 for batches in linear for step in zip(*batches))
 
 
+@pytest.mark.parametrize(
+    ("cost", "high", "seed"),
+    [((0.1, 0.3), 5, 36), ((0.1, 0), 10, 42), ((0.7, 0.1), 5, 167), ((1e-300, 0), 5, 0), ((1e308, 0), 5, 0)],
+)
+def test_evening_costs_that_are_no_whole_numbers_comes_to_an_end(cost, high, seed):
+    """Their sums in floating point gave an image to and fro for ever, in the first three."""
+    lengths = np.random.default_rng(seed).integers(1, high, 24)
+    steps = zip(*epoch_of(lengths, 40, 8, cost=cost))
+    assert sorted(i for step in steps for pack in step for i in pack) == list(range(24))
+
+
 def test_evening_the_cost_keeps_to_the_budget():
     lengths = np.array([3000, 1096] + [256] * 16)
     for (pack,) in epoch_of(lengths, 4096, 2, cost=(0, 1), shuffle=False):
