@@ -110,7 +110,7 @@ def plot_attention() -> None:
                 axis.grid(alpha=0.3)
         for axis in axes[1]:
             axis.set_xlabel("segment length")
-        axes[0][0].legend()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(PROVIDERS))
         figure.suptitle(f"Varlen attention, 16384 rows, 16 heads, bf16: {path.stem.split('_')[-1].upper()}")
         figure.savefig(PICTURES / f"{path.stem}.png", dpi=110)
 

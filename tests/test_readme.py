@@ -128,6 +128,21 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
     sys.modules.pop("readme_tables")
 
 
+def test_the_legend_of_attentions_plot_covers_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables, figures = pytest.importorskip("readme_tables"), pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    tables.plot_attention()
+    for figure in drawn:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == list(tables.PROVIDERS.values())
+        assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
+    assert drawn
+    sys.modules.pop("readme_tables")
+
+
 def test_the_legend_of_the_encoders_plot_covers_nothing(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     tables, figures = pytest.importorskip("readme_tables"), pytest.importorskip("matplotlib.figure")

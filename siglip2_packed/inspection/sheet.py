@@ -25,7 +25,7 @@ PAGE = """<!DOCTYPE html>
 body {{ font: 14px/1.4 system-ui, sans-serif; color: #222; margin: 2em auto; padding: 0 1.5em; max-width: 1500px; }}
 h1 {{ font-size: 1.3em; margin: 0; }}
 p {{ margin: .3em 0 1.5em; color: #666; }}
-main {{ display: grid; gap: 18px; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }}
+main {{ display: grid; gap: 18px; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }}
 figure {{ margin: 0; }}
 .frame {{ height: 200px; background: #f2f2f2; display: flex; align-items: center; justify-content: center; }}
 .frame img {{ max-width: 100%; max-height: 100%; }}
