@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,16 +31,15 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"environment": environment(device), "models": []}
     for name, value in report["environment"].items():
         print(f"{name:<24} {value}")
-    for dtype in args.dtypes:
+    for dtype in args.dtypes or ["bfloat16" if device.type == "cuda" else "float32"]:
         for name in args.shapes:
+            print(f"\n{name} in {dtype}", flush=True)
             found = list(findings(device, DTYPES[dtype], SHAPES[name]))
-            print(f"\n{name} in {dtype}\n\n  {'operation':<28} {'implementation':<24} found")
-            for finding in found:
-                print(f"  {finding.operation:<28} {finding.implementation:<24} {finding}", flush=True)
+            print_findings(found, args.verbose)
             packs = {T: images(T, args.image_patches) for T in args.patches}
             plans = {T: planned(device, DTYPES[dtype], SHAPES[name], lengths, args) for T, lengths in packs.items()}
-            for T, one in plans.items():
-                print_plan(T, packs[T], one)
+            for one, alike in itertools.groupby(plans, key=plans.__getitem__):
+                print_plan([packs[T] for T in alike], one)
             report["models"].append(
                 {
                     "shape": name,
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
                     ],
                 }
             )
-    print(f"\n{OF_QUERIES}")
+    if args.verbose:
+        print(f"\n{OF_QUERIES}")
     if args.json:
         write_json(args.json, report)
     return 0
@@ -70,8 +72,27 @@ def planned(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: lis
         return {"refused": str(refused)}
 
 
-def print_plan(patches: int, lengths: list[int], found: Plan | dict[str, str]) -> None:
-    print(f"\n  a pack of {patches:,} patches, {len(lengths)} image{'s' * (len(lengths) > 1)} of up to {max(lengths)}")
+def print_findings(found: Sequence[Finding], verbose: bool) -> None:
+    """How many were right, and each that was not; or all."""
+    verdicts = [finding.verdict for finding in found if finding.verdict is not None]
+    wrong, absent = sum(not x.right for x in verdicts), sum(finding.why_not is not None for finding in found)
+    print(
+        f"  implementations checked: {len(verdicts)}, {f'{wrong} WRONG' if wrong else 'none wrong'}; "
+        f"not for this machine: {absent}{'' if verbose else ' (--verbose: each, its errors or why)'}"
+    )
+    shown = [x for x in found if verbose or (x.verdict is not None and not x.verdict.right)]
+    if shown:
+        print(f"\n  {'operation':<28} {'implementation':<24} found")
+    for finding in shown:
+        print(f"  {finding.operation:<28} {finding.implementation:<24} {finding}")
+
+
+def print_plan(packs: Sequence[list[int]], found: Plan | dict[str, str]) -> None:
+    """Packs, as the lengths of their images, that one plan holds for."""
+    print()
+    for lengths in packs:
+        count = f"{len(lengths)} image{'s' * (len(lengths) > 1)}"
+        print(f"  a pack of {sum(lengths):,} patches, {count} of up to {max(lengths)}")
     if isinstance(found, dict):
         print(f"    refused: {found['refused']}")
         return

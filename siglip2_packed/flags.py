@@ -132,12 +132,13 @@ def bench(parser: argparse.ArgumentParser) -> None:
 def doctor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", help="device to check (cuda if there is one, else cpu)")
-    add("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="dtypes to check (all)")
-    add("--shapes", nargs="+", choices=DOCTOR_SHAPES, default=DOCTOR_SHAPES, help="sizes of the model (base so400m)")
+    add("--dtypes", nargs="+", choices=list(DTYPES), help="dtypes to check (bfloat16 on CUDA, else float32)")
+    add("--shapes", nargs="+", choices=DOCTOR_SHAPES, default=["so400m"], help="sizes of the model (so400m)")
     add("--patches", nargs="+", type=int, default=(256, 1024, 4096), metavar="T",
         help="patches of the packs to show (256 1024 4096)")  # fmt: skip
     add("--image-patches", type=int, default=256, metavar="N", help="most patches per image of these packs (256)")
     add("--attn-implementation", choices=ATTN_IMPLEMENTATIONS, default="auto", help="backend (auto)")
+    add("--verbose", action="store_true", help="every implementation, with its errors or why it cannot run here")
     add("--json", type=new_file, metavar="FILE", help="also write everything to this file")
     parser.set_defaults(run=later("doctor"))
 

@@ -170,10 +170,11 @@ def test_a_broken_checkpoint_is_a_user_error(checkpoint, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def examined(tmp_path_factory):
-    """Standard output and JSON of one `doctor` run."""
+    """Standard output and JSON of one `doctor --verbose` of everything."""
     path = tmp_path_factory.mktemp("doctor") / "made" / "doctor.json"
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main(["doctor", "--device", "cpu", "--json", str(path)]) == 0
+        flags = ["--verbose", "--dtypes", "float32", "bfloat16", "float16", "--shapes", "base", "so400m"]
+        assert cli.main(["doctor", "--device", "cpu", *flags, "--json", str(path)]) == 0
     return out.getvalue(), json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
@@ -239,6 +240,16 @@ def test_doctor_says_what_runs_for_packs(examined):
             assert pack["inference"]["attention"] == pack["training"]["attention"] == "sdpa"
             assert pack["inference"]["layer_norm"] == pack["training"]["layer_norm_backward_"] == "eager"
     assert "a pack of 4,096 patches, 16 images of up to 256" in out
+
+
+def test_doctor_is_short_unless_asked(capsys):
+    """One dtype, one size of a model; no implementation that was right, packs of one plan together."""
+    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 40 and "so400m in float32\n" in out and "base in" not in out
+    assert "checked: 1, none wrong; not for this machine: " in out and "cannot be imported" not in out
+    packs = [line for line in out.splitlines() if line.startswith("  a pack of ")]
+    assert len(packs) == 3 and "\n".join(packs) in out and out.count("sdpa") == 2
 
 
 def doctor_report(tmp_path, *flags, dtype="float32"):
