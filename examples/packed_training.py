@@ -13,19 +13,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
-from siglip2_packed.data import PatchBudgetBatchSampler, collate, image_grids
+from siglip2_packed.data import PatchBudgetBatchSampler, image_grids
 from siglip2_packed.parallel import mean_over_ranks
-
-
-class Photographs(Dataset):
-    def __init__(self, files, processor):
-        self.files, self.processor = files, processor
-
-    def __getitem__(self, i):
-        return self.processor(self.files[i])
 
 
 class Task(torch.nn.Module):
@@ -48,13 +40,15 @@ def train(args, device):
     files = sorted(args.folder.rglob("*.jpg")) or sys.exit(f"no .jpg files in {args.folder}")
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt)
     sampler = PatchBudgetBatchSampler(image_grids(files, processor), args.budget)
-    loader = DataLoader(Photographs(files, processor), batch_sampler=sampler, collate_fn=collate)
+    loader = DataLoader(files, batch_sampler=sampler, collate_fn=processor)
     model = DistributedDataParallel(Task(args.ckpt).to(device))
+    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported(False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for epoch in range(args.epochs):
         sampler.set_epoch(epoch)
         for step, packed in enumerate(loader, start=1):
-            loss = mean_over_ranks(*model(packed.to(device)))  # ranks hold unequal numbers of patches
+            with half:
+                loss = mean_over_ranks(*model(packed.to(device)))  # ranks hold unequal numbers of patches
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

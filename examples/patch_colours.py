@@ -24,8 +24,9 @@ def main():
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, max_num_patches=args.max_num_patches)
-    model = Siglip2PackedVisionModel.from_pretrained(args.ckpt, vision_use_head=False).to(device).eval()
+    model = Siglip2PackedVisionModel.from_pretrained(args.ckpt, vision_use_head=False, dtype=dtype).to(device).eval()
     packed = processor(args.images)
     with torch.inference_mode():
         features = model(**packed.to(device)).last_hidden_state.float().cpu()  # [T, D]

@@ -39,7 +39,8 @@ def main():
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(args.ckpt).to(device).eval()
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    model = AutoModel.from_pretrained(args.ckpt, dtype=dtype).to(device).eval()
     images = [Image.open(file).convert("RGB") for file in args.images]
     batch = Siglip2ImageProcessor.from_pretrained(args.ckpt)(images, return_tensors="pt").to(device)
 

@@ -26,9 +26,10 @@ def main():
     parser.add_argument("--steps", type=int, default=100, help="steps over all photographs (100)")
     args = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt)
-    tower = Siglip2PackedVisionModel.from_pretrained(args.ckpt, select_layer=-2).to(device).eval()
+    tower = Siglip2PackedVisionModel.from_pretrained(args.ckpt, select_layer=-2, dtype=dtype).to(device).eval()
 
     files = sorted(file for file in args.folder.glob("*/*") if file.suffix.lower() in SUFFIXES)
     classes = sorted({file.parent.name for file in files})

@@ -69,6 +69,21 @@ DTYPES = _Dtypes()
 """torch's, by name."""
 
 
+def whole(text: str) -> int:
+    """`1000000`, `1_000_000`, `1e6`."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
+
+
 def later(module: str) -> Callable[[argparse.Namespace], int]:
     """`run` of a module that is not imported yet."""
     return lambda args: importlib.import_module(f"siglip2_packed.{module}").run(args)
@@ -111,11 +126,20 @@ def align(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=later("align"))
 
 
+BENCH_EPILOG = """
+Providers: siglip2_packed is this package, plain, compiled, in CUDA graphs (:cudagraph, :batch_invariant, :fp8).
+transformers_sdpa_padded, timm_naflexvit (pip install 'siglip2-packed[timm]') and seed_padded compute padded batches;
+transformers_cosmos3_edge is packed too; gemm_chain is the matrix products of a forward alone. What a provider is not
+made for, or cannot do here, is said with the reason.
+"""
+
+
 def bench(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = BENCH_EPILOG
     add = parser.add_argument
     add("--ckpt", help="checkpoint to read; without it random weights of --shape")
     add("--shape", choices=list(SHAPES), help="size of random weights (so400m; base on a CPU)")
-    add("--workloads", nargs="+", choices=list(WORKLOADS), default=["uniform256", "mixed"],
+    add("--workloads", nargs="+", choices=list(WORKLOADS), default=["uniform256", "mixed"], metavar="NAME",
         help=f"of {', '.join(WORKLOADS)} (uniform256 mixed)")  # fmt: skip
     add("--images", type=int, help="images of each workload (as the workload says; on a CPU what fits 512 patches)")
     add("--providers", nargs="+", choices=list(PROVIDERS), default=list(DEFAULT_PROVIDERS), metavar="NAME",
@@ -186,7 +210,7 @@ def encode_text(parser: argparse.ArgumentParser) -> None:
 
 def plan(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--images", type=int, required=True, metavar="N", help="images of the collection")
+    add("--images", type=whole, required=True, metavar="N", help="images of the collection: 1000000, or 1e6")
     add("--max-num-patches", type=int, metavar="N", help="most patches per image (the checkpoint's, or the shape's)")
     add("--ckpt", type=given, help="checkpoint: a folder or a hub id; without it random weights of --shape")
     add("--shape", choices=list(SHAPES), default="so400m", help="size of random weights (so400m)")

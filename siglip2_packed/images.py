@@ -15,6 +15,7 @@ Every fault is a ValueError that states the reason; the caller adds which image 
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = [ORIENTATIONS[tag] for tag in (5, 6, 7, 8)]
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg")
 OVERSIZE = 2
 """A JPEG file that is decoded at a scale of its own is at least so many times the size that it is resized to."""
 Size = tuple[int, int]
@@ -88,6 +90,7 @@ def video_items(videos: Any) -> list[list[Frame]]:
     """What a caller passes as `videos` -> the frames of each."""
     if videos is None:
         return []
+    _refuse_video_file(videos)
     if not _is_list(videos) and _ndim(videos) not in (4, 5):
         raise ValueError(
             "videos must be a 4-D array [t, h, w, c] or [t, c, h, w], a list of frames, or a list of these, got "
@@ -99,7 +102,18 @@ def video_items(videos: Any) -> list[list[Frame]]:
         entries = [entries]
     elif not all(nested):
         raise ValueError("videos mixes whole videos and single frames")
-    return [_item(f"video {i}", entry) for i, entry in enumerate(entries)]
+    items = [_item(f"video {i}", entry) for i, entry in enumerate(entries)]
+    for frame in itertools.chain.from_iterable(items):
+        _refuse_video_file(frame.source)
+    return items
+
+
+def _refuse_video_file(source: Any) -> None:
+    if (name := source_name(source)).lower().endswith(VIDEO_SUFFIXES):
+        raise ValueError(
+            f"{name!r} is a video file, which is not decoded here: read its frames (with torchcodec, PyAV or OpenCV) "
+            "and pass videos=[frames], frames being a list of images or an array [t, h, w, c]"
+        )
 
 
 def _item(label: str, entry: Any) -> list[Frame]:

@@ -164,7 +164,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         Args:
             images: one image or a list of them. A 4-D array or tensor is a batch of images. In a list, a nested list of
                 frames or a 4-D array is one video.
-            videos: one video (a 4-D array, or a list of frames) or a list of videos. All frames must be of one size.
+            videos: one video (a 4-D array, or a list of frames) or a list of videos, decoded, of frames of one size.
                 A video of t frames is one row (t, h, w) of `grid_thw`; each frame gets the whole budget.
             input_data_format: `"channels_first"` or `"channels_last"`, for arrays with 1, 3 or 4 at both ends.
             on_error: `"raise"`, or `"skip"`: images that cannot be used are left out, with one warning.

@@ -38,6 +38,19 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path):
     assert found["memory"] > 2**26
 
 
+@pytest.mark.parametrize("images", ["1000000", "1_000_000", "1e6"])
+def test_a_million_may_be_written_so(images, capsys):
+    assert main(["plan", "--images", images, "--max-num-patches", "16", "--shape", "tiny", *QUICK]) == 0
+    assert "1,000,000 images of up to 16 patches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("images", ["1.5", "many", "inf", "nan", ""])
+def test_a_number_of_images_is_whole(images, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--images", images, *QUICK])
+    assert f"argument --images: {images!r} is not a whole number" in capsys.readouterr().err
+
+
 def test_own_images_stand_for_all(checkpoint, capsys, tmp_path):
     for name, shape in (("wide.png", (4, 64)), ("square.png", (16, 16))):
         Image.fromarray(np.full((*shape, 3), 7, np.uint8)).save(tmp_path / name)

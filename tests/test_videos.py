@@ -1,6 +1,7 @@
 """Batches and videos: how entries become rows and segments, in threads and loaders too."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,7 +96,10 @@ def test_video_has_one_scale():
         ([[]], None, "image 0: a video needs at least one frame"),
         (None, [[rgb(20, 30)], rgb(20, 30)], "mixes whole videos and single frames"),
         (None, rgb(20, 30), r"videos must be a 4-D array .* got shape \[20, 30, 3\]"),
-        (None, "clip.mp4", "videos must be a 4-D array .* got str"),
+        (None, "photo.jpg", "videos must be a 4-D array .* got str"),
+        (None, "clip.mp4", "'clip.mp4' is a video file, which is not decoded here: read its frames .* videos=.frames."),
+        (None, ["clip.mp4"], "'clip.mp4' is a video file"),
+        (None, [[rgb(20, 30)], [Path("a/B.MOV")]], "'a/B.MOV' is a video file"),
     ],
 )
 def test_wrong_videos(images, videos, message):
