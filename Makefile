@@ -31,6 +31,7 @@ $(DEMO_CKPT)/model.safetensors: | $(VENV)/.demo
 	$(BIN)/siglip2-packed random-checkpoint $(DEMO_CKPT) --shape base --full
 
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: pyproject.toml
+	@echo "installing into $(VENV): torch and what needs it, which takes minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[$(patsubst .%,%,$(notdir $@))]'

@@ -13,6 +13,7 @@ from siglip2_packed import (
     Siglip2NaflexPacking,
     Siglip2PackedImageProcessor,
     Siglip2PackedVisionModel,
+    __version__,
     convert_to_packing_format,
 )
 
@@ -113,6 +114,15 @@ def test_it_is_read_in_five_minutes():
     folders = {f"{file.name}/" for file in [*ROOT.iterdir(), *package.iterdir()] if (file / "__init__.py").exists()}
     folders |= {"benchmarks/", "docs/", "examples/", "findings/", "tests/"}
     assert {*re.findall(r"[\w/]+", tree)} >= modules | folders
+
+
+def test_the_version_is_the_same_everywhere():
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [head for head in heads if head != "Unreleased"]
+    assert re.fullmatch(rf"{re.escape(__version__)} \(\d{{4}}-\d\d-\d\d\)", released[0])
+    assert heads.count("Unreleased") == heads[:1].count("Unreleased")  # at the top, if at all
+    date = released[0].split("(")[1].rstrip(")")
+    assert f"\nversion: {__version__}\ndate-released: {date}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_finding_is_listed():
