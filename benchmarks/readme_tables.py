@@ -4,6 +4,7 @@ python benchmarks/readme_tables.py
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -467,11 +468,27 @@ IMAGE_COSTS = {
 PACK_COSTS = {name: IMAGE_COSTS[name] for name in ("forward", "fp8, in graphs", "training")}
 
 
+def planning_parts(workload: str) -> list[str]:
+    """`224x224_max196_grid14x14_images83` -> 224x224, 196, 14x14, 83."""
+    return re.findall(r"\d[\dx]*", workload)
+
+
+def sides(text: str) -> list[int]:
+    return [int(side) for side in text.split("x")]
+
+
+def planning_order(workload: str) -> tuple[bool, int]:
+    """Squares first, by their size; then photographs, by their budgets."""
+    (w, h), limit = sides(planning_parts(workload)[0]), int(planning_parts(workload)[1])
+    return w != h, limit
+
+
 def planning() -> str:
     """A table of one image, and one of full packs; nothing where nothing was measured."""
     parts = []
     for path in sorted(RESULTS.glob("planning_*.csv")):
         rows = pd.read_csv(path)
+        rows = rows[rows.metric != "not_run"]
         first, values = rows.iloc[0], rows.set_index(["workload", "provider", "mode", "metric"]).p50
 
         def cells(workload: str, costs: dict[str, tuple[str, str]], images: int) -> Iterator[str]:
@@ -482,19 +499,19 @@ def planning() -> str:
                 yield decimals(values.get((workload, *key, "peak_memory"), float("nan")))
 
         one, packs = [], []
-        for workload in rows.workload.unique():
-            size, limit, grid, images = re.findall(r"[\dx]+", workload.replace("_max", "_"))
-            h, w = map(int, grid.split("x"))
-            kind, count = f"| {size.replace('x', ' x ')} | {int(limit):,}", int(images)
+        for workload in sorted(rows.workload.unique(), key=planning_order):
+            size, limit, grid, images = planning_parts(workload)
+            kind, count, patches = f"| {size.replace('x', '×')} | {int(limit):,}", int(images), math.prod(sides(grid))
             if count == 1:
-                one.append(f"{kind} | {h} x {w} | {h * w:,} | {' | '.join(cells(workload, IMAGE_COSTS, 1))} |")
+                grid = grid.replace("x", "×")
+                one.append(f"{kind} | {grid} | {patches:,} | {' | '.join(cells(workload, IMAGE_COSTS, 1))} |")
             else:
                 packs.append(f"{kind} | {count} | {' | '.join(cells(workload, PACK_COSTS, count))} |")
-        memory = [f"GiB {name.partition(',')[0]}" for name in PACK_COSTS]
+        memory = [f"GiB, {name.partition(',')[0]}" for name in PACK_COSTS]
         tables = {
-            "One image, ms and GiB:": (["image", "`max_num_patches`", "grid", "patches", *IMAGE_COSTS, *memory], one),
+            "One image, ms and GiB:": (["image", "budget", "grid", "patches", *IMAGE_COSTS, *memory], one),
             "A full pack, ms (images a second) and GiB:": (
-                ["image", "`max_num_patches`", "images", *PACK_COSTS, *memory], packs),
+                ["image", "budget", "images", *PACK_COSTS, *memory], packs),
         }  # fmt: skip
         parts.append(
             f"{first.card}, so400m, bfloat16, medians; torch {first.torch}, triton {first.triton}, {first.date}"
