@@ -148,6 +148,7 @@ def test_messages_are_those_that_people_meet(folder, monkeypatch, capsys):
         lambda: load("/no/such"),
         lambda: replace_vision_tower(torch.nn.Linear(2, 2)),
         lambda: Siglip2PackedImageProcessor.from_pretrained("CKPT")("missing.jpg"),
+        lambda: Siglip2PackedImageProcessor.from_pretrained("CKPT")(videos=["clip.mp4"]),
         lambda: convert_to_packing_format(torch.zeros(1, 3, 30, 32), 16),
         lambda: said(*encode),
         lambda: said(*encode, "--resume", "--max-num-patches", "64"),
