@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,12 +32,14 @@ from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import cores, decoding_pool, most_ahead
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
+from siglip2_packed.collection.kept import check_names
 from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
-from siglip2_packed.collection.shards import Counts, replacing, write_file
+from siglip2_packed.collection.shards import TABLES, Counts, replacing, write_file
 from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
+from siglip2_packed.collection.tar import Tar
 from siglip2_packed.collection.walk import Skipped
 from siglip2_packed.flags import DTYPES, pick_device
 from siglip2_packed.graphs import replayed
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_one_file(out):
             check_run(out, {}, args.resume)
         device = pick_device(args.device)
-        inputs = find_inputs(args.images, args.column, but=out.resolve())
+        inputs = find_inputs(args.images, args.column, but=out.resolve(), keep=args.keep)
         chosen: dict[str, Any] = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
         chosen["decode"] = args.decode or run_before(out).get("decode", "exact")
         processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **chosen)
@@ -107,7 +110,7 @@ def encode_inputs(
     args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
     begun = before.get("shard_size") if isinstance(before.get("shard_size"), int) else None
     args.shard_size = args.shard_size or begun or shard_size(args.patches, len(inputs), ranks.world)
-    settings = run_settings(args, processor)
+    settings = run_settings(args, processor, inputs.schema)
     if not is_one_file(out):
         check_run(out, complete(settings, inputs), args.resume, inputs)  # before the model, which takes longer
     model: Any = load_model(args)
@@ -124,6 +127,7 @@ def encode_inputs(
         wanted = chain.from_iterable(inputs.read(*some) for some in ranges)
         count = sum(stop - start for start, stop in ranges)
         if ranks.rank == 0:
+            say_lacking(inputs)
             say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
             say_ahead(processor, workers, args.patch_budget)
             if default:
@@ -271,6 +275,17 @@ def say_faster(device: torch.device) -> None:
         )
 
 
+def say_lacking(inputs: Inputs) -> None:
+    """Which of what is kept samples of tar files do not have."""
+    lacking: Counter[str] = Counter()
+    for part in inputs.parts:
+        lacking.update(part.lacking if isinstance(part, Tar) else {})
+    if lacking:
+        of = sum(len(part) for part in inputs.parts if isinstance(part, Tar))
+        said = ", ".join(f"{name} of {count}" for name, count in sorted(lacking.items()))
+        print(f"--keep: null, as their samples have none: {said} of {of} images in tar files", file=sys.stderr)
+
+
 def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], args: argparse.Namespace) -> None:
     """How much will be written at most, and what room there is for it."""
     rows = {"patches": longest, "pooled": 1}
@@ -315,10 +330,13 @@ def shard_size(patches: bool, inputs: int, ranks: int) -> int:
     return max(1, -(-inputs // (each * ranks)))
 
 
-def run_settings(args: argparse.Namespace, processor: Siglip2PackedImageProcessor) -> dict[str, Any]:
+def run_settings(
+    args: argparse.Namespace, processor: Siglip2PackedImageProcessor, schema: Any = None
+) -> dict[str, Any]:
     """What all rows depend on, and `--resume` compares; the model's come to it once it is there."""
     return {
         "column": args.column,
+        "keep": [[field.name, str(field.type)] for field in schema or ()],
         "shard_size": args.shard_size,
         "format": args.format,
         "kept": kept(args),
@@ -344,15 +362,21 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
         raise ValueError("--no-patches without --pooled: nothing to write")
     if args.normalize and not args.pooled:
         raise ValueError("--normalize is of pooled vectors: give --pooled")
-    if args.format in ("parquet", "arrow"):
+    if args.format in TABLES:
         import_pyarrow()
+    check_names(args.keep)
     for flag, value in (("--shard-size", args.shard_size), ("--workers", args.workers)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
     if args.retry_errors and not args.resume:
         raise ValueError("--retry-errors goes with --resume")
     if is_one_file(out):
-        for flag, given in (("--resume", args.resume), ("torchrun", world > 1), ("--shard-size", args.shard_size)):
+        for flag, given in (
+            ("--resume", args.resume),
+            ("torchrun", world > 1),
+            ("--shard-size", args.shard_size),
+            ("--keep", args.keep),
+        ):
             if given:
                 raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
         if args.format != "safetensors" or not args.patches:

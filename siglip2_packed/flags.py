@@ -188,6 +188,8 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", help="stop at the first image that cannot be read, and exit with 1")
     add("--max-errors", type=most_errors, metavar="N", help="exit with 1 if more (10, 1%%) cannot be read")
     add("--column", metavar="NAME", help="image column of Parquet files (the one there is)")
+    add("--keep", nargs="+", default=[], metavar="NAME",
+        help="columns of tables, members (txt, cls) or JSON fields of tar samples to carry into the index")  # fmt: skip
     add("--decode", choices=DECODE, help="JPEG files: Pillow's pixels, at a scale of their own, or by nvJPEG (exact)")
     add("--workers", type=int, metavar="N", help="decoding threads or processes (one per core)")
     add("--decode-in", choices=DECODE_IN, help="decode in threads or processes (processes beside a GPU, else threads)")

@@ -26,6 +26,9 @@ from siglip2_packed.processor_files import SETTINGS
 from siglip2_packed.show import output_path
 from siglip2_packed.zero_shot import check_texts, cosines, load_text_tower
 
+WIDEST = 80
+"""Characters that are shown of a value beside a name."""
+
 
 def run(args: argparse.Namespace) -> int:
     if args.top < 1:
@@ -40,19 +43,29 @@ def run(args: argparse.Namespace) -> int:
     query = of_image(features, model.to(device), args.image) if args.image else of_text(ckpt, args.text, device)
     found = nearest(features, query, args.top, device)
 
-    print("rank  cosine  input")
-    for rank, (score, image) in enumerate(found, 1):
-        print(f"{rank:4d}  {score:6.3f}  {printable(features.names[image])}")
+    kept = features.columns.take([image for _, image in found]).to_pylist() if features.run.get("keep") else []
+    beside = [["" if value is None else shortened(str(value)) for value in row.values()] for row in kept] or [[]] * len(
+        found
+    )
+    print("  ".join(["rank  cosine  input", *map(printable, kept[0] if kept else ())]))
+    for rank, ((score, image), values) in enumerate(zip(found, beside), 1):
+        print("  ".join([f"{rank:4d}  {score:6.3f}", *map(printable, [features.names[image], *values])]))
     if html:
         asked = f"like {args.image}" if args.image else f"“{args.text}”"
         about = f"{len(found)} of {len(features)} images of {args.features}, {ckpt}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that are read all the same
-            pictures = [picture(features, score, image) for score, image in found]
+            pictures = [
+                picture(features, *one)._replace(beside=" · ".join(values)) for one, values in zip(found, beside)
+            ]
         write_sheet(html, asked, about, pictures)
         gone = sum(not shown.jpeg for shown in pictures)
         print(f"wrote {html}" + (f"; {gone} of {len(pictures)} images could not be shown" if gone else ""))
     return 0
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
 
 
 def model_of(features: Features, ckpt: str) -> Any:

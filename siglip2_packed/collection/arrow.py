@@ -46,7 +46,7 @@ class Arrow(Table):
                 raise
             self.groups, self.faults[0] = [1], one_line(f"not an Arrow file that can be read: {error}")
             return
-        self.column = image_column(reader.schema, column, path)
+        self.column, self.schema = image_column(reader.schema, column, path), reader.schema
         holds_lists = element_type(reader.schema.field(self.column).type) is not None
         try:
             for batch in self._batches(reader):
@@ -74,12 +74,16 @@ class Arrow(Table):
     def opened(self) -> Iterator[Any]:
         open_regular(self.path).close()  # pyarrow would wait at a pipe
         batches = self._batches(self._reader())
-        yield [next(batches).column(self.column) for group in range(len(self.groups)) if group not in self.faults]
+        yield [next(batches) for group in range(len(self.groups)) if group not in self.faults]
 
     def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
-        column = opened[group]
+        column = opened[group].column(self.column)
         slices = (column.slice(place, min(BATCH, stop - place)) for place in range(start, stop, BATCH))
         return chain.from_iterable(some.to_pylist() for some in slices)
+
+    def table(self, group: int, names: list[str]) -> Any:
+        with self.opened() as batches:
+            return import_pyarrow().Table.from_batches([batches[group]])
 
 
 def saved_files(state: str) -> set[str] | None:

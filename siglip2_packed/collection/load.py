@@ -23,7 +23,7 @@ from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.parts import Row, csv_rows, read_part
 from siglip2_packed.collection.plan import listed
 from siglip2_packed.collection.run import RECORD, read_run
-from siglip2_packed.collection.shards import Output, tensor_names
+from siglip2_packed.collection.shards import Output, read_table, tensor_names
 
 
 def load_features(folder: str | os.PathLike) -> Features:
@@ -43,6 +43,7 @@ def load_features(folder: str | os.PathLike) -> Features:
         - `patches(name)`: `[h·w, D]` of an image, a view of the file.
         - `grid(name)`: its (h, w) in patches.
         - `blocks(size)`: `pooled` in pieces, for more than memory holds.
+        - `columns`: what `encode --keep` carried along, a pyarrow Table of N rows: `features.columns["caption"]`.
         - `run`: run.json, what all rows were computed with.
 
     Raises:
@@ -70,7 +71,8 @@ class Features:
 
     def __init__(self, folder: Path):
         self.run = finished_run(folder)
-        self.output = Output(folder, self.run["format"], tensor_names(self.run["kept"]), run_digest(self.run))
+        kept, keep = tensor_names(self.run["kept"]), bool(self.run.get("keep"))
+        self.output = Output(folder, self.run["format"], kept, run_digest(self.run), keep=keep)
         index, errors = table(folder / "index.csv", columns=4), table(folder / "errors.csv", columns=2)
         if len(index) + len(errors) != self.run["inputs"]:
             raise ValueError(unfinished(folder))
@@ -97,6 +99,18 @@ class Features:
         for images, vectors in self.blocks():
             pooled[images] = vectors
         return pooled
+
+    @cached_property
+    def columns(self) -> Any:
+        """pyarrow's Table of N rows: what `encode --keep` carried along, in the order of `names`."""
+        names = [name for name, _ in self.run.get("keep", [])]
+        if not names:
+            raise ValueError(f"{str(self.output.folder)!r} holds no columns: it was encoded without --keep")
+        table = read_table(self.output.index_table, ["shard", "row", *names])
+        places = [self.output.shard(number) for number in self._shards.tolist()], self._rows.tolist()
+        if [table[name].to_pylist() for name in ("shard", "row")] != [*places]:
+            raise ValueError(f"{self.output.index_table} is not as index.csv says: encode --resume writes both again")
+        return table.select(names)
 
     def blocks(self, size: int = 1 << 14) -> Iterator[tuple[Tensor, Tensor]]:
         """(which images, their pooled vectors): `[n]` int64, places in `names`, and `[n, D]`, n at most `size`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +41,12 @@ class Table:
 
     groups: list[int]
     column: str
+    schema: Any = None
+    """pyarrow's; None of a file that cannot be read."""
 
     def __init__(self, path: str):
         self.path, self.stamp = path, stamp(path)
+        self._last: tuple[Any, Any] = None, None
         self.faults: dict[int, str] = {}
         self.ends: np.ndarray | None = None
         """`[R]`: images in the rows up to and with each; None where every row holds one."""
@@ -59,11 +62,43 @@ class Table:
         """What the column holds in the rows `start` to `stop` of a group. May raise an OSError or ArrowException."""
         raise NotImplementedError
 
+    def table(self, group: int, names: list[str]) -> Any:
+        """These columns of a group. May raise an OSError or ArrowException."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
         """What `values` reads from."""
         raise NotImplementedError
         yield
+
+    def types(self, names: Sequence[str]) -> dict[str, Any]:
+        """Of these columns, which all have to be there."""
+        if self.schema is None:
+            return {}
+        for name in names:
+            if (count := self.schema.names.count(name)) != 1:
+                there = ", ".join(self.schema.names)
+                raise ValueError(
+                    f"--keep {name!r}: {self.path} has {count or 'no'} columns of that name; it has {there}"
+                )
+        return {name: self.schema.field(name).type for name in names}
+
+    def columns(self, places: np.ndarray, names: list[str]) -> Any:
+        """A table of these columns in `plain` types, a row for each of the images at these places, which ascend."""
+        pa = import_pyarrow()
+        rows = places if self.ends is None else self.ends.searchsorted(places, "right")
+        begins = np.cumsum([0, *self.groups])
+        owners = begins.searchsorted(rows, "right") - 1
+        found = []
+        for group in np.unique(owners).tolist():
+            key = group, tuple(names)
+            if self._last[0] != key:  # kept for the next shard, which goes on there
+                table = self.table(group, names).select(names)
+                kinds = [field.with_type(plain(field.type)) for field in table.schema]
+                self._last = key, cast(table, pa.schema(kinds))  # views cannot be taken from
+            found.append(self._last[1].take(rows[owners == group] - begins[group]))
+        return pa.concat_tables(found)
 
     def __len__(self) -> int:
         if self.ends is None:
@@ -141,7 +176,7 @@ class Parquet(Table):
         except pyarrow.ArrowException as error:
             self.groups, self.faults[0] = [1], one_line(f"not a Parquet file that can be read: {error}")
             return
-        self.column = image_column(schema, column, path)
+        self.column, self.schema = image_column(schema, column, path), schema
         if element_type(schema.field(self.column).type):
             with self.opened() as file:
                 self.hold_lists([self._lengths(file, group, rows) for group, rows in enumerate(self.groups)])
@@ -169,6 +204,10 @@ class Parquet(Table):
         batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])
         values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
         return itertools.islice(values, start, stop)
+
+    def table(self, group: int, names: list[str]) -> Any:
+        with self.opened() as file:
+            return file.read_row_group(group, columns=names)
 
 
 def entry_of(value: Any) -> Entry:
@@ -244,6 +283,37 @@ def image_column(schema, wanted: str | None, path: str) -> str:
         hint = "choose with --column" if able else f"none holds {HELD}"
         raise ValueError(f"{path} has {what}: {hint}; it has {listed or 'none'}")
     return found[0]
+
+
+def plain(kind: Any) -> Any:
+    """The type of the same values that every reader of Parquet knows: no dictionaries, views or extensions."""
+    pa = import_pyarrow()
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain(kind.storage_type)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return plain(kind.value_type)
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind) or pa.types.is_large_binary(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(plain(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(plain(kind.key_type), plain(kind.item_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(plain(kind.value_type), kind.list_size)
+    inner = element_type(kind)
+    return kind if inner is None else pa.list_(plain(inner))
+
+
+def cast(table: Any, schema: Any) -> Any:
+    """The same values in the types of the schema. Raises ArrowInvalid where they do not fit."""
+    pa = import_pyarrow()
+    encoded = [i for i, field in enumerate(table.schema) if pa.types.is_run_end_encoded(field.type)]
+    for i in encoded:
+        chunks = [pa.compute.run_end_decode(chunk) for chunk in table.column(i).chunks]
+        table = table.set_column(i, table.schema.names[i], pa.chunked_array(chunks, schema.field(i).type))
+    return table.cast(schema)
 
 
 def import_pyarrow():

@@ -11,6 +11,7 @@ says, in the order in which they come into being:
     shard-*         Nothing by itself. Once the part of this number that was there is gone.
     .parts/*.csv    The shard's files are whole (size, checksum of both ends) and hold, in this order, these inputs in
                     this state (size and modification time), computed by the run of this digest. After its shard.
+    index.parquet   With --keep: index.csv, and what is kept. After the last part, before errors.csv and index.csv.
     errors.csv      The inputs without a row, and why. When every input is in a part.
     index.csv       The row of every other input. Last of all that is believed.
     skipped.csv     What was passed over to find the inputs. Nothing depends on it.
@@ -41,7 +42,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ from torch import Tensor
 from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
-from siglip2_packed.collection.identity import flat, run_digest
+from siglip2_packed.collection.identity import flat, run_digest, stamp
+from siglip2_packed.collection.kept import cast
+from siglip2_packed.collection.parquet import import_pyarrow, one_line
 from siglip2_packed.collection.parts import Row, part_numbers, read_part, recorded, write_part
 from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
 from siglip2_packed.collection.ranks import Ranks
@@ -59,6 +62,8 @@ from siglip2_packed.collection.shards import (
     Counts,
     Output,
     in_order,
+    input_column,
+    read_table,
     replacing,
     sweep,
     tensor_names,
@@ -99,11 +104,12 @@ def to_folder(
     """
     settings = complete(settings, inputs)
     ranks.agree(settings)
-    output = Output(folder, settings["format"], tensor_names(empty), run_digest(settings), held)
+    keep = inputs.schema is not None
+    output = Output(folder, settings["format"], tensor_names(empty), run_digest(settings), held, keep)
     plan = ranks.first(lambda: start(output, inputs, settings, resume, retry_errors))
-    write_missing(output, plan, plan.to_make[ranks.rank :: ranks.world], encode, empty)
+    write_missing(output, inputs, plan, plan.to_make[ranks.rank :: ranks.world], encode, empty)
     ranks.wait()
-    return ranks.first(lambda: merge(output, plan))
+    return ranks.first(lambda: merge(output, plan, inputs.schema))
 
 
 def complete(settings: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -146,6 +152,7 @@ def forget(output: Output, plan: Plan) -> None:
     index, errors = output.folder / "index.csv", output.folder / "errors.csv"
     if plan.stale or shards_in(index) & {*plan.to_make}:
         index.unlink(missing_ok=True)
+        output.index_table.unlink(missing_ok=True)
         errors.unlink(missing_ok=True)
     for number in plan.stale:
         output.part(number).unlink(missing_ok=True)
@@ -158,19 +165,45 @@ def shards_in(index: Path) -> set[int]:
     return set(map(int, re.findall(rb"shard-(\d+)", index.read_bytes()))) if index.exists() else set()
 
 
-def write_missing(output: Output, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]) -> None:
+def write_missing(
+    output: Output, inputs: Inputs, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]
+) -> None:
     """The shards of these numbers, by a thread behind the model."""
     done = len(plan.owner) - int(np.isin(plan.owner, plan.to_make).sum())
     made = gather(encode(plan.ranges(numbers), done), plan)
-    jobs = ((partial(write, output, number, images, empty), None) for number, images in made)
+    jobs = ((partial(write, output, inputs, number, images, empty), None) for number, images in made)
     with ThreadPoolExecutor(1) as writer:
         for _ in ahead(jobs, writer, depth=2):
             pass
 
 
-def write(output: Output, number: int, images: list[EncodedImage], empty: dict[str, Tensor]) -> None:
-    write_shard(output, number, images, empty)
+def write(output: Output, inputs: Inputs, number: int, images: list[EncodedImage], empty: dict[str, Tensor]) -> None:
+    images, columns = kept_rows(inputs, images) if output.keep else (images, None)
+    write_shard(output, number, images, empty, columns)
     write_part(output, number, images)
+
+
+def kept_rows(inputs: Inputs, images: list[EncodedImage]) -> tuple[list[EncodedImage], Any]:
+    """The images, and of those that were read what is kept, a row each; an image whose row cannot be had is an error.
+
+    Damage costs the images it hits, and a row of features never stands beside another input's values.
+    """
+    pa = import_pyarrow()
+    told, tables = [*images], [inputs.schema.empty_table()]
+    good = [i for i, image in enumerate(images) if not image.error]
+    for part, places, run in inputs.places([images[i].ordinal for i in good]):
+        try:
+            table = cast(part.columns(places, inputs.schema.names), inputs.schema)
+            if stamp(part.path) != part.stamp:
+                raise ValueError(f"{part.path} has changed since it was listed")
+        except (pa.ArrowException, OSError, ValueError) as error:
+            for i in run.tolist():
+                image = images[good[i]]
+                told[good[i]] = image._replace(patches=None, pooled=None, error=one_line(f"--keep: {error}"))
+        else:
+            assert len(table) == len(places)
+            tables.append(table)
+    return told, pa.concat_tables(tables)
 
 
 def gather(images: Iterable[EncodedImage], plan: Plan) -> Iterator[tuple[int, list[EncodedImage]]]:
@@ -186,11 +219,11 @@ def gather(images: Iterable[EncodedImage], plan: Plan) -> Iterator[tuple[int, li
     assert not waiting, f"shards {sorted(waiting)} never got all of their inputs"
 
 
-def merge(output: Output, plan: Plan) -> Counts:
-    """Parts -> errors.csv and index.csv, in input order."""
+def merge(output: Output, plan: Plan, schema: Any = None) -> Counts:
+    """Parts -> errors.csv and index.csv, in input order; with a schema index.parquet."""
+    if schema is not None:
+        write_index(output, plan, schema)
     failed = read = patches = 0
-    left = np.bincount(plan.owner)
-    parts: dict[int, list[Row]] = {}
     with contextlib.ExitStack() as stack:
         # left in turn: index.csv, which says that all is there, is renamed last
         index_path, errors_path = (
@@ -200,13 +233,7 @@ def merge(output: Output, plan: Plan) -> Counts:
         index, errors = csv.writer(index_file), csv.writer(errors_file)
         index.writerow(("input", "shard", "row", "grid"))
         errors.writerow(("input", "reason"))
-        for number, line in zip(map(int, plan.owner), map(int, plan.line)):
-            if number not in parts:
-                parts[number] = rows_of(output, number)
-            row = parts[number][line]
-            left[number] -= 1
-            if not left[number]:
-                del parts[number]
+        for number, row in in_input_order(output, plan):
             if row.error:
                 errors.writerow((row.input, row.error))
                 failed += 1
@@ -215,6 +242,37 @@ def merge(output: Output, plan: Plan) -> Counts:
                 read += 1
                 patches += math.prod(map(int, row.grid.split("x")))
     return Counts(failed, read, patches)
+
+
+def in_input_order(output: Output, plan: Plan) -> Iterator[tuple[int, Row]]:
+    """(shard, row of its part) of every input. A part is in memory from its first to its last."""
+    left = np.bincount(plan.owner)
+    parts: dict[int, list[Row]] = {}
+    for number, line in zip(map(int, plan.owner), map(int, plan.line)):
+        if number not in parts:
+            parts[number] = rows_of(output, number)
+        yield number, parts[number][line]
+        left[number] -= 1
+        if not left[number]:
+            del parts[number]
+
+
+def write_index(output: Output, plan: Plan, schema: Any) -> None:
+    """index.parquet: the columns of index.csv, then what is kept."""
+    pa = import_pyarrow()
+    ours = [("input", pa.string()), ("shard", pa.string()), ("row", pa.int64()), ("grid", pa.string())]
+    found = pa.schema([*ours, *schema])
+    with replacing(output.index_table, output.held) as path, pa.parquet.ParquetWriter(path, found) as writer:
+        rows = ((number, row) for number, row in in_input_order(output, plan) if not row.error)
+        for number, some in groupby(rows, key=lambda one: one[0]):
+            of_shard = [row for _, row in some]
+            shard = [output.shard(number)] * len(of_shard)
+            columns = pa.table({"shard": shard, "row": [int(row.row) for row in of_shard],
+                                "grid": [row.grid for row in of_shard]})  # fmt: skip
+            kept = read_table(output.columns(number), schema.names).take(columns["row"])
+            for name in schema.names:
+                columns = columns.append_column(name, kept[name])
+            writer.write_table(input_column([row.input for row in of_shard], columns).cast(found))
 
 
 def rows_of(output: Output, number: int) -> list[Row]:
@@ -290,7 +348,7 @@ def difference(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 def check_names(folder: Path) -> None:
     """Raises ValueError for files that this run would write over and that no run.json accounts for."""
-    ours = re.compile(rf"(?:index|errors|skipped)\.csv|shard-\d{{5,}}\.(?:.+\.)?(?:{'|'.join(FORMATS)})")
+    ours = re.compile(rf"(?:index|errors|skipped)\.csv|index\.parquet|shard-\d{{5,}}\.(?:.+\.)?(?:{'|'.join(FORMATS)})")
     found = sorted(path.name for path in folder.iterdir() if ours.fullmatch(path.name)) if folder.is_dir() else []
     if found:
         raise ValueError(

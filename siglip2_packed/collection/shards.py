@@ -24,7 +24,11 @@ from torch import Tensor
 from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.parquet import import_pyarrow
 
-OURS = r"run\.json|index\.csv|errors\.csv|skipped\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
+TABLES = ("parquet", "arrow")
+"""Formats whose shards hold columns of any type themselves."""
+FEATURES = ("grid_thw", "pooled", "patches")
+"""Columns of these."""
+OURS = r"run\.json|index\.csv|index\.parquet|errors\.csv|skipped\.csv|shard-\d{5,}\..+|\d{5,}\.csv"
 """What the files of a collection are called."""
 
 
@@ -47,6 +51,8 @@ class Output(NamedTuple):
     """Its digest, see `identity.run_digest`."""
     held: Callable[[], None] = lambda: None
     """Raises OSError if the folder is not this run's any more."""
+    keep: bool = False
+    """Whether there are columns beside the features, see kept.py."""
 
     def shard(self, number: int) -> str:
         """What index.csv calls it."""
@@ -56,7 +62,17 @@ class Output(NamedTuple):
     def files(self, number: int) -> list[Path]:
         """Those it consists of."""
         suffixes = [f".{name}.npy" for name in self.kept] if self.fmt == "npy" else [""]
-        return [self.folder / f"{self.shard(number)}{suffix}" for suffix in suffixes]
+        beside = [self.columns(number)] if self.keep and self.fmt not in TABLES else []
+        return [self.folder / f"{self.shard(number)}{suffix}" for suffix in suffixes] + beside
+
+    def columns(self, number: int) -> Path:
+        """The file that has what is kept beside the features."""
+        return self.folder / (self.shard(number) if self.fmt in TABLES else f"shard-{number:05d}.columns.parquet")
+
+    @property
+    def index_table(self) -> Path:
+        """index.csv with what is kept."""
+        return self.folder / "index.parquet"
 
     @property
     def parts(self) -> Path:
@@ -97,16 +113,22 @@ def file_key(image: EncodedImage) -> str:
     return f"{image.ordinal:05d}"
 
 
-def write_shard(output: Output, number: int, images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> None:
+def write_shard(
+    output: Output, number: int, images: Sequence[EncodedImage], empty: dict[str, Tensor], columns: Any = None
+) -> None:
     """Writes the features of those of the images that have some.
 
     Args:
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
+        columns: a table of what is kept besides, a row for each image that has features.
     """
     good = [image for image in images if not image.error]
     tensors = stacked(good, empty)
     names = [image.name for image in good]
     files = output.files(number)
+    if columns is not None and output.fmt not in TABLES:
+        with replacing(output.columns(number), output.held) as path:
+            write_table(path, input_column(names, columns), "parquet")
     if output.fmt == "npy":
         for name, file in zip(output.kept, files):
             with replacing(file, output.held) as path, open(path, "wb") as opened:
@@ -116,7 +138,7 @@ def write_shard(output: Output, number: int, images: Sequence[EncodedImage], emp
         if output.fmt == "safetensors":
             save_file(tensors, path, {"inputs": json.dumps(names)})
         else:
-            write_table(path, arrow_table(names, tensors), output.fmt)
+            write_table(path, arrow_table(names, tensors, columns), output.fmt)
 
 
 def tensor_names(empty: Iterable[str]) -> tuple[str, ...]:
@@ -147,19 +169,29 @@ def cast(features: Tensor, like: Tensor) -> Tensor:
     return result
 
 
-def arrow_table(names: list[str], tensors: dict[str, Tensor]):
-    """input, grid_thw (3 int64), pooled (D floats), patches (a list of rows of D floats)."""
+def input_column(names: list[str], columns: Any = None):
+    """A table of the names, as far as they are UTF-8, and the columns of another, if there is one."""
+    pa = import_pyarrow()
+    inputs = pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string())
+    others = {} if columns is None else dict(zip(columns.column_names, columns.columns))
+    return pa.table({"input": inputs, **others})
+
+
+def arrow_table(names: list[str], tensors: dict[str, Tensor], kept: Any = None):
+    """input, what is kept, grid_thw (3 int64), pooled (D floats), patches (a list of rows of D floats)."""
     pa = import_pyarrow()
 
     def rows(tensor: Tensor):
         return pa.FixedSizeListArray.from_arrays(pa.array(tensor.numpy().reshape(-1)), tensor.shape[1])
 
-    columns = {"input": pa.array([name.encode("utf-8", "replace").decode() for name in names], pa.string())}
-    columns |= {name: rows(tensors[name]) for name in ("grid_thw", "pooled") if name in tensors}
+    table = input_column(names, kept)
+    columns: dict[str, Any] = {name: rows(tensors[name]) for name in ("grid_thw", "pooled") if name in tensors}
     if "patches" in tensors:
         offsets = pa.array(tensors["offsets"].numpy())
         columns["patches"] = pa.LargeListArray.from_arrays(offsets, rows(tensors["patches"]))
-    return pa.table(columns)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def write_table(path: Path, table, fmt: str) -> None:
@@ -168,7 +200,17 @@ def write_table(path: Path, table, fmt: str) -> None:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
     else:  # neither dictionaries nor compression help with floats
-        pa.parquet.write_table(table, path, compression="none", use_dictionary=["input"], write_statistics=["input"])
+        texts = [name for name in table.column_names if name not in FEATURES]
+        pa.parquet.write_table(table, path, compression="none", use_dictionary=texts, write_statistics=texts)
+
+
+def read_table(path: Path, names: list[str]):
+    """These columns of a table that `write_table` wrote, in memory."""
+    pa = import_pyarrow()
+    if path.suffix == ".parquet":
+        return pa.parquet.ParquetFile(path).read(names).select(names)
+    with pa.OSFile(str(path)) as file:
+        return pa.ipc.open_file(file).read_all().select(names)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from siglip2_packed.collection.arrow import ARROW, Arrow
 from siglip2_packed.collection.identity import same, stamp
+from siglip2_packed.collection.kept import kept_schema
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 from siglip2_packed.collection.tar import Tar, is_compressed
 from siglip2_packed.collection.walk import (
@@ -49,7 +52,7 @@ class Input(NamedTuple):
 class Files:
     """Image files, opened by whoever decodes them."""
 
-    stamp = ""
+    path = stamp = ""
 
     def __init__(self, paths: list[str]):
         self.paths = paths
@@ -62,6 +65,9 @@ class Files:
 
     def read(self, start: int, stop: int) -> Iterator[Entry]:
         return iter(self.paths[start:stop])
+
+    def types(self, names: Sequence[str]) -> dict[str, Any]:
+        raise ValueError(f"--keep {names[0]!r}: {self.paths[0]} stands for itself: only tables and tar files hold more")
 
 
 class Unusable:
@@ -79,12 +85,18 @@ class Unusable:
     def read(self, start: int, stop: int) -> Iterator[Entry]:
         return iter([ValueError(self.fault)])
 
+    def types(self, names: Sequence[str]) -> dict[str, Any]:
+        return {}
+
 
 Part = Files | Tar | Parquet | Arrow | Unusable
 
 
 class Inputs:
     """The parts end to end: N inputs with the numbers 0 to N-1; `skipped` is what was passed over to find them."""
+
+    schema: Any = None
+    """pyarrow's, of the columns that are kept, see kept.py."""
 
     def __init__(self, parts: Iterable[Part], skipped: Skipped | None = None):
         self.skipped = skipped or Skipped()
@@ -110,6 +122,13 @@ class Inputs:
                     entry = ValueError(f"{part.path} has changed since it was listed")
                 yield Input(ordinal, name, entry, stamp_in(part, ordinal - begin))
 
+    def places(self, ordinals: Sequence[int]) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """(part, places in it, which of the ordinals these are) of runs of ordinals, which ascend."""
+        numbers = np.searchsorted(self.ends, ordinals, "right")
+        for number in np.unique(numbers).tolist():
+            part, run = self.parts[number], np.flatnonzero(numbers == number)
+            yield part, np.asarray(ordinals)[run] - (self.ends[number] - len(part)), run
+
     def stamp(self, ordinal: int) -> str:
         """Of an input: its file's now, or its container's when that was listed."""
         number = bisect_right(self.ends, ordinal)
@@ -130,7 +149,9 @@ def stamp_in(part: Part, place: int) -> str:
     return f"{part.stamp}@{part.members[place].offset}" if isinstance(part, Tar) else part.stamp
 
 
-def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, but: Path | None = None) -> Inputs:
+def find_inputs(
+    paths: Sequence[str | os.PathLike], column: str | None = None, but: Path | None = None, keep: Sequence[str] = ()
+) -> Inputs:
     """What the command line names.
 
     Args:
@@ -139,16 +160,17 @@ def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, b
             file holds besides images is passed over and counted.
         column: the image column of Parquet and Arrow files.
         but: a folder that is not walked: the output.
+        keep: columns of tables and members of tar samples that are carried along, see kept.py.
 
     Raises:
-        ValueError: a path without images, a compressed tar file, no or several image columns, the output as input.
-            In a folder with anything else, what is met of these is an input that says so.
+        ValueError: a path without images, a compressed tar file, no or several image columns, the output as input,
+            nothing of a name to keep. In a folder with anything else, what is met of these is an input that says so.
         OSError: a folder, list, tar, Parquet or Arrow file that is not there.
     """
     parts: list[Part] = []
     skipped = Skipped()
     for path in map(as_path, paths):
-        finder = Finder(column, but)
+        finder = Finder(column, but, keep)
         if os.path.isdir(path):
             found = list(finder.parts(walk(path, finder.skipped, but), walked=True))
         elif path == "-" or path.lower().endswith(LISTS):
@@ -163,7 +185,10 @@ def find_inputs(paths: Sequence[str | os.PathLike], column: str | None = None, b
             raise ValueError(found[0].fault)
         parts += found
         skipped.update(finder.skipped)
-    return Inputs(parts, skipped)
+    inputs = Inputs(parts, skipped)
+    if keep:
+        inputs.schema = kept_schema(inputs.parts, keep)
+    return inputs
 
 
 def find_again(name: str, stamp: str, column: str | None = None) -> str | bytes:
@@ -234,8 +259,8 @@ def no_images(path: str, skipped: Skipped) -> str:
 class Finder:
     """Paths -> parts, and what was passed over on the way."""
 
-    def __init__(self, column: str | None, but: Path | None):
-        self.column, self.but, self.skipped = column, but, Skipped()
+    def __init__(self, column: str | None, but: Path | None, keep: Sequence[str] = ()):
+        self.column, self.but, self.keep, self.skipped = column, but, keep, Skipped()
 
     def parts(self, paths: Iterable[str | Fault], walked: bool = False) -> Iterator[Part]:
         """Runs of image files become one part; anything else stands for itself.
@@ -271,7 +296,7 @@ class Finder:
         if lower.endswith(COMPRESSED) or (lower.endswith(".tar") and is_compressed(path)):
             raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
         if lower.endswith(".tar"):
-            return Tar(path, self.skipped)
+            return Tar(path, self.skipped, self.keep)
         table = (Arrow if lower.endswith(ARROW) else Parquet)(path, self.column)
         if table.empty:
             self.skipped.add(path, EMPTY, count=table.empty)

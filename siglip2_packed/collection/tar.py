@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from siglip2_packed.collection.identity import stamp
-from siglip2_packed.collection.parquet import Entry
+from siglip2_packed.collection.parquet import Entry, import_pyarrow
+from siglip2_packed.collection.samples import Samples
 from siglip2_packed.collection.walk import HIDDEN, NO_IMAGE, Skipped, reason_of_parts
 from siglip2_packed.formats import SUFFIXES, open_regular, suffix_of
 
@@ -28,14 +33,24 @@ class Member(NamedTuple):
     fault: str = ""
     chunks: Chunks | None = None
     """Of a sparse member."""
+    sample: int = -1
+    """Which it belongs to, where what lies beside it is kept."""
 
 
 class Tar:
-    """The image members of an uncompressed tar file; `a.tar#name` is their name."""
+    """The image members of an uncompressed tar file; `a.tar#name` is their name. `keep`: see samples.py."""
 
-    def __init__(self, path: str, skipped: Skipped):
+    def __init__(self, path: str, skipped: Skipped, keep: Sequence[str] = ()):
         self.path, self.stamp = path, stamp(path)
-        self.members = list(image_members(path, skipped))
+        self.samples = Samples(path, keep)
+        self.members = list(image_members(path, skipped, self.samples))
+        self.lacking: Counter[str] = Counter()
+        """Images without a value, by name."""
+        if keep:
+            good = [member for member in self.members if not member.fault]
+            self.lacking = self.samples.find_types(partial(open_regular, path), [member.sample for member in good])
+            if unused := self.samples.unused():
+                skipped.add(f"{path}#*.json", NO_IMAGE, suffix=".json", count=unused)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -56,6 +71,16 @@ class Tar:
                     fault = f"{self.path} cannot be read: {error}"
                 yield ValueError(fault) if fault else data
 
+    def types(self, names: Sequence[str]) -> dict[str, Any]:
+        """Of what is kept of its samples."""
+        return {name: self.samples.kinds[name] for name in names if name in self.samples.kinds}
+
+    def columns(self, places: np.ndarray, names: list[str]) -> Any:
+        """A table of what is kept, a row for each of the images at these places."""
+        chosen = [self.members[place].sample for place in places.tolist()]
+        with open_regular(self.path) as file:
+            return import_pyarrow().table({name: self.samples.column(file, name, chosen) for name in names})
+
 
 def content(file: IO[bytes], member: Member) -> bytes:
     file.seek(member.offset)
@@ -67,11 +92,11 @@ def content(file: IO[bytes], member: Member) -> bytes:
     return bytes(data)
 
 
-def image_members(path: str, skipped: Skipped) -> Iterator[Member]:
+def image_members(path: str, skipped: Skipped, samples: Samples) -> Iterator[Member]:
     """Members with an image's suffix, and a faulty member wherever more may be lost: damaged headers, a cut file.
 
     `tarfile` ends without a word at a header it cannot read. With `ignore_zeros` it looks for the next good one
-    instead, and the gap shows that something was lost. What is no image is counted.
+    instead, and the gap shows that something was lost. What is no image, nor kept beside one, is counted.
     """
     total, end = os.path.getsize(path), 0
     if not total:
@@ -106,8 +131,11 @@ def image_members(path: str, skipped: Skipped) -> Iterator[Member]:
                 if member.isreg() and stored > there:  # whatever it is: what came behind it is lost
                     yield Member(member.name, 0, 0, f"the tar file ends after {there} of its {stored} bytes")
                     return
+                if member.isreg() and chunks is None and samples.add(member.name, member.offset_data, member.size):
+                    continue
                 if not member.isdir() and is_wanted(path, member.name, skipped):
-                    yield Member(member.name, member.offset_data, member.size, fault_of(member, chunks), chunks)
+                    fault = fault_of(member, chunks)
+                    yield Member(member.name, member.offset_data, member.size, fault, chunks, samples.number)
     except Exception:  # TarError, or what an absurd size provokes when it is sought or allocated
         pass  # cut short or damaged from here on: the gap below
     if end > total:  # the last member is there, less what fills its block

@@ -43,7 +43,7 @@ b {{ font-variant-numeric: tabular-nums; }}
 </body>
 </html>
 """
-FIGURE = '<figure><div class="frame">{shown}</div><figcaption><b>{score:.3f}</b> {name}</figcaption></figure>'
+FIGURE = '<figure><div class="frame">{shown}</div><figcaption><b>{score:.3f}</b> {name}{beside}</figcaption></figure>'
 
 
 class Picture(NamedTuple):
@@ -53,6 +53,8 @@ class Picture(NamedTuple):
     """A thumbnail, or nothing."""
     missing: str
     """Why there is none."""
+    beside: str = ""
+    """What else there is to say of it."""
 
 
 def thumbnail(source: Source) -> bytes:
@@ -65,7 +67,10 @@ def thumbnail(source: Source) -> bytes:
 
 
 def write_sheet(path: Path, title: str, about: str, pictures: Sequence[Picture]) -> None:
-    figures = [FIGURE.format(shown=_shown(one), score=one.score, name=_escaped(one.name)) for one in pictures]
+    figures = [
+        FIGURE.format(shown=_shown(one), score=one.score, name=_escaped(one.name), beside=_line(one.beside))
+        for one in pictures
+    ]
     about = f"{about}; siglip2-packed {__version__}"
     page = PAGE.format(title=_escaped(title), about=_escaped(about), figures="\n".join(figures))
     path.write_text(page, encoding="utf-8")
@@ -81,6 +86,10 @@ def _shown(picture: Picture) -> str:
         return f"<span>{_escaped(picture.missing)}</span>"
     data = base64.b64encode(picture.jpeg).decode()
     return f'<img src="data:image/jpeg;base64,{data}" alt="{_escaped(picture.name)}">'
+
+
+def _line(text: str) -> str:
+    return f"<br>{_escaped(text)}" if text else ""
 
 
 def _escaped(text: str) -> str:

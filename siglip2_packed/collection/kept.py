@@ -1,0 +1,64 @@
+"""What is carried beside the features (`--keep id caption`): columns of tables, members and JSON fields of tar samples.
+
+Types are found before anything is encoded, and are the same in every shard and in index.parquet. Values are read once
+more, when a shard is written: only these columns, only of the images that were read (`run.kept_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from siglip2_packed.collection.parquet import cast, import_pyarrow, plain
+
+OURS = ("input", "shard", "row", "grid", "grid_thw", "pooled", "patches", "offsets")
+"""Names that encode's own columns have."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for names that cannot be kept, ImportError without pyarrow."""
+    for name in names:
+        if name.lower() in OURS:  # DuckDB's names have no case
+            raise ValueError(f"--keep {name!r}: encode has a column of that name itself ({', '.join(OURS)}): rename it")
+    twice = [name for i, name in enumerate(names) if name.lower() in [other.lower() for other in names[:i]]]
+    if twice:
+        raise ValueError(f"--keep names {twice[0]!r} twice (as DuckDB reads it, which does not tell cases apart)")
+    if names:
+        import_pyarrow()
+
+
+def kept_schema(parts: Sequence[Any], names: Sequence[str]) -> Any:
+    """pyarrow's schema of these columns of all parts of the inputs.
+
+    Raises:
+        ValueError: inputs that have none of that name, of another type than others, or of one no Parquet file holds.
+    """
+    pa = import_pyarrow()
+    found: dict[str, tuple[Any, str]] = {}
+    for part in parts:
+        for name, kind in part.types(names).items():
+            kind, where = plain(kind), part.path
+            before, first = found.get(name, (pa.null(), where))
+            if pa.types.is_null(before):
+                found[name] = kind, where
+            elif not (pa.types.is_null(kind) or kind == before):
+                raise ValueError(f"--keep {name!r}: {before} in {first}, {kind} in {where}: they are to be of one type")
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise ValueError(f"--keep {absent[0]!r}: {none_has(parts)}")
+    schema = pa.schema([(name, found[name][0]) for name in names])
+    try:
+        for part in parts:
+            has = [(name, kind) for name, kind in part.types(names).items()]
+            cast(pa.schema(has).empty_table(), pa.schema([schema.field(name) for name, _ in has]))
+        pa.parquet.write_table(schema.empty_table(), pa.BufferOutputStream())
+    except pa.ArrowException as error:
+        raise ValueError(f"--keep: a type that Parquet or pyarrow cannot bring there: {error}") from error
+    return schema
+
+
+def none_has(parts: Sequence[Any]) -> str:
+    others = " or the others" * (len(parts) > 1)
+    return (
+        f"no sample of {parts[0].path}{others} has it, as a member beside an image (txt, cls) or a field of its .json"
+    )
