@@ -1,5 +1,5 @@
-"""The command line: `siglip2-packed align | bench | encode | doctor | random-checkpoint | encode-text | plan |
-search | show | zero-shot`.
+"""The command line: `siglip2-packed align | bench | encode | doctor | random-checkpoint | encode-text | merge |
+plan | search | show | zero-shot`.
 
 A command is a row of `COMMANDS`. Its function declares the flags and sets `run`, which takes the parsed arguments and
 returns the exit code. 0: all well, 1: the command ran and has bad news (a comparison failed, an image could not be
@@ -31,12 +31,13 @@ COMMANDS = (
     ("doctor", "what runs on this machine, and whether it was found right", "siglip2_packed.flags:doctor"),
     ("random-checkpoint", "write a checkpoint of random weights", "siglip2_packed.flags:random_checkpoint"),
     ("encode-text", "write the text tower's vectors of texts", "siglip2_packed.flags:encode_text"),
+    ("merge", "make one run of shares that encode --shard wrote", "siglip2_packed.flags:merge"),
     ("plan", "hours, disk and memory that a collection takes here", "siglip2_packed.flags:plan"),
     ("search", "find the images nearest to words or to an image", "siglip2_packed.flags:search"),
     ("show", "draw what the features see, and where two models differ", "siglip2_packed.flags:show"),
     ("zero-shot", "score labels for images with the text tower", "siglip2_packed.flags:zero_shot"),
 )
-ORDERLY = ("encode",)
+ORDERLY = ("encode", "merge")
 """Commands that have something to put away when they are stopped: processes, temporary files, the lock of a folder."""
 
 

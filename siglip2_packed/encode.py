@@ -35,6 +35,7 @@ from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.kept import check_names
 from siglip2_packed.collection.lock import Lock, lock_of
 from siglip2_packed.collection.parquet import import_pyarrow
+from siglip2_packed.collection.plan import Share
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
 from siglip2_packed.collection.shards import TABLES, Counts, replacing, write_file
@@ -57,14 +58,16 @@ BUDGETS = {"cuda": 16384, "cpu": 2048}
 
 
 def run(args: argparse.Namespace) -> int:
-    out, ranks = Path(args.out), Ranks.of_torchrun()
-    check_arguments(args, out, ranks.world)
+    whole, ranks, share = Path(args.out), Ranks.of_torchrun(), Share(*args.shard)
+    out = share.folder(whole) if share.of > 1 else whole
+    check_arguments(args, whole, ranks.world)
+    args.out = str(out)
     ranks.join()
     with locked(out, ranks) as lock:
         if not is_one_file(out):
             check_run(out, {}, args.resume)
         device = pick_device(args.device)
-        inputs = find_inputs(args.images, args.column, but=out.resolve(), keep=args.keep)
+        inputs = find_inputs(args.images, args.column, but=whole.resolve(), keep=args.keep)
         chosen: dict[str, Any] = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
         chosen["decode"] = args.decode or run_before(out).get("decode", "exact")
         processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **chosen)
@@ -109,7 +112,8 @@ def encode_inputs(
     args.dtype = args.dtype or dtypes.get("dtype") or default_dtype(device)
     args.save_dtype = args.save_dtype or dtypes.get("save_dtype")
     begun = before.get("shard_size") if isinstance(before.get("shard_size"), int) else None
-    args.shard_size = args.shard_size or begun or shard_size(args.patches, len(inputs), ranks.world)
+    args.shard_size = args.shard_size or begun or shard_size(args.patches, len(inputs), ranks.world * args.shard[1])
+    share = Share(*args.shard)
     settings = run_settings(args, processor, inputs.schema)
     if not is_one_file(out):
         check_run(out, complete(settings, inputs), args.resume, inputs)  # before the model, which takes longer
@@ -159,7 +163,9 @@ def encode_inputs(
                 counts = write_file(out, encoded([(0, len(inputs))]), empty, described)
             else:
                 how: Any = {"resume": args.resume, "retry_errors": args.retry_errors}
-                counts = to_folder(out, inputs, settings, encoded, empty, **how, ranks=ranks, held=lock.held)
+                counts = to_folder(
+                    out, inputs, settings, encoded, empty, **how, ranks=ranks, held=lock.held, share=share
+                )
     except BrokenExecutor as error:
         raise OSError("a decoding process was killed (out of memory?): see --workers; --resume goes on") from error
     except StrictError as error:
@@ -172,8 +178,10 @@ def encode_inputs(
     code = verdict(counts, args)
     if ranks.rank == 0:
         if counts.failed:
-            where = "" if is_one_file(out) else f": see {out / 'errors.csv'}"
-            print(f"{counts.failed} of {len(inputs)} images could not be read{where}", file=sys.stderr)
+            where = "" if is_one_file(out) or share.of > 1 else f": see {out / 'errors.csv'}"
+            print(f"{counts.failed} of {counts.failed + counts.read} images could not be read{where}", file=sys.stderr)
+        if share.of > 1:
+            print(f"share {share}; once all are there: siglip2-packed merge {out.parent}")
         say_skipped(inputs.skipped, None if is_one_file(out) else out / "skipped.csv", lock.held)
     ranks.leave()  # not before the lines above are out
     return code
@@ -376,6 +384,7 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
             ("torchrun", world > 1),
             ("--shard-size", args.shard_size),
             ("--keep", args.keep),
+            ("--shard", args.shard[1] > 1),
         ):
             if given:
                 raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
@@ -385,6 +394,8 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
         raise ValueError(f"--out {args.out!r}: give a folder, and --format for what its shards are")
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out {args.out!r} is a file, not a folder")
+    elif args.shard[1] > 1 and (out / "run.json").exists() and not Share(*args.shard).folder(out).exists():
+        raise ValueError(f"--shard: {args.out!r} holds a whole run: go on with it without, or write elsewhere")
     if world > 1 and "-" in args.images:
         raise ValueError("standard input is one process's: write the list to a file for torchrun")
 

@@ -182,6 +182,8 @@ def encode(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, default="safetensors", help="what a shard is (safetensors)")
     add("--shard-size", type=int, metavar="N",
         help="inputs per shard (1024, 8192 with --no-patches; fewer where ranks would be idle)")  # fmt: skip
+    add("--shard", type=share, default=(0, 1), metavar="I/N",
+        help="only share I of N, counted from 0, in a folder of its own below DIR; merge makes one of all")  # fmt: skip
     add("--resume", action="store_true", help="go on with the run in DIR, if there is one, also with more inputs")
     add("--retry-errors", action="store_true",
         help="with --resume: try again what could not be read (a share was away, a decoder came since)")  # fmt: skip
@@ -208,6 +210,13 @@ def encode_text(parser: argparse.ArgumentParser) -> None:
     add("--normalize", action="store_true", help="vectors of unit length")
     add("--device", help="device to run on (cuda if there is one, else cpu)")
     parser.set_defaults(run=later("encode_text"))
+
+
+def merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folders", nargs="+", type=given, metavar="DIR", help="what encode --shard was given as --out, or shares in it")
+    add("--out", type=given, metavar="DIR", help="folder of the whole (DIR, if there is one)")
+    parser.set_defaults(run=later("merge"))
 
 
 def plan(parser: argparse.ArgumentParser) -> None:
@@ -296,6 +305,16 @@ def most_errors(text: str) -> int | float:
     if not (isinstance(value, int) or 0 <= value <= 1):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a count (10) nor a share (1%)")
     return value
+
+
+def share(text: str) -> tuple[int, int]:
+    """`3/64` -> (3, 64), the fourth."""
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdecimal() and of.isdecimal() and int(of) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 3/64")
+    if int(index) >= int(of):
+        raise argparse.ArgumentTypeError(f"{text!r}: shares count from 0, the last is {int(of) - 1}/{int(of)}")
+    return int(index), int(of)
 
 
 def image_size(text: str) -> tuple[int, int]:

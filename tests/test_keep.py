@@ -84,6 +84,7 @@ def test_columns_of_a_table(checkpoint, parquet, tmp_path, fmt):
     """In every format of a shard, with ranges that begin within row groups: types, nulls and rows."""
     assert run(checkpoint, parquet, tmp_path, *FLAGS, *keep(*COLUMNS), "--format", fmt) == 0
     features, truth = load_features(tmp_path), expected()
+    assert features.pooled.shape == (6, 64) and features.pooled.isfinite().all()
     assert features.columns.schema.equals(truth.schema)
     assert features.columns.equals(truth)
     index = pq.read_table(tmp_path / "index.parquet")
@@ -272,3 +273,13 @@ def test_without_keep_there_are_no_columns(finished):
         load_features(finished).columns  # noqa: B018
     assert not (finished / "index.parquet").exists()
     assert json.loads((finished / "run.json").read_text())["keep"] == []
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_shard_without_an_image(checkpoint, tmp_path, fmt):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [b"no", b"no", image_bytes(0, (20, 20))], "tags": [["a"], ["b"], ["c"]]}), path)
+    argv = ["--pooled", "--no-patches", "--shard-size", "2", "--format", fmt]
+    assert run(checkpoint, path, tmp_path / "out", *argv, *keep("tags")) == 0
+    features = load_features(tmp_path / "out")
+    assert features.columns["tags"].to_pylist() == [["c"]] and features.pooled.isfinite().all()

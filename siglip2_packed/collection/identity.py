@@ -91,8 +91,9 @@ def weights_digest(weights: Mapping[str, Tensor], threads: int = 1) -> str:
 
 
 def run_digest(settings: dict[str, Any]) -> str:
-    """Of all that rows have in common: the settings, less which inputs there are and what the checkpoint is called."""
-    common = {name: value for name, value in settings.items() if name not in ("inputs", "names", "checkpoint")}
+    """Of all that rows have in common: the settings, less which inputs there are, which share of
+    them this is, and what the checkpoint is called."""
+    common = {name: value for name, value in settings.items() if name not in ("inputs", "names", "checkpoint", "share")}
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:32]
 
 

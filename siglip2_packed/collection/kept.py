@@ -51,10 +51,11 @@ def kept_schema(parts: Sequence[Any], names: Sequence[str]) -> Any:
         for part in parts:
             has = [(name, kind) for name, kind in part.types(names).items()]
             cast(pa.schema(has).empty_table(), pa.schema([schema.field(name) for name, _ in has]))
-        pa.parquet.write_table(schema.empty_table(), pa.BufferOutputStream())
+        written = pa.BufferOutputStream()
+        pa.parquet.write_table(schema.empty_table(), written)
     except pa.ArrowException as error:
         raise ValueError(f"--keep: a type that Parquet or pyarrow cannot bring there: {error}") from error
-    return schema
+    return pa.parquet.read_schema(pa.BufferReader(written.getvalue()))  # elements are called as Parquet calls them
 
 
 def none_has(parts: Sequence[Any]) -> str:

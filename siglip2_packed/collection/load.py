@@ -183,19 +183,23 @@ class Features:
 
     def _read(self, number: int, name: str) -> Tensor:
         self._part(number)
-        files = dict(zip(self.output.kept, self.output.files(number)))
-        return READ[self.output.fmt](files.get(name, files["grid_thw"]), name, self._width)
+        return READ[self.output.fmt](self.output.file_of(number, name), name, self._width)
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
     """run.json of a run that came to its end."""
     run = read_run(folder)
     if not run:
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no run.json: it is no folder that `siglip2-packed encode` wrote"
-        )
+        why = "it is no folder that `siglip2-packed encode` wrote"
+        if any(folder.glob("share-*-of-*/run.json")):
+            why = f"it holds shares, which `siglip2-packed merge {folder}` makes one of"
+        raise FileNotFoundError(f"{str(folder)!r} holds no run.json: {why}")
     if run.get("record") != RECORD:
         raise ValueError(f"the run in {str(folder)!r} is of another version of siglip2-packed: encode again")
+    if run.get("share"):
+        raise ValueError(
+            f"{str(folder)!r} is share {run['share']} of a run: `siglip2-packed merge` makes one of them all"
+        )
     if not (folder / "index.csv").exists() or not (folder / "errors.csv").exists():
         raise ValueError(unfinished(folder))
     return run
@@ -229,6 +233,7 @@ def of_arrow(path: Path, name: str, width: int) -> Tensor:
     file = np.memmap(path, np.uint8, "c")
     values = numbers(pa.ipc.open_file(pa.py_buffer(file)).read_all()[name])
     begin = values.ctypes.data - file.ctypes.data  # pyarrow's own view may not be written to, not even in memory
+    assert 0 <= begin <= file.nbytes - values.nbytes, f"{path} is not one record batch"
     return torch.from_numpy(file[begin : begin + values.nbytes].view(values.dtype)).view(-1, width)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,23 @@ from siglip2_packed.collection.sources import Inputs
 
 Range = tuple[int, int]
 """Inputs `start` to `stop`."""
+
+
+class Share(NamedTuple):
+    """One of several runs that make a collection between them, number `place` of `of`, counted from 0."""
+
+    place: int = 0
+    of: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.place}/{self.of}"
+
+    def folder(self, out: Path) -> Path:
+        return out / f"share-{self.place:05d}-of-{self.of:05d}"
+
+    def numbers(self, inputs: int, shard_size: int) -> range:
+        """The shards that it makes."""
+        return range(self.place, -(-inputs // shard_size), self.of)
 
 
 class Plan(NamedTuple):
@@ -29,6 +47,8 @@ class Plan(NamedTuple):
     """Inputs that are in another state than when they were encoded."""
     retried: dict[int, list[str]]
     """Inputs that could not be read and are tried again, by the shard they were in."""
+    done: int = 0
+    """Inputs that need nothing any more, of those that are this run's."""
 
     def ranges(self, numbers: list[int]) -> list[Range]:
         """The inputs of these shards, in order."""
@@ -80,7 +100,35 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: boo
     order = np.arange(len(todo))
     owner[todo] = np.array(to_make, np.int32)[order // shard_size]
     line[todo] = order % shard_size
-    return Plan(owner, line, to_make, stale, changed, retried)
+    return Plan(owner, line, to_make, stale, changed, retried, len(inputs) - len(todo))
+
+
+def in_turn(inputs: int, shard_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`owner` and `line` of a run that was never stopped."""
+    number, line = np.divmod(np.arange(inputs, dtype=np.int32), np.int32(shard_size))
+    return number, line
+
+
+def share_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: bool, share: Share) -> Plan:
+    """That of a share, which makes every `of`-th shard of a run that was never stopped. Changes nothing."""
+    owner, line = in_turn(len(inputs), shard_size)
+    stale, changed = [], []
+    retried: dict[int, list[str]] = {}
+    own, names = share.numbers(len(inputs), shard_size), [*inputs.names()]
+    for number in part_numbers(output):
+        rows, first = read_part(output, number), number * shard_size
+        if number not in own or not rows or [row.input for row in rows] != names[first : first + shard_size]:
+            stale.append(number)
+            continue
+        unlike = [row.input for place, row in enumerate(rows, first) if not same(row.stamp, inputs.stamp(place))]
+        again = [row.input for row in rows if row.error and retry_errors]
+        if unlike or again:
+            changed += unlike
+            retried |= {number: again} if again else {}
+            stale.append(number)
+    there = {*part_numbers(output)} - {*stale}
+    done = int(np.isin(owner, [*there]).sum())
+    return Plan(owner, line, [number for number in own if number not in there], stale, changed, retried, done)
 
 
 class Known:

@@ -56,7 +56,7 @@ from siglip2_packed.collection.identity import flat, run_digest, stamp
 from siglip2_packed.collection.kept import cast
 from siglip2_packed.collection.parquet import import_pyarrow, one_line
 from siglip2_packed.collection.parts import Row, part_numbers, read_part, recorded, write_part
-from siglip2_packed.collection.plan import Plan, Range, listed, make_plan
+from siglip2_packed.collection.plan import Plan, Range, Share, listed, make_plan, share_plan
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.shards import (
     Counts,
@@ -73,7 +73,7 @@ from siglip2_packed.collection.sources import Inputs
 
 Encode = Callable[[list[Range], int], Iterator[EncodedImage]]
 """(ranges, how many inputs are done already) -> the inputs of these ranges, encoded."""
-ALONE = Ranks()
+ALONE, WHOLE = Ranks(), Share()
 RECORD = 2
 """Of run.json and the parts. The first recorded neither versions nor states of inputs."""
 
@@ -89,6 +89,7 @@ def to_folder(
     retry_errors: bool = False,
     ranks: Ranks = ALONE,
     held: Callable[[], None] = lambda: None,
+    share: Share = WHOLE,
 ) -> Counts:
     """Writes this rank's shards; rank 0, the tables. Every rank returns the counts of all.
 
@@ -98,17 +99,22 @@ def to_folder(
         retry_errors: with the inputs that could not be read, too.
         empty: what is kept, `patches [0, D]` and `pooled [0, D]`, in the dtype to save.
         held: raises OSError if the folder is somebody else's by now, see lock.py.
+        share: makes only its shards, and no tables: `shares.merge_shares` does.
 
     Raises:
         ValueError: the folder holds another run, or ranks were asked for different ones.
     """
     settings = complete(settings, inputs)
+    settings["share"] = str(share) if share.of > 1 else None
     ranks.agree(settings)
     keep = inputs.schema is not None
     output = Output(folder, settings["format"], tensor_names(empty), run_digest(settings), held, keep)
-    plan = ranks.first(lambda: start(output, inputs, settings, resume, retry_errors))
+    plan = ranks.first(lambda: start(output, inputs, settings, resume, retry_errors, share))
     write_missing(output, inputs, plan, plan.to_make[ranks.rank :: ranks.world], encode, empty)
     ranks.wait()
+    if share.of > 1:
+        own = share.numbers(len(inputs), settings["shard_size"])
+        return ranks.first(lambda: counted(row for number in own for row in rows_of(output, number)))
     return ranks.first(lambda: merge(output, plan, inputs.schema))
 
 
@@ -118,13 +124,22 @@ def complete(settings: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     return json.loads(json.dumps({**about, **settings}))
 
 
-def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool, retry_errors: bool) -> Plan:
+def start(
+    output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool, retry_errors: bool, share: Share
+) -> Plan:
     """Leaves nothing in the folder that this run does not vouch for; then run.json."""
     check_run(output.folder, settings, resume, inputs)
     file = output.folder / "run.json"
+
+    def planned(retry_errors: bool) -> Plan:
+        size = settings["shard_size"]
+        if share.of > 1:
+            return share_plan(output, inputs, size, retry_errors, share)
+        return make_plan(output, inputs, size, retry_errors)
+
     if file.exists():
         try:
-            plan = make_plan(output, inputs, settings["shard_size"], retry_errors)
+            plan = planned(retry_errors)
         except ValueError as error:
             raise ValueError(f"--resume: the run in {str(output.folder)!r} cannot go on: {error}") from None
         if plan.changed:
@@ -141,10 +156,14 @@ def start(output: Output, inputs: Inputs, settings: dict[str, Any], resume: bool
     else:
         for number in part_numbers(output):
             output.part(number).unlink(missing_ok=True)
-        plan = make_plan(output, inputs, settings["shard_size"])
-    with replacing(file, output.held) as path:
-        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        plan = planned(False)
+    write_run(output, settings)
     return plan
+
+
+def write_run(output: Output, settings: dict[str, Any]) -> None:
+    with replacing(output.folder / "run.json", output.held) as path:
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def forget(output: Output, plan: Plan) -> None:
@@ -169,8 +188,7 @@ def write_missing(
     output: Output, inputs: Inputs, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]
 ) -> None:
     """The shards of these numbers, by a thread behind the model."""
-    done = len(plan.owner) - int(np.isin(plan.owner, plan.to_make).sum())
-    made = gather(encode(plan.ranges(numbers), done), plan)
+    made = gather(encode(plan.ranges(numbers), plan.done), plan)
     jobs = ((partial(write, output, inputs, number, images, empty), None) for number, images in made)
     with ThreadPoolExecutor(1) as writer:
         for _ in ahead(jobs, writer, depth=2):
@@ -203,7 +221,7 @@ def kept_rows(inputs: Inputs, images: list[EncodedImage]) -> tuple[list[EncodedI
         else:
             assert len(table) == len(places)
             tables.append(table)
-    return told, pa.concat_tables(tables)
+    return told, pa.concat_tables(tables).combine_chunks()  # a shard is one record batch
 
 
 def gather(images: Iterable[EncodedImage], plan: Plan) -> Iterator[tuple[int, list[EncodedImage]]]:
@@ -223,7 +241,6 @@ def merge(output: Output, plan: Plan, schema: Any = None) -> Counts:
     """Parts -> errors.csv and index.csv, in input order; with a schema index.parquet."""
     if schema is not None:
         write_index(output, plan, schema)
-    failed = read = patches = 0
     with contextlib.ExitStack() as stack:
         # left in turn: index.csv, which says that all is there, is renamed last
         index_path, errors_path = (
@@ -233,14 +250,26 @@ def merge(output: Output, plan: Plan, schema: Any = None) -> Counts:
         index, errors = csv.writer(index_file), csv.writer(errors_file)
         index.writerow(("input", "shard", "row", "grid"))
         errors.writerow(("input", "reason"))
-        for number, row in in_input_order(output, plan):
-            if row.error:
-                errors.writerow((row.input, row.error))
-                failed += 1
-            else:
-                index.writerow((row.input, output.shard(number), row.row, row.grid))
-                read += 1
-                patches += math.prod(map(int, row.grid.split("x")))
+
+        def written() -> Iterator[Row]:
+            for number, row in in_input_order(output, plan):
+                if row.error:
+                    errors.writerow((row.input, row.error))
+                else:
+                    index.writerow((row.input, output.shard(number), row.row, row.grid))
+                yield row
+
+        return counted(written())
+
+
+def counted(rows: Iterable[Row]) -> Counts:
+    failed = read = patches = 0
+    for row in rows:
+        if row.error:
+            failed += 1
+        else:
+            read += 1
+            patches += math.prod(map(int, row.grid.split("x")))
     return Counts(failed, read, patches)
 
 
@@ -317,6 +346,11 @@ def check_run(folder: Path, settings: dict[str, Any], resume: bool, inputs: Inpu
             "nothing can be added to it. Its index.csv and shards stay as they are: write elsewhere"
         )
     ours, theirs = dict(flat(settings)), dict(flat(before))
+    if theirs.get("share") and inputs and ours["names"] != theirs["names"]:
+        raise ValueError(
+            f"--resume: {where} is share {theirs['share']} of {theirs['inputs']} inputs, these are {len(inputs)} or "
+            "have other names: all shares are of the same. Merge them, and go on with the whole, without --shard"
+        )
     unlike = [name for name in ours if name != "checkpoint" and ours[name] != theirs.get(name)]
     gone = ""
     if inputs and "names" in unlike:

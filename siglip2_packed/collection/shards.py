@@ -61,9 +61,12 @@ class Output(NamedTuple):
 
     def files(self, number: int) -> list[Path]:
         """Those it consists of."""
-        suffixes = [f".{name}.npy" for name in self.kept] if self.fmt == "npy" else [""]
+        features = dict.fromkeys(self.file_of(number, name) for name in self.kept)
         beside = [self.columns(number)] if self.keep and self.fmt not in TABLES else []
-        return [self.folder / f"{self.shard(number)}{suffix}" for suffix in suffixes] + beside
+        return [*features, *beside]
+
+    def file_of(self, number: int, tensor: str) -> Path:
+        return self.folder / (f"{self.shard(number)}.{tensor}.npy" if self.fmt == "npy" else self.shard(number))
 
     def columns(self, number: int) -> Path:
         """The file that has what is kept beside the features."""
