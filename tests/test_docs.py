@@ -28,6 +28,7 @@ OF_THEIR_OWN = {
     "learning rates": "test_readme.py",
     "other people's models": "test_readme.py",
     "export example": "test_readme.py",
+    "safetensors in NumPy": "test_readers.py",
 }
 """Blocks by name, and the tests that run them."""
 RUN = ("python", "bash")
