@@ -50,6 +50,7 @@ from siglip2_packed.measure import cpu_bfloat16
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.ops.segments import Segments
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
+from siglip2_packed.remote import is_url
 
 REPORTED = 20
 """Errors said on stderr; all of them are in errors.csv."""
@@ -363,9 +364,12 @@ def is_one_file(out: Path) -> bool:
 
 def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
     """What can be said before anything is opened, waited for or written."""
-    missing = [path for path in args.images if path != "-" and not os.path.exists(as_path(path))]
+    here = [path for path in args.images if path != "-" and not is_url(path)]
+    missing = [path for path in here if not os.path.exists(as_path(path))]
     if missing:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
+    if is_url(args.out):
+        raise ValueError(f"--out {args.out!r} is a URL: give a folder of this machine")
     if not (args.patches or args.pooled):
         raise ValueError("--no-patches without --pooled: nothing to write")
     if args.normalize and not args.pooled:

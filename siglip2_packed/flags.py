@@ -173,7 +173,12 @@ def encode(parser: argparse.ArgumentParser) -> None:
 
     suffixes = " ".join(f".{suffix}" for suffix in " ".join(DECODED.values()).split())
     parser.epilog = ENCODE_EPILOG.format(suffixes=suffixes)
-    add("images", nargs="+", metavar="INPUT", help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow")
+    add(
+        "images",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders, lists (.txt, - for stdin), .tar, .parquet, .arrow; or their URLs",
+    )
     add("--out", required=True, type=given, metavar="DIR", help="folder to write shards to; or one .safetensors file")
     add_model_flags(parser, dtype="dtype to compute and save", default="bfloat16 on CUDA, else float32")
     add("--pooled", action="store_true", help="also the pooling head's vector of each image")

@@ -18,6 +18,8 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from siglip2_packed.remote import is_url, open_url
+
 DECODED = {  # the common first: they are tried in this order; those without a signature last
     "JPEG": "jpg jpeg jpe jfif mpo",
     "PNG": "png apng",
@@ -163,6 +165,8 @@ def _begins(head: bytes, pattern: bytes) -> bool:
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
     """The file, open for reading. A pipe or a device would make whoever reads it wait for ever: a ValueError."""
+    if is_url(path):
+        return open_url(os.fspath(path))
     with ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb", opener=_without_waiting))

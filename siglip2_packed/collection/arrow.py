@@ -21,6 +21,7 @@ from siglip2_packed.collection.parquet import (
     one_line,
 )
 from siglip2_packed.formats import open_regular
+from siglip2_packed.remote import is_url
 
 ARROW = ".arrow"
 STATE = "state.json"
@@ -62,7 +63,7 @@ class Arrow(Table):
 
     def _reader(self):
         pyarrow = import_pyarrow()
-        source = pyarrow.memory_map(self.path)
+        source = open_regular(self.path) if is_url(self.path) else pyarrow.memory_map(self.path)
         return pyarrow.ipc.open_file(source) if self.is_file else pyarrow.ipc.open_stream(source)
 
     def _batches(self, reader) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from siglip2_packed.remote import is_url, recent_state
 from siglip2_packed.version import __version__
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ TOWER = (
 
 
 def stamp(path: str | os.PathLike) -> str:
-    """Size and modification time in nanoseconds, or that there is no such file."""
+    """Size and modification time in nanoseconds, or that there is no such file; of a URL what its server tells."""
+    if is_url(path):
+        return recent_state(os.fspath(path))
     try:
         found = os.stat(path)
     except (OSError, ValueError):

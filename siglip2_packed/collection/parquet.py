@@ -15,9 +15,12 @@ import numpy as np
 
 from siglip2_packed.collection.identity import stamp
 from siglip2_packed.formats import local_path, open_regular
+from siglip2_packed.remote import is_url
 
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
+BUFFER = 1 << 20
+"""Bytes that are read at a time of a column by URL."""
 BATCH = 64
 """Rows that are in memory at a time."""
 LONGEST_ID = 64
@@ -162,6 +165,8 @@ class Table:
         except ValueError as error:
             return error
         beside = os.path.join(os.path.dirname(self.path), path)
+        if is_url(self.path):
+            return ValueError(f"{beside} is the path of a file beside the table: only images that lie in it are read")
         return path if os.path.exists(path) and not os.path.exists(beside) else beside
 
 
@@ -170,7 +175,7 @@ class Parquet(Table):
         super().__init__(path)
         pyarrow = import_pyarrow()
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with self.opened() as file:
                 schema, metadata = file.schema_arrow, file.metadata
                 self.groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         except pyarrow.ArrowException as error:
@@ -196,9 +201,11 @@ class Parquet(Table):
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Any]:
-        open_regular(self.path).close()  # pyarrow would wait at a pipe
-        with import_pyarrow().parquet.ParquetFile(self.path) as file:
-            yield file
+        parquet = import_pyarrow().parquet
+        with open_regular(self.path) as source:  # pyarrow would wait at a pipe
+            here = {} if is_url(self.path) else {"source": self.path}
+            with parquet.ParquetFile(**{"source": source, "buffer_size": BUFFER, **here}) as file:
+                yield file
 
     def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
         batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])

@@ -52,7 +52,7 @@ from torch import Tensor
 from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection.decode import ahead
 from siglip2_packed.collection.features import EncodedImage
-from siglip2_packed.collection.identity import flat, run_digest, stamp
+from siglip2_packed.collection.identity import flat, run_digest
 from siglip2_packed.collection.kept import cast
 from siglip2_packed.collection.parquet import import_pyarrow, one_line
 from siglip2_packed.collection.parts import Row, part_numbers, read_part, recorded, write_part
@@ -69,7 +69,7 @@ from siglip2_packed.collection.shards import (
     tensor_names,
     write_shard,
 )
-from siglip2_packed.collection.sources import Inputs
+from siglip2_packed.collection.sources import Inputs, changed
 
 Encode = Callable[[list[Range], int], Iterator[EncodedImage]]
 """(ranges, how many inputs are done already) -> the inputs of these ranges, encoded."""
@@ -212,8 +212,8 @@ def kept_rows(inputs: Inputs, images: list[EncodedImage]) -> tuple[list[EncodedI
     for part, places, run in inputs.places([images[i].ordinal for i in good]):
         try:
             table = cast(part.columns(places, inputs.schema.names), inputs.schema)
-            if stamp(part.path) != part.stamp:
-                raise ValueError(f"{part.path} has changed since it was listed")
+            if change := changed(part):
+                raise ValueError(change)
         except (pa.ArrowException, OSError, ValueError) as error:
             for i in run.tolist():
                 image = images[good[i]]

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,12 +32,16 @@ from siglip2_packed.collection.walk import (
     ELSEWHERE,
     EMPTY,
     FOLDER,
+    HIDDEN,
+    NO_IMAGE,
     UNREAD,
     Fault,
     Skipped,
+    reason_of_parts,
     walk,
 )
-from siglip2_packed.formats import is_image_name, local_path, open_regular
+from siglip2_packed.formats import is_image_name, local_path, open_regular, suffix_of
+from siglip2_packed.remote import files_below, forget_states, is_url, read_urls, states
 
 LISTS = (".txt",)
 
@@ -66,8 +71,28 @@ class Files:
     def read(self, start: int, stop: int) -> Iterator[Entry]:
         return iter(self.paths[start:stop])
 
-    def types(self, names: Sequence[str]) -> dict[str, Any]:
+    def types(self: Any, names: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"--keep {names[0]!r}: {self.paths[0]} stands for itself: only tables and tar files hold more")
+
+
+class RemoteFiles:
+    """Image files by URL, read here, ahead of whoever decodes them."""
+
+    path = stamp = ""
+
+    def __init__(self, paths: list[str], stamps: list[str]):
+        self.paths, self.stamps = paths, stamps
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def names(self, start: int, stop: int) -> Iterator[str]:
+        return iter(self.paths[start:stop])
+
+    def read(self, start: int, stop: int) -> Iterator[Entry]:
+        return read_urls(self.paths[start:stop])
+
+    types = Files.types
 
 
 class Unusable:
@@ -89,7 +114,7 @@ class Unusable:
         return {}
 
 
-Part = Files | Tar | Parquet | Arrow | Unusable
+Part = Files | RemoteFiles | Tar | Parquet | Arrow | Unusable
 
 
 class Inputs:
@@ -118,8 +143,8 @@ class Inputs:
                 break
             entries = zip(part.names(first, last), part.read(first, last))
             for ordinal, (name, entry) in enumerate(entries, begin + first):
-                if not isinstance(part, Files) and stamp(part.path) != part.stamp:
-                    entry = ValueError(f"{part.path} has changed since it was listed")
+                if part.path and (change := changed(part)):
+                    entry = ValueError(change)
                 yield Input(ordinal, name, entry, stamp_in(part, ordinal - begin))
 
     def places(self, ordinals: Sequence[int]) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
@@ -144,8 +169,18 @@ class Inputs:
         return digest.hexdigest()[:32]
 
 
+def changed(part: Part) -> str:
+    """How the container of inputs is not what it was when it was listed, or ""."""
+    try:
+        return "" if stamp(part.path) == part.stamp else f"{part.path} has changed since it was listed"
+    except OSError as error:  # by URL
+        return one_line(error)
+
+
 def stamp_in(part: Part, place: int) -> str:
-    """Of an input in a container; where in a tar file tells members of one name apart."""
+    """Of an input in a container, or by URL; where in a tar file tells members of one name apart."""
+    if isinstance(part, RemoteFiles):
+        return part.stamps[place]
     return f"{part.stamp}@{part.members[place].offset}" if isinstance(part, Tar) else part.stamp
 
 
@@ -165,13 +200,16 @@ def find_inputs(
     Raises:
         ValueError: a path without images, a compressed tar file, no or several image columns, the output as input,
             nothing of a name to keep. In a folder with anything else, what is met of these is an input that says so.
-        OSError: a folder, list, tar, Parquet or Arrow file that is not there.
+        OSError: a folder, list, tar, Parquet or Arrow file that is not there; a URL that cannot be read.
+        ImportError: no package for its scheme.
     """
     parts: list[Part] = []
     skipped = Skipped()
     for path in map(as_path, paths):
         finder = Finder(column, but, keep)
-        if os.path.isdir(path):
+        if is_url(path):
+            found = list(finder.of_url(path))
+        elif os.path.isdir(path):
             found = list(finder.parts(walk(path, finder.skipped, but), walked=True))
         elif path == "-" or path.lower().endswith(LISTS):
             found = list(finder.parts(_lines(path)))
@@ -203,7 +241,7 @@ def find_again(name: str, stamp: str, column: str | None = None) -> str | bytes:
         OSError: what holds it cannot be opened.
     """
     holders = [name[:i] for i, letter in enumerate(name) if letter == "#"]
-    path = next(filter(os.path.isfile, [name, *holders]), None)
+    path = next(filter(is_file, [*holders, name] if is_url(name) else [name, *holders]), None)
     if path is None:
         raise ValueError("not there any more" if os.path.isabs(name) else "not found from the working folder")
     inputs = _inputs_of(path, column)
@@ -214,6 +252,10 @@ def find_again(name: str, stamp: str, column: str | None = None) -> str | bytes:
                 raise entry
             return entry
     raise ValueError("changed since it was encoded")
+
+
+def is_file(path: str) -> bool:
+    return stamp(path) != "absent" if is_url(path) else os.path.isfile(path)
 
 
 @lru_cache(4)
@@ -261,6 +303,8 @@ class Finder:
 
     def __init__(self, column: str | None, but: Path | None, keep: Sequence[str] = ()):
         self.column, self.but, self.keep, self.skipped = column, but, keep, Skipped()
+        self.states: dict[str, str] = {}
+        """Of files by URL, as far as a listing told them."""
 
     def parts(self, paths: Iterable[str | Fault], walked: bool = False) -> Iterator[Part]:
         """Runs of image files become one part; anything else stands for itself.
@@ -270,12 +314,13 @@ class Finder:
         """
         run: list[str] = []
         for path in paths:
-            if isinstance(path, str) and (is_image_name(path) or is_other_file(path)):
-                run.append(path)
-                continue
-            if run:
-                yield Files(run)
+            image = isinstance(path, str) and (is_image_name(path) or is_other_file(path))
+            if run and not (image and is_url(path) == is_url(run[0])):
+                yield self.files(run)
                 run = []
+            if image:
+                run.append(str(path))
+                continue
             if isinstance(path, Fault):
                 yield Unusable(path.path, one_line(path.reason))
                 continue
@@ -289,10 +334,34 @@ class Finder:
                     raise
                 yield Unusable(path, one_line(error))
         if run:
-            yield Files(run)
+            yield self.files(run)
+
+    def files(self, paths: list[str]) -> Part:
+        if not is_url(paths[0]):
+            return Files(paths)
+        unknown = [path for path in paths if not self.states.get(path)]
+        self.states.update(zip(unknown, states(unknown)))
+        return RemoteFiles(paths, [self.states[path] for path in paths])
+
+    def of_url(self, url: str) -> Iterator[Part]:
+        """A list, a collection, an image, or a folder of these."""
+        forget_states()
+        name = url_path(url).lower()
+        if name.endswith(LISTS):
+            yield from self.parts(_lines(url))
+            return
+        if not (is_image_name(name) or name.endswith(CONTAINERS)):
+            self.states = files_below(url)
+            if [*self.states] != [url]:
+                below = len(url.rstrip("/")) + 1
+                yield from self.parts((x for x in self.states if is_wanted(x, x[below:], self.skipped)), walked=True)
+                return
+        if stamp(url) == "absent":
+            raise FileNotFoundError(f"{url}: not found")
+        yield from self.parts([url])
 
     def container(self, path: str) -> Part:
-        lower = path.lower()
+        lower = (url_path(path) if is_url(path) else path).lower()
         if lower.endswith(COMPRESSED) or (lower.endswith(".tar") and is_compressed(path)):
             raise ValueError(f"{path} is compressed: decompress it (members are read from where they lie)")
         if lower.endswith(".tar"):
@@ -305,9 +374,27 @@ class Finder:
 
 def is_other_file(path: str) -> bool:
     """Neither a folder nor a collection: reading it tells what it is. Of a pipe too, which has no suffix to go by."""
+    if is_url(path):
+        return not url_path(path).lower().endswith(CONTAINERS)
     return not os.path.isdir(path) and (
         not path.lower().endswith(CONTAINERS) or (os.path.exists(path) and not os.path.isfile(path))
     )
+
+
+def url_path(url: str) -> str:
+    """Without what a server is asked: `http://a/b.tar` of `http://a/b.tar?key=c`."""
+    return re.split(r"[?#]", url)[0] if url.lower().startswith("http") else url
+
+
+def is_wanted(url: str, below: str, skipped: Skipped) -> bool:
+    """Whether what lies below a folder by URL is an image or a collection."""
+    *folders, last = below.split("/")
+    reason = reason_of_parts(folders) or (HIDDEN if last.startswith(".") else "")
+    name = url_path(url).lower()
+    if not reason and (is_image_name(name) or name.endswith(CONTAINERS)):
+        return True
+    skipped.add(url, reason or NO_IMAGE, suffix=suffix_of(url_path(last)))
+    return False
 
 
 def as_path(path: str | os.PathLike) -> str:

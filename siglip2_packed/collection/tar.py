@@ -18,6 +18,7 @@ from siglip2_packed.collection.parquet import Entry, import_pyarrow
 from siglip2_packed.collection.samples import Samples
 from siglip2_packed.collection.walk import HIDDEN, NO_IMAGE, Skipped, reason_of_parts
 from siglip2_packed.formats import SUFFIXES, open_regular, suffix_of
+from siglip2_packed.remote import is_url, size_of
 
 MOST_SPARSE = 1 << 30
 """Bytes. A sparse member that claims more would take memory that no image does."""
@@ -98,7 +99,7 @@ def image_members(path: str, skipped: Skipped, samples: Samples) -> Iterator[Mem
     `tarfile` ends without a word at a header it cannot read. With `ignore_zeros` it looks for the next good one
     instead, and the gap shows that something was lost. What is no image, nor kept beside one, is counted.
     """
-    total, end = os.path.getsize(path), 0
+    total, end = size_of(path) if is_url(path) else os.path.getsize(path), 0
     if not total:
         yield Member("", 0, 0, "an empty file, not a tar file")
 
