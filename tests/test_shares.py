@@ -69,7 +69,7 @@ def check_whole(out, finished):
     torch.testing.assert_close(one.pooled, other.pooled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt", ["npy", "arrow"])
+@pytest.mark.parametrize("fmt", ["npy"])
 def test_every_format_more_shares_than_shards_and_folders_of_their_own(checkpoint, photos, tmp_path, fmt):
     whole, outs = tmp_path / "whole", [tmp_path / f"out{i}" for i in range(3)]
     assert run(checkpoint, photos, whole, *SETTINGS, "--format", fmt) == 0
@@ -211,3 +211,11 @@ def test_shares_count_from_0(checkpoint, photos, tmp_path, capsys, given):
     err = capsys.readouterr().err
     assert ("shares count from 0" if given in ("3/3", "64/64") else "is not a share such as 3/64") in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_tries_errors_again(checkpoint, photos, tmp_path):
+    here = shutil.copytree(photos, tmp_path / "photos")
+    out = shares(checkpoint, here, tmp_path / "out", of=2)
+    (here / "05-text.jpg").write_bytes((here / GOOD[3]).read_bytes())
+    shares(checkpoint, here, out, "--resume", "--retry-errors", of=2)
+    assert merged(out) == 0 and len(load_features(out)) == 12

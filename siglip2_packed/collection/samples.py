@@ -2,12 +2,13 @@
 
 A sample is a run of members whose names are alike up to the first dot of the last part: `a/7.jpg`, `a/7.txt`,
 `a/7.json`. What is kept of it is a member by its suffix (`txt`, `cls`), or else a field of `.json`. `cls` and the like
-are integers where all of them are, else text; text is UTF-8; other members are bytes.
+are integers where all are (`007` is none), else text; text is UTF-8; other members are bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ NUMBERS = frozenset("cls cls2 class count index inx id".split())
 JSON = "json"
 BATCH = 1000
 """JSON members whose types are found at a time."""
+INTEGER = re.compile(rb"0|-?[1-9]\d{0,18}").fullmatch
 Place = tuple[int, int]
 """(offset, bytes) of a member."""
 
@@ -157,11 +159,11 @@ def content(file: IO[bytes], place: Place) -> bytes:
 
 
 def integer(data: bytes) -> int | None:
-    try:
-        value = int(data)
-    except ValueError:
+    """Of 64 bits, written as integers are: `007` is a name."""
+    written = data.strip()
+    if not INTEGER(written) or not -(1 << 63) <= int(written) < 1 << 63:
         return None
-    return value if -(1 << 63) <= value < 1 << 63 else None
+    return int(written)
 
 
 def text(data: bytes, what: str) -> str | None:
