@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,18 +223,20 @@ def test_sources_that_do_not_fit_together(images, photos, tmp_path):
 def test_resume(checkpoint, parquet, images, tmp_path, capsys):
     """Goes on with the same columns, in shards that were lost and of inputs that came; with others it refuses."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    argv = [*FLAGS, *keep("id", "caption")]
+    argv = ["--pooled", "--no-patches", "--shard-size", "5", *keep("id", "caption")]
     assert run(checkpoint, parquet, out, *argv) == 0
     assert run(checkpoint, parquet, out, *FLAGS, "--resume") == 2
     assert run(checkpoint, parquet, out, *FLAGS, *keep("id"), "--resume") == 2
     assert "keep [['id', 'uint64'], ['caption', 'string']], this one [['id', 'uint64']]" in capsys.readouterr().err
+    kinds = {"id": pa.array(range(7), pa.uint64()), "caption": list("abcdefg")}
+    second, third = tmp_path / "b.parquet", tmp_path / "c.parquet"
+    for path in (second, third):
+        pq.write_table(pa.table({"image": images, **kinds}), path)
+    assert run(checkpoint, [parquet, third], out, *argv, "--resume") == 0
     (out / "shard-00001.columns.parquet").write_bytes(b"torn")
-    second = tmp_path / "b.parquet"
-    pq.write_table(
-        pa.table({"image": images, "id": pa.array(range(7), pa.uint64()), "caption": list("abcdefg")}), second
-    )
-    assert run(checkpoint, [second, parquet], out, *argv, "--resume") == 0
-    assert run(checkpoint, [second, parquet], whole, *argv) == 0
+    sources = [parquet, second, third]  # a shard's rows now lie on both sides of another's
+    assert run(checkpoint, sources, out, *argv, "--resume") == 0
+    assert run(checkpoint, sources, whole, *argv) == 0
     assert load_features(out).columns.equals(load_features(whole).columns)
     assert load_features(out).names == load_features(whole).names
 
@@ -303,6 +306,13 @@ def test_a_kill_at_any_step(checkpoint, parquet, tmp_path, monkeypatch):
         assert run(checkpoint, parquet, out, *argv, "--resume") == 0
         assert load_features(out).columns.equals(truth)
         assert not list(out.rglob("*.tmp"))
+    (out / "shard-00001.columns.parquet").unlink()  # the old table goes before it is made again
+    (out / "index.parquet").write_bytes(b"of before")
+    for state in states(out, lambda: run(checkpoint, parquet, out, *argv, "--resume"))[-25:]:
+        table = state.get(Path("index.parquet"), b"")
+        assert (
+            table != b"of before" or Path("shard-00001.columns.parquet") not in state
+        )
 
 
 def test_ranks(checkpoint, parquet, tmp_path):

@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,8 @@ def test_encoded_by_url(server, site, checkpoint, tmp_path, capsys):
     ours, theirs = load_features(tmp_path / "out"), load_features(tmp_path / "local")
     assert ours.pooled.allclose(theirs.pooled, atol=1e-5) and ours.columns.equals(theirs.columns)
     out = tmp_path / "files"
-    sources = [f"{url}/b/2.png", f"{url}/a.png", f"{url}/c.tar"]
+    sources = tmp_path / "list.txt"
+    sources.write_text("".join(f"{url}/{name}\n" for name in ("b/2.png", "a.png", "c.tar")))
     assert run(checkpoint, sources, out, *FLAGS) == 0
     before = load_features(out)
     vectors, stamp = before.pooled.clone(), before.stamp(1)
@@ -233,11 +235,18 @@ def test_features_go_to_a_folder(photos, tmp_path, capsys, monkeypatch):
 
 
 def test_files_are_read_ahead(memory, monkeypatch):
-    """Thirty-two of them before the first is used up, and no more."""
-    read, done = [], threading.Event()
-    real = remote._read
-    monkeypatch.setattr(remote, "_read", lambda url: (read.append(url), done.set(), real(url))[2])
-    items = remote.read_urls([f"{memory}/a.png"] * 100)
-    next(items)
-    assert done.wait(10) and 1 < len(read) <= remote.AT_ONCE
-    items.close()
+    """Thirty-two of them before the first is used up, and no more; in their order, whichever comes first."""
+    system = fsspec.filesystem("memory")
+    for number in range(100):
+        system.pipe(f"/site/many/{number}", str(number).encode())
+    read, real = [], remote._read
+
+    def counted(url):
+        read.append(url)
+        time.sleep(0.01 * url.endswith("0"))
+        return real(url)
+
+    monkeypatch.setattr(remote, "_read", counted)
+    items = remote.read_urls([f"{memory}/many/{number}" for number in range(100)])
+    assert next(items) == b"0" and 1 < len(read) <= remote.AT_ONCE
+    assert [*items] == [str(number).encode() for number in range(1, 100)]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ def share(out, place, of=OF):
 
 def test_merged_is_what_one_run_writes(apart, finished, expected, capsys):
     before = tree(apart)
+    made = [sorted(path.stem for path in share(apart, place).glob(".parts/*.csv")) for place in range(OF)]
+    assert made == [["00000", "00003"], ["00001"], ["00002"]]
     assert merged(apart) == 0
     assert "11 images" in capsys.readouterr().out
     check_whole(apart, finished)
@@ -183,7 +186,9 @@ def test_a_share_that_was_made_again_replaces_the_first(checkpoint, photos, apar
     assert merged(out) == 0
     (here / GOOD[0]).write_bytes((here / GOOD[3]).read_bytes())
     shares(checkpoint, here, out, "--resume", of=2)
-    assert merged(out) == 0
+    parts = {Path(".parts") / f"{number:05d}.csv" for number in range(4)}
+    for state in states(out, lambda: merged(out)):
+        assert Path("index.csv") not in state or parts <= state.keys()
     features = load_features(out)
     assert features.pooled[0].allclose(features.pooled[3], atol=1e-5)
 
