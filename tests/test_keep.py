@@ -216,8 +216,31 @@ def test_sources_that_do_not_fit_together(images, photos, tmp_path):
         find_inputs([mixed], keep=["y"])
     with pytest.raises(ValueError, match=r"00\.png stands for itself"):
         find_inputs([tmp_path / "a.parquet", photos / "00.png"], keep=["id"])
-    both = find_inputs([tmp_path / "c.parquet", tmp_path / "a.parquet"], keep=["id"])  # null and a type: the type
-    assert both.schema.field("id").type == pa.int64()
+
+
+ONE, TWO = {"png": image_bytes(0, (20, 20))}, {"png": image_bytes(1, (20, 20))}
+
+
+def test_the_wider_type_is_that_of_both(checkpoint, images, tmp_path):
+    """Between tables and tar files, and in every order; classes that are words in one of them are text in all."""
+    pq.write_table(pa.table({"image": images[:2], "id": pa.nulls(2)}), tmp_path / "void.parquet")
+    pq.write_table(pa.table({"image": images[:2], "id": pa.array([-1, 2], pa.int16())}), tmp_path / "small.parquet")
+    write_tar(tmp_path / "big.tar", [{**ONE, "json": b'{"id": 4294967296}'}, {**TWO, "json": b'{"id": null}'}])
+    write_tar(tmp_path / "half.tar", [{**ONE, "json": b'{"id": 0.5}'}])
+    write_tar(tmp_path / "number.tar", [{**ONE, "cls": b"-7\n"}])
+    write_tar(tmp_path / "word.tar", [{**ONE, "cls": b"007"}])
+
+    def kept(name, *files):
+        out = tmp_path / f"of {files}"
+        assert run(checkpoint, [tmp_path / file for file in files], out, *FLAGS, *keep(name)) == 0
+        return load_features(out).columns[name]
+
+    found = kept("id", "void.parquet", "small.parquet", "big.tar")
+    assert found.type == pa.int64() and found.to_pylist() == [None, None, -1, 2, 2**32, None]
+    found = kept("id", "half.tar", "small.parquet")
+    assert found.type == pa.float64() and found.to_pylist() == [0.5, -1, 2]
+    assert kept("cls", "number.tar", "word.tar").to_pylist() == ["-7", "007"]
+    assert kept("cls", "word.tar", "number.tar").to_pylist() == ["007", "-7"]
 
 
 def test_resume(checkpoint, parquet, images, tmp_path, capsys):

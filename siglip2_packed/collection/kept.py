@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from siglip2_packed.collection.parquet import cast, import_pyarrow, plain
+from siglip2_packed.collection.parquet import cast, common_type, import_pyarrow, plain
+from siglip2_packed.collection.tar import Tar
 
 OURS = ("input", "shard", "row", "grid", "grid_thw", "pooled", "patches", "offsets")
 """Names that encode's own columns have."""
@@ -31,18 +32,20 @@ def kept_schema(parts: Sequence[Any], names: Sequence[str]) -> Any:
     """pyarrow's schema of these columns of all parts of the inputs.
 
     Raises:
-        ValueError: inputs that have none of that name, of another type than others, or of one no Parquet file holds.
+        ValueError: inputs that have none of that name, types that no other holds both of, or one no Parquet file holds.
     """
     pa = import_pyarrow()
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for part in parts:
         for name, kind in part.types(names).items():
-            kind, where = plain(kind), part.path
-            before, first = found.get(name, (pa.null(), where))
-            if pa.types.is_null(before):
-                found[name] = kind, where
-            elif not (pa.types.is_null(kind) or kind == before):
-                raise ValueError(f"--keep {name!r}: {before} in {first}, {kind} in {where}: they are to be of one type")
+            before, first = found.get(name, (pa.null(), part))
+            try:
+                found[name] = common_type(before, plain(kind)), first if pa.types.is_null(kind) else part
+            except pa.ArrowException:
+                if not (is_written(first, name) and is_written(part, name)):
+                    there = f"{before} in {first.path}, {kind} in {part.path}"
+                    raise ValueError(f"--keep {name!r}: {there}: no type holds both") from None
+                found[name] = pa.string(), part
     absent = [name for name in names if name not in found]
     if absent:
         raise ValueError(f"--keep {absent[0]!r}: {none_has(parts)}")
@@ -56,6 +59,11 @@ def kept_schema(parts: Sequence[Any], names: Sequence[str]) -> Any:
     except pa.ArrowException as error:
         raise ValueError(f"--keep: a type that Parquet or pyarrow cannot bring there: {error}") from error
     return pa.parquet.read_schema(pa.BufferReader(written.getvalue()))  # elements are called as Parquet calls them
+
+
+def is_written(part: Any, name: str) -> bool:
+    """Whether its values are text, or integers that can be written as they were: members of a tar file."""
+    return isinstance(part, Tar) and name not in part.samples.fields
 
 
 def none_has(parts: Sequence[Any]) -> str:

@@ -313,6 +313,13 @@ def plain(kind: Any) -> Any:
     return kind if inner is None else pa.list_(plain(inner))
 
 
+def common_type(one: Any, other: Any) -> Any:
+    """That holds the values of both: the wider, a struct of the fields of both. Raises ArrowTypeError if none does."""
+    pa = import_pyarrow()
+    schemas = [pa.schema([("values", kind)]) for kind in (one, other)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+
 def cast(table: Any, schema: Any) -> Any:
     """The same values in the types of the schema. Raises ArrowInvalid where they do not fit."""
     pa = import_pyarrow()

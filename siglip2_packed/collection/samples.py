@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from siglip2_packed.collection.parquet import import_pyarrow
+from siglip2_packed.collection.parquet import common_type, import_pyarrow
 from siglip2_packed.formats import SUFFIXES
 
 TEXT = frozenset("txt text transcript caption json jsn html htm xml csv md".split())
@@ -101,9 +101,7 @@ class Samples:
                 if not any(name in row for row in objects):
                     continue
                 try:
-                    field = pa.schema([(name, pa.array(values).type)])
-                    before = pa.schema([(name, found.get(name, pa.null()))])
-                    found[name] = pa.unify_schemas([before, field], promote_options="permissive").field(name).type
+                    found[name] = common_type(found.get(name, pa.null()), pa.array(values).type)
                 except (pa.ArrowException, OverflowError) as error:
                     raise ValueError(
                         f"--keep {name!r}: values of several types in the .json of {self.path} ({error}): keep `json`, "
