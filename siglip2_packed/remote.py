@@ -92,8 +92,15 @@ def _read(url: str) -> bytes | ValueError:
 
 
 def states(urls: Sequence[str]) -> list[str]:
-    """Of each file, as `state`."""
-    return [*at_once(state, urls)]
+    """Of each file, as `state`; "" where it cannot be told: reading tells why."""
+
+    def told(url: str) -> str:
+        try:
+            return state(url)
+        except OSError:
+            return ""
+
+    return [*at_once(told, urls)]
 
 
 def state(url: str) -> str:

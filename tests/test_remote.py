@@ -17,6 +17,7 @@ from encode_runs import image_bytes, run, table
 from siglip2_packed import load_features, remote
 from siglip2_packed.cli import main
 from siglip2_packed.collection import sources as sources_module
+from siglip2_packed.collection.identity import same
 from siglip2_packed.collection.sources import find_again, find_inputs
 
 fsspec = pytest.importorskip("fsspec")
@@ -176,6 +177,28 @@ def test_what_cannot_be_had_costs_its_inputs(server, checkpoint, tmp_path):
     errors = {row["input"].rpartition("/")[2]: row["reason"] for row in table(tmp_path / "out" / "errors.csv")}
     assert errors.keys() == {"2.png", "3.png"} and errors["2.png"].startswith(f"{url}/b/2.png: 500")
     assert len(load_features(tmp_path / "out")) == 2
+
+
+def test_a_state_that_cannot_be_told_vouches_for_nothing(memory, monkeypatch, tmp_path):
+    """One file that nobody may ask about keeps no list from being read, and no row of it is believed later."""
+    real = remote.state
+
+    def forbidden(url):
+        if url.endswith("a.png"):
+            raise PermissionError(f"{url}: forbidden")
+        return real(url)
+
+    monkeypatch.setattr(remote, "state", forbidden)
+    (tmp_path / "list.txt").write_text(f"{memory}/a.png\n{memory}/b/2.png\n")
+    inputs = find_inputs([tmp_path / "list.txt"])
+    assert [same(inputs.stamp(i), inputs.stamp(i)) for i in range(2)] == [False, True]
+    assert all(isinstance(entry, bytes) for entry in content(inputs))
+
+
+def test_an_image_whose_url_has_no_suffix(server, site):
+    url, folder, _ = server
+    (folder / "image").write_bytes((site / "a.png").read_bytes())
+    assert content(find_inputs([f"{url}/image?id=3"])) == [(site / "a.png").read_bytes()]
 
 
 def test_a_tar_that_goes_away_while_it_is_read(server):

@@ -1,5 +1,6 @@
 """`encode --shard 3/64` and `merge`: shares become what one run writes: the same tables, and features to rounding."""
 
+import errno
 import json
 import os
 import shutil
@@ -224,3 +225,14 @@ def test_a_share_tries_errors_again(checkpoint, photos, tmp_path):
     (here / "05-text.jpg").write_bytes((here / GOOD[3]).read_bytes())
     shares(checkpoint, here, out, "--resume", "--retry-errors", of=2)
     assert merged(out) == 0 and len(load_features(out)) == 12
+
+
+def test_shares_on_another_file_system_are_copied(three, finished, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert merged(three, "--out", tmp_path / "all") == 0
+    check_whole(tmp_path / "all", finished)
+    shard = "shard-00001.safetensors"
+    assert not (tmp_path / "all" / shard).samefile(share(three, 1) / shard)

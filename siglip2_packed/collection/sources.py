@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from siglip2_packed.collection.arrow import ARROW, Arrow
-from siglip2_packed.collection.identity import same, stamp
+from siglip2_packed.collection.identity import UNSTEADY, same, stamp
 from siglip2_packed.collection.kept import kept_schema
 from siglip2_packed.collection.parquet import Entry, Parquet, one_line
 from siglip2_packed.collection.tar import Tar, is_compressed
@@ -341,7 +341,7 @@ class Finder:
             return Files(paths)
         unknown = [path for path in paths if not self.states.get(path)]
         self.states.update(zip(unknown, states(unknown)))
-        return RemoteFiles(paths, [self.states[path] for path in paths])
+        return RemoteFiles(paths, [self.states[path] or UNSTEADY for path in paths])
 
     def of_url(self, url: str) -> Iterator[Part]:
         """A list, a collection, an image, or a folder of these."""
