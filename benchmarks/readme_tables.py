@@ -458,6 +458,64 @@ def many_ranks() -> str:
     return "\n".join(lines)
 
 
+WAYS = {
+    "fsdp": "FSDP2",
+    "fsdp_units3": "FSDP2, three layers a unit",
+    "fsdp_loader": "FSDP2, packs made beside it",
+    "balance": "the tower alone, images as in `mixed`",
+    "ddp": "DDP",
+    "ddp_graphs": "DDP, CUDA graphs",
+}
+
+
+def scaling() -> str:
+    """What a step of training loses on several ranks; ms of the mean rank, from a profile."""
+    lines = []
+    for path in sorted(RESULTS.glob("scaling_*.csv")):
+        rows = pd.read_csv(path)
+        lines += [
+            f"{rows.card[0]}, so400m, {rows.dtype[0]}; torch {rows.torch[0]}, {rows.date[0]}",
+            "",
+            "| patches a rank | training | ranks | patches/s | MFU | peak GiB | efficiency | compute | transfers alone "
+            "| waiting for a rank | idle | slowest rank over mean |",
+            "|---" * 12 + "|",
+        ]
+        value = rows.pivot(index=["provider", "workload"], columns="metric", values="p50")
+        for provider, workload in rows[["provider", "workload"]].drop_duplicates().itertuples(index=False):
+            row, (_, _, budget, ranks) = value.loc[provider, workload], workload.split("_")
+            way = WAYS[provider.removeprefix("siglip2_packed:")]
+            parts = " | ".join(f"{row[f'device_{part}']:.1f}" for part in ("compute", "transfer", "wait", "idle"))
+            efficiency = "" if pd.isna(row.efficiency) else f"{row.efficiency:.2f}"
+            lines.append(
+                f"| {int(budget.removeprefix('budget')):,} | {way} | {ranks.removeprefix('ranks')} "
+                f"| {row.patches_per_s:,.0f} | {row.mfu:.2f} | {row.peak_memory:.1f} | {efficiency} | {parts} "
+                f"| {row.slowest_over_mean:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def encode_ranks() -> str:
+    lines = []
+    for path in sorted(RESULTS.glob("encode_ranks_*.csv")):
+        rows = pd.read_csv(path)
+        lines += [
+            f"{rows.card[0]}, so400m, {rows.dtype[0]}; torch {rows.torch[0]}, {rows.date[0]}",
+            "",
+            "| 20,000 JPEGs | ranks | images/s | efficiency | rows against one rank's |",
+            "|---" * 5 + "|",
+        ]
+        value = rows.pivot(index="workload", columns="metric", values="p50")
+        for workload in rows.workload.unique():
+            row, (_, decode, *invariant, ranks) = value.loc[workload], workload.split("_")
+            name = f"`--decode {decode}`" + ", `--batch-invariant`" * bool(invariant)
+            efficiency = "" if pd.isna(row.efficiency) else f"{row.efficiency:.2f}"
+            error = row.relative_error
+            same = "" if pd.isna(error) else "equal to the bit" if error == 0 else f"relative error {error:.0e}"
+            rank = ranks.removeprefix("ranks")
+            lines.append(f"| {name} | {rank} | {row.images_per_s:,.0f} | {efficiency} | {same} |")
+    return "\n".join(lines)
+
+
 IMAGE_COSTS = {
     "forward": ("siglip2_packed", "forward"),
     "in graphs": ("siglip2_packed:cudagraph", "forward"),
@@ -532,6 +590,8 @@ TABLES = {
     "train_tower": train_tower,
     "bulk": bulk,
     "many_ranks": many_ranks,
+    "scaling": scaling,
+    "encode_ranks": encode_ranks,
     "planning": planning,
 }
 

@@ -37,7 +37,8 @@ def test_the_kernel_is_found_right(mode):
 
 @pytest.mark.gpu
 def test_large_and_small_images_at_once():
-    images = [noise(3024, 4032), noise(40, 1200, seed=1), noise(3024, 4032, seed=2), noise(17, 16, seed=3)]
+    """Of sizes that leave no half between two levels."""
+    images = [noise(3023, 4031), noise(41, 1201, seed=1), noise(3023, 4031, seed=2), noise(17, 19, seed=3)]
     turns, grids = (
         [Turn(), Turn(), Turn(sideways=True, down=True), Turn(across=True)],
         [(14, 18), (3, 80), (18, 14), (16, 16)],
@@ -46,4 +47,4 @@ def test_large_and_small_images_at_once():
         CUT.of(name)([x.cuda() for x in images], turns, grids, 16, "bilinear").int() for name in ("triton", "eager")
     )
     difference = (found - expected).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.005
