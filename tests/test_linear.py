@@ -124,11 +124,11 @@ def test_widths_that_do_not_fit_each_other_are_an_error():
 
 @INTERPRETED
 def test_differentiable_once(trusted):
-    trusted(card=HOPPER)
-    x, weight, bias, total = (y.requires_grad_() for y in arguments(5, 72, 40, torch.float32))
+    trusted(card=Card("cuda", 80, 108))
+    x, weight, bias, total = (y.requires_grad_() for y in arguments(5, 72, 40, torch.float16))
     found = torch.autograd.grad((linear.linear(x, weight, bias) * total).sum(), (x, weight, bias))
     expected = torch.autograd.grad((torch.nn.functional.linear(x, weight, bias) * total).sum(), (x, weight, bias))
-    assert all(relative_error(y, z) <= 2e-6 for y, z in zip(found, expected, strict=True))
+    assert all(relative_error(y, z) <= 1e-3 for y, z in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("rows", [1, 256, 300, 4096, 16384])
@@ -163,12 +163,12 @@ def test_a_product_is_refused_that_a_tile_changes(forced, monkeypatch):
 
     forced(card=HOPPER)
     where = torch.device("cpu"), torch.float16
-    assert choice.require(linear.LINEAR, OURS, *where, 72, 40) is right
+    assert choice.require(linear.LINEAR, (OURS,), *where, 72, 40) is right
     monkeypatch.setattr(triton, "linear", by_tile)
     with pytest.raises(
         Refused, match=r"linear.linear \(invariant\) failed its self-check: .* does not give the bits of"
     ):
-        choice.require(linear.LINEAR, OURS, *where, 144, 40)
+        choice.require(linear.LINEAR, (OURS,), *where, 144, 40)
 
 
 @INTERPRETED
@@ -178,7 +178,7 @@ def test_a_wrong_product_is_refused(forced, monkeypatch):
     forced(card=HOPPER)
     monkeypatch.setattr(triton, "linear_gelu", lambda x, weight, bias, place=None: 1.1 * (x @ weight.t()))
     with pytest.raises(Refused, match="failed its self-check: active"):
-        choice.require(mlp.LINEAR_GELU, OURS, torch.device("cpu"), torch.float16, 72, 40)
+        choice.require(mlp.LINEAR_GELU, (OURS,), torch.device("cpu"), torch.float16, 72, 40)
 
 
 # Compiled

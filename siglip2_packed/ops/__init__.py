@@ -3,7 +3,7 @@
     attention/    varlen self-attention             eager, sdpa, flash_attn, ...; own: triton, hopper
     pool/         the head's query over an image    eager, triton
     norm/         LayerNorm, residual sums          eager, triton
-    linear/       rows times a weight               eager, triton (sums in one order, for batch_invariant)
+    linear/       rows times a weight               eager, triton and Hopper (sums in one order, for batch_invariant)
     mlp/          the wide product and GELU         eager, triton (backward), hopper
     columns/      sums and products over rows       eager, triton
     positions/    the position table, resized       eager, triton

@@ -16,7 +16,7 @@ from torch import Tensor
 from siglip2_packed.ops import columns, linear, mlp, norm
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import checkable
-from siglip2_packed.ops.runtime.choice import require, take
+from siglip2_packed.ops.runtime.choice import Function, require, take
 from siglip2_packed.ops.runtime.tracing import batched, traced
 
 
@@ -48,9 +48,10 @@ def for_inference(x: Tensor, F: int, invariant: bool = False) -> Inference:
     (T, D), device, dtype, card = x.shape, x.device, x.dtype, choice.card(x.device)
     if invariant:
         return Inference(
-            require(norm.LAYER_NORM, "triton", device, dtype, D, True),
-            *_in_one_order(device, dtype, D, F),
-            require(mlp.LINEAR_GELU, "invariant", device, dtype, D, F),
+            require(norm.LAYER_NORM, BY_TRITON, device, dtype, D, True),
+            _product(linear.LINEAR, device, dtype, D, 3 * D),
+            _product(linear.ADD_PRODUCT, device, dtype, F, D),
+            _product(mlp.LINEAR_GELU, device, dtype, D, F),
         )
     rows, product = choice.rows(card, dtype), choice.product_with_gelu(card, dtype, T, D, F)
     return Inference(
@@ -71,10 +72,11 @@ def for_training(x: Tensor, F: int, gradients: bool, invariant: bool = False) ->
         product = choice.product_with_gelu(card, dtype, T, D, F)
         if invariant:
             found = Training(
-                require(norm.LAYER_NORM, "triton", device, dtype, D, False),
-                *_in_one_order(device, dtype, D, F),
-                require(norm.ADD_LAYER_NORM, "triton", device, dtype, D),
-                require(mlp.LINEAR_GELU_KEEP, "invariant", device, dtype, D, F),
+                require(norm.LAYER_NORM, BY_TRITON, device, dtype, D, False),
+                _product(linear.LINEAR, device, dtype, D, 3 * D),
+                _product(linear.ADD_PRODUCT, device, dtype, F, D),
+                require(norm.ADD_LAYER_NORM, BY_TRITON, device, dtype, D),
+                _product(mlp.LINEAR_GELU_KEEP, device, dtype, D, F),
             )
         else:
             found = Training(
@@ -97,15 +99,12 @@ def for_training(x: Tensor, F: int, gradients: bool, invariant: bool = False) ->
     return found
 
 
-def _in_one_order(device: torch.device, dtype: torch.dtype, D: int, F: int) -> tuple[Callable, Callable]:
-    """Invariant products of a layer; the sum is compared at both of the widths that it has."""
-    require(linear.ADD_PRODUCT, "invariant", device, dtype, D, D)
-    return (
-        require(linear.LINEAR, "invariant", device, dtype, D, 3 * D),
-        require(linear.ADD_PRODUCT, "invariant", device, dtype, F, D),
-    )
+def _product(function: Function, device: torch.device, dtype: torch.dtype, D: int, F: int) -> Callable:
+    """The invariant one between D and F columns."""
+    return require(function, choice.invariant_products(choice.card(device), dtype, D, F), device, dtype, D, F)
 
 
+BY_TRITON = ("triton",)
 BY_BLAS = linear.LINEAR.of("eager"), linear.ADD_PRODUCT.of("eager")
 _training: dict[tuple, Training] = choice.remember()
 MOST = 1024

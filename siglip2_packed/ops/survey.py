@@ -89,7 +89,7 @@ def _own_attention(device: torch.device, dtype: torch.dtype, shape: Shape) -> It
                 forward = choice.attention_forward(card, dtype, T, H, K, longest)
                 backward = choice.attention_backward(card, dtype, T, T // longest, H, K, longest)
                 launches |= dict.fromkeys(forward if direction == "forward" else backward)
-        if direction == "forward" and choice.invariant_products(card, dtype):
+        if direction == "forward" and choice.invariant_products(card, dtype, shape.D, shape.F):
             launches |= dict.fromkeys(choice.invariant_attention_forward(card, dtype, K))
         for launch in launches:
             low = direction == "forward" and dtype in low_order.SHIFT
@@ -127,8 +127,8 @@ def _why_not(
         "mlp": choice.product_with_gelu(card, dtype, many, shape.D, shape.F),
         "pool": choice.pool(card, dtype, shape.K),
     }.get(operation, choice.rows(card, dtype))
-    if implementation == "invariant":
-        order = choice.invariant_products(card, dtype)
+    if implementation.startswith("invariant"):
+        order = choice.invariant_products(card, dtype, shape.D, shape.F)
     if implementation not in (*order, "eager"):
         return f"not for {device.type} in {str(dtype).removeprefix('torch.')} at these widths"
     return function.missing(implementation)

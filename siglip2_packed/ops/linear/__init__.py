@@ -1,11 +1,13 @@
 """Products of rows with a weight. `eager` is the contract, by a BLAS, whose order of sums changes with the number of
-rows; `invariant` (in Triton) has one order, whatever rows there are beside, for `batch_invariant`.
+rows; `invariant` (in Triton) and `invariant_hopper` have one order, whatever rows there are beside, for
+`batch_invariant`.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,17 +19,26 @@ from siglip2_packed.ops.runtime.once import once_differentiable
 
 __all__ = ["ADD_PRODUCT", "LINEAR", "linear"]
 
-MODULES = {"eager": "siglip2_packed.ops.linear.eager", "invariant": "siglip2_packed.ops.linear.triton"}
-T = 128 + 37
+FOLDER = "siglip2_packed.ops.linear"
+INVARIANT = {"invariant": f"{FOLDER}.triton", "invariant_hopper": f"{FOLDER}.hopper"}
+MODULES = {"eager": f"{FOLDER}.eager"} | INVARIANT
+T = 2 * 128 + 37
+BLOCKS = 3
+"""Of a comparison."""
 
 
 def by_every_tile(function: Callable, *case) -> Tensor | tuple[Tensor, ...]:
     """`function(*case)`, which no tile that rows may have is to change, where they can be asked for.
 
+    On few thread blocks, where these can, so that each has tile after tile and all that it may wait for happens.
+
     Raises:
         RuntimeError: some tile does.
     """
-    if "tile" not in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if "blocks" in parameters:
+        function = partial(function, blocks=BLOCKS)
+    if "tile" not in parameters:
         return function(*case)  # type: ignore[no-any-return]
     first, *others = choice.product_tiles(choice.card(case[0].device))
     expected = function(*map(_copied, case), tile=first)
@@ -51,8 +62,10 @@ def _cases(device: torch.device, dtype: torch.dtype, D: int, F: int) -> Iterator
 
 
 def _sum_cases(device: torch.device, dtype: torch.dtype, D: int, F: int) -> Iterator[tuple]:
-    rows, weight = random(device, dtype, T, D), random(device, dtype, F, D, scale=D**-0.5)
-    yield random(device, dtype, T, F, seed=1), rows, weight
+    """Of both widths that a layer adds: the MLP's and the stream's own."""
+    for width in dict.fromkeys((D, F)):
+        rows, weight = random(device, dtype, T, width), random(device, dtype, F, width, scale=width**-0.5)
+        yield random(device, dtype, T, F, seed=1), rows, weight
 
 
 def _result(function: Callable, *case) -> Results:
@@ -83,7 +96,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return choice.require(LINEAR, "invariant", x.device, x.dtype, *weight.shape[::-1])(x, weight, bias)
+        F, D = weight.shape
+        order = choice.invariant_products(choice.card(x.device), x.dtype, D, F)
+        return choice.require(LINEAR, order, x.device, x.dtype, D, F)(x, weight, bias)
 
     @staticmethod
     @once_differentiable

@@ -34,23 +34,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from siglip2_packed.ops.runtime import gelu, hopper
 from siglip2_packed.ops.runtime.fold import fold
 from siglip2_packed.ops.runtime.hopper import Launcher, Tiles
+from siglip2_packed.ops.runtime.hopper_product import (
+    CONSUMER_REGISTERS,
+    MAX_REGISTERS,
+    PIECE,
+    PRODUCER_REGISTERS,
+    TILE,
+    corner,
+    pieces,
+    save,
+    save_sum,
+    sigmoid,
+)
 from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
 EPILOGUES = {"gelu": 0, "keep": 1, "backward": 2}
 KEEP, BACKWARD = gl.constexpr(1), gl.constexpr(2)
 
-PRODUCER_REGISTERS = gl.constexpr(24)
-CONSUMER_REGISTERS = gl.constexpr(240)
-MAX_REGISTERS = 168  # of the launch
-
-TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))  # as TMA writes it, and as products read it
-PIECE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-
 SLOPE, CUBIC_3 = gl.constexpr(gelu.SLOPE), gl.constexpr(3 * gelu.CUBIC)
-SLOPE_LOG2, CUBIC_LOG2 = gl.constexpr(gelu.SLOPE_LOG2), gl.constexpr(gelu.CUBIC_LOG2)
-
-TO_BF16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-TO_FP16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
 
 
 class Plan(NamedTuple):
@@ -71,76 +72,12 @@ PLANS = {  # the fastest of eight on an H100, D = 1152, F = 4304
 
 
 @gluon.jit
-def _reciprocal(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _rounded(x, DTYPE: gl.constexpr):
-    """x.to(DTYPE) by pairs, also where the result is used in float32 (the compiler would convert each by itself)."""
-    if gl.bfloat16 == DTYPE:
-        y = gl.inline_asm_elementwise(TO_BF16, "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2)
-    else:
-        y = gl.inline_asm_elementwise(TO_FP16, "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2)
-    return y
-
-
-@gluon.jit
-def _sigmoid(u, square):
-    """sigmoid(2z)."""
-    return _reciprocal(1.0 + _exp2(u * (SLOPE_LOG2 + CUBIC_LOG2 * square)))
-
-
-@gluon.jit
-def _gelu(u):
-    return u * _sigmoid(u, u * u)
-
-
-@gluon.jit
 def _gelu_and_slope(u):
     """gelu(u) and gelu'(u)."""
     square = u * u
-    s = _sigmoid(u, square)
+    s = sigmoid(u, square)
     active = u * s
     return active, s + (active - active * s) * (SLOPE + CUBIC_3 * square)
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of the columns, without any data moved."""
-    ROWS: gl.constexpr = x.shape[0]
-    COLUMNS: gl.constexpr = x.shape[1] // 2
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    left, right = gl.split(gl.permute(gl.reshape(x, [ROWS, 2, COLUMNS]), [0, 2, 1]))
-    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
-
-
-@gluon.jit
-def _pieces(x):
-    """128 or 256 columns cut into pieces of 64."""
-    left, right = _halves(x)
-    if x.shape[1] == 128:
-        pieces = left, right
-    else:
-        a, b = _halves(left)
-        c, d = _halves(right)
-        pieces = a, b, c, d  # type: ignore[assignment]
-    return pieces
-
-
-@gluon.jit
-def _place(number, T, F: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """First row and column of an output tile: groups of rows of tiles, in each column by column."""
-    ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
-    first = number // (GROUP * ACROSS) * GROUP
-    inside = number % (GROUP * ACROSS)
-    height = gl.minimum((T + ROWS - 1) // ROWS - first, GROUP)
-    return (first + inside % height) * ROWS, inside // height * COLUMNS
 
 
 @gluon.jit
@@ -157,7 +94,7 @@ def _producer(
     count = 0
     turn = 0
     for number in range(gl.program_id(0), tiles_in_all, gl.num_programs(0)):
-        row, column = _place(number, T, F, ROWS, COLUMNS, GROUP)
+        row, column = corner(number, T, (F + COLUMNS - 1) // COLUMNS, ROWS, COLUMNS, GROUP)
         for step in range(STEPS):
             slot = count % SLOTS
             bar = full.index(slot)
@@ -222,43 +159,12 @@ def _multiply(
 
 
 @gluon.jit
-def _save(x, target, row, column, stages, stage):
-    """Stores a piece through shared memory, by the copy engine, which goes on reading there."""
-    place = stages.index(stage)
-    place.store(x)
-    fence_async_shared()
-    hopper.store(target, [row, column], place)
-
-
-@gluon.jit
-def _forward_epilogue(
-    W: gl.constexpr, acc, bias, wide, active, stages, row, column, F: gl.constexpr, EPILOGUE: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    DTYPE: gl.constexpr = active.dtype
-    pieces = _pieces(acc)
-    for piece in gl.static_range(len(pieces)):
-        at = column + 64 * piece
-        columns = at + gl.arange(0, 64, gl.SliceLayout(0, PIECE))
-        u = pieces[piece] + gl.load(bias + columns, mask=columns < F, other=0.0).to(gl.float32)[None, :]
-        if EPILOGUE == KEEP:
-            u = _rounded(u, DTYPE)
-            tma.store_wait(STAGES - 1)
-            _save(u, wide, row, at, stages, W * STAGES + 2 * piece % STAGES)
-            tma.store_wait(STAGES - 1)
-            _save(_gelu(u.to(gl.float32)).to(DTYPE), active, row, at, stages, W * STAGES + (2 * piece + 1) % STAGES)
-        else:
-            tma.store_wait(STAGES - 1)
-            _save(_gelu(u).to(DTYPE), active, row, at, stages, W * STAGES + piece % STAGES)
-
-
-@gluon.jit
 def _backward_epilogue(
     W: gl.constexpr, acc, active, dwide, sums, s_wide, row, column, F: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = active.dtype
-    pieces = _pieces(acc)
-    gl.static_assert(len(pieces) == 2)
+    parts = pieces(acc)
+    gl.static_assert(len(parts) == 2)
     u_1 = s_wide.index(2 * W + 1).load(PIECE)  # all of wide is read before results take its two places
     for piece in gl.static_range(2):
         at = column + 64 * piece
@@ -266,9 +172,9 @@ def _backward_epilogue(
         if piece:
             tma.store_wait(0)
         a, slope = _gelu_and_slope(u.to(gl.float32))
-        d = pieces[piece] * slope
-        _save(a.to(DTYPE), active, row, at, s_wide, 2 * W)
-        _save(d.to(DTYPE), dwide, row, at, s_wide, 2 * W + 1)
+        d = parts[piece] * slope
+        save(a.to(DTYPE), active, row, at, s_wide, 2 * W)
+        save(d.to(DTYPE), dwide, row, at, s_wide, 2 * W + 1)
         columns = at + gl.arange(0, 64, gl.SliceLayout(0, PIECE))
         gl.store(sums + row // ROWS * F + columns, gl.sum(d, 0), mask=columns < F)
 
@@ -286,7 +192,7 @@ def _consumer(
     count = W * STEPS
     turn = 0
     for number in range(gl.program_id(0) + W * gl.num_programs(0), tiles_in_all, 2 * gl.num_programs(0)):
-        row, column = _place(number, T, F, ROWS, COLUMNS, GROUP)
+        row, column = corner(number, T, (F + COLUMNS - 1) // COLUMNS, ROWS, COLUMNS, GROUP)
         acc = _multiply(W, tiles, bars, count, turn, STEPS, EPILOGUE, ROWS, COLUMNS, SLOTS)
         if EPILOGUE == BACKWARD:
             mbarrier.wait(wide_full.index(W), turn % 2)
@@ -294,7 +200,7 @@ def _consumer(
             tma.store_wait(0)
             mbarrier.arrive(wide_empty.index(W), count=1)
         else:
-            _forward_epilogue(W, acc, bias, wide, active, stages, row, column, F, EPILOGUE, STAGES)
+            save_sum(acc, bias, wide, active, stages, W * STAGES, row, column, F, STAGES)
         count += 2 * STEPS
         turn += 1  # noqa: SIM113
     tma.store_wait(0)

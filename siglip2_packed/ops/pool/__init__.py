@@ -44,7 +44,7 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments, invariant:
     """
     H, K = q.shape
     if invariant:
-        pool = choice.require(ATTENTION_POOL, "triton", k.device, k.dtype, H, K, torch.is_grad_enabled())
+        pool = choice.require(ATTENTION_POOL, ("triton",), k.device, k.dtype, H, K, torch.is_grad_enabled())
         return pool(q, k, v, images)  # type: ignore[no-any-return]
     if transformed():
         return ATTENTION_POOL.of("eager")(q, k, v, images)  # type: ignore[no-any-return]

@@ -67,7 +67,7 @@ def _by_kernel(patches: Tensor, table: Tensor, places: Places) -> Tensor:
     """Also of rows that are not all patches in turn: then it computes those of all, and rows take theirs."""
     device, dtype, (entries, D) = patches.device, patches.dtype, table.shape
     sizes = int(entries**0.5), D, torch.is_grad_enabled()
-    add = choice.require(ADD_POSITIONS, "triton", device, dtype, *sizes)
+    add = choice.require(ADD_POSITIONS, ("triton",), device, dtype, *sizes)
     if places.ids is None:
         return add(patches, table, places, dtype)  # type: ignore[no-any-return]
     total = sum(t * h * w for t, h, w in places.grids)

@@ -96,8 +96,11 @@ ROOMY_PRODUCT_TILE = ProductTile(128, 256, 8, 4)
 """In 192 KB."""
 
 
-def invariant_products(card: Card, dtype: torch.dtype) -> Order:
-    return ("invariant",) if card.kind == "cuda" and dtype in HALF else ()
+def invariant_products(card: Card, dtype: torch.dtype, D: int, F: int) -> Order:
+    """Products between D and F columns; the copy engine takes rows of 16 bytes. The choice knows no number of rows."""
+    if card.kind != "cuda" or dtype not in HALF:
+        return ()
+    return ("invariant_hopper",) * (card.capability == 90 and not (D % 8 or F % 8)) + ("invariant",)
 
 
 def product_tiles(card: Card) -> tuple[ProductTile, ...]:
@@ -389,26 +392,36 @@ def take(function: Function, order: Order, device: torch.device, dtype: torch.dt
     return found
 
 
-def require(function: Function, name: str, device: torch.device, dtype: torch.dtype, *sizes: Any) -> Callable:
-    """That implementation and no other, for `batch_invariant`.
+def require(function: Function, order: Order, device: torch.device, dtype: torch.dtype, *sizes: Any) -> Callable:
+    """The first of `order` that is present and right for these sizes, and nothing else, for `batch_invariant`.
 
     Raises:
-        Refused: it cannot be had here, was found wrong for these sizes, or cannot be checked now.
+        Refused: none is; or one that is to come first cannot be checked now, for whose results another's would not do.
     """
-    key = function.name, name, device, dtype, sizes
+    key = "required", function.name, order, device, dtype, sizes
     found = _taken.get(key)
     if found is None:
-        reason = function.missing(name)
-        if reason is None:
-            verdict = function.verdict(name, device, dtype, sizes)
-            if verdict is None:
-                reason = "has not been checked yet: run the model once before graph capture"
-            elif not verdict.right:
-                reason = f"failed its self-check: {verdict}"
-        if reason is not None:
-            raise Refused(f"batch_invariant cannot be had: {function.name} ({name}) {reason}")
+        name = _required(function, order, device, dtype, sizes)
         found = _taken[key] = function.of(name)
+        say_once(f"batch_invariant {function.name}: {name} ({device.type}, {str(dtype).removeprefix('torch.')})")
     return found
+
+
+def _required(function: Function, order: Order, device: torch.device, dtype: torch.dtype, sizes: tuple) -> str:
+    reasons = []
+    for name in order:
+        if _present(function, name):
+            verdict = function.verdict(name, device, dtype, sizes)
+            if verdict is not None and verdict.right:
+                return name
+            if verdict is None:
+                reasons = [f"({name}) has not been checked yet: run the model once before graph capture"]
+                break
+            reasons.append(f"({name}) failed its self-check: {verdict}")
+        else:
+            reasons.append(f"({name}) {function.missing(name)}")
+    said = "; ".join(reasons) or f"has no kernel for {str(dtype).removeprefix('torch.')} on {device.type}"
+    raise Refused(f"batch_invariant cannot be had: {function.name} {said}")
 
 
 def _first_right(
