@@ -5,6 +5,7 @@ rows; `invariant` (in Triton) and `invariant_hopper` have one order, whatever ro
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -35,12 +36,12 @@ def by_every_tile(function: Callable, *case) -> Tensor | tuple[Tensor, ...]:
     Raises:
         RuntimeError: some tile does.
     """
-    parameters = inspect.signature(function).parameters
+    module, parameters = importlib.import_module(function.__module__), inspect.signature(function).parameters
     if "blocks" in parameters:
         function = partial(function, blocks=BLOCKS)
     if "tile" not in parameters:
         return function(*case)  # type: ignore[no-any-return]
-    first, *others = choice.product_tiles(choice.card(case[0].device))
+    first, *others = module.tiles(choice.card(case[0].device))
     expected = function(*map(_copied, case), tile=first)
     for tile in others:
         found = function(*map(_copied, case), tile=tile)

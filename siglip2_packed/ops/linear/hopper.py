@@ -1,14 +1,13 @@
-"""Products of rows with a weight on Hopper (compute capability 9.0, in Gluon), each sum in one order: `linear.triton`'s
-functions, and its reason why what a row gives does not depend on the others.
+"""Products of rows with a weight on Hopper (compute capability 9.0, in Gluon): `linear.triton`'s functions, with the
+same reason why what a row gives does not depend on the others.
 
 Thread blocks stay resident, one a multiprocessor, and take tiles of the result in turn. One warp (the producer) brings
 tiles of x and of the weight, 64 columns of the contraction at a time, through the copy engine (TMA) into a ring of
-slots, and runs ahead into the next tile. One or two warpgroups (the consumers) multiply, each its half of the rows, in
-one float32 accumulator from the beginning of the contraction to its end. The second starts LEAD slots behind the first:
-while one is in its epilogue the tensor cores work for the other.
+slots, and runs ahead into the next tile. Two warpgroups (the consumers) multiply, each a tile of its own and by turns,
+in one float32 accumulator from the beginning of the contraction to its end.
 
 What is added comes through the copy engine too, and the sum takes its place in shared memory. Columns beyond a multiple
-of a tile's make half a tile, if that is enough for them; such halves are taken last, by who has done.
+of a tile's make half a tile, if that is enough for them; such halves are taken last.
 
 Shapes: T rows, D columns in, F columns out.
 """
@@ -24,12 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from siglip2_packed.ops.runtime import choice, hopper
-from siglip2_packed.ops.runtime.choice import ProductTile
+from siglip2_packed.ops.runtime.choice import HopperTile
 from siglip2_packed.ops.runtime.hopper import Launcher, Tiles
 from siglip2_packed.ops.runtime.hopper_product import (
     CONSUMER_REGISTERS,
@@ -38,6 +35,7 @@ from siglip2_packed.ops.runtime.hopper_product import (
     PRODUCER_REGISTERS,
     TILE,
     corner,
+    multiply,
     pieces,
     rounded,
     save,
@@ -45,15 +43,14 @@ from siglip2_packed.ops.runtime.hopper_product import (
 )
 from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
-GROUP = 16
-"""Rows of tiles that are gone through column by column: what they read stays in the cache."""
-STAGES = 2
-"""Pieces of a warpgroup on their way to memory."""
-LEAD = 3
+GROUP = 1024
+"""Rows that are gone through column by column of tiles: what they read stays in the cache."""
 SLOTS = 12
 """At most."""
 SHARED_MEMORY = 226 * 1024
 """Of a block, but for barriers."""
+
+tiles = choice.hopper_tiles
 
 
 @gluon.jit
@@ -66,15 +63,14 @@ def _corner(number, T, ROWS: gl.constexpr, COLUMNS: gl.constexpr, WHOLE: gl.cons
 
 @gluon.jit
 def _producer(
-    source, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, WGS: gl.constexpr,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
+    source, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+    WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     x, weight, added = source
     sx, sw, places = tiles
-    full, empty, added_full, added_empty, _ = bars
+    full, empty, _, added_full, added_empty = bars
     STEPS: gl.constexpr = (D + 63) // 64
     PIECES: gl.constexpr = COLUMNS // 64
-    HEIGHT: gl.constexpr = ROWS // WGS
     tiles_in_all = (T + ROWS - 1) // ROWS * ((F + COLUMNS - 1) // COLUMNS)
     count = 0
     turn = 0
@@ -85,61 +81,18 @@ def _producer(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), count // SLOTS % 2 ^ 1)
             mbarrier.expect(bar, (ROWS + COLUMNS) * 128)
-            for W in gl.static_range(WGS):
-                hopper.copy(x, [row + W * HEIGHT, 64 * step], bar, sx.index(slot * WGS + W))
+            hopper.copy(x, [row, 64 * step], bar, sx.index(slot))
             hopper.copy(weight, [column, 64 * step], bar, sw.index(slot))
             count += 1
             if added is not None:  # noqa: SIM102 (the outer is decided at compile time)
                 if step == STEPS // 2:  # by now its place is free, and there is time enough until the epilogue
-                    for W in gl.static_range(WGS):
-                        mbarrier.wait(added_empty.index(W), turn % 2 ^ 1)
-                        mbarrier.expect(added_full.index(W), HEIGHT * COLUMNS * 2)
-                        for piece in gl.static_range(PIECES):
-                            at = places.index(W * PIECES + piece)
-                            hopper.copy(added, [row + W * HEIGHT, column + 64 * piece], added_full.index(W), at)
+                    W = turn % 2
+                    mbarrier.wait(added_empty.index(W), turn // 2 % 2 ^ 1)
+                    mbarrier.expect(added_full.index(W), ROWS * COLUMNS * 2)
+                    for piece in gl.static_range(PIECES):
+                        at = places.index(W * PIECES + piece)
+                        hopper.copy(added, [row, column + 64 * piece], added_full.index(W), at)
         turn += 1  # noqa: SIM113
-
-
-@gluon.jit
-def _issue(
-    W: gl.constexpr, tiles, bars, count, acc, use_acc: gl.constexpr, WGS: gl.constexpr, WIDTH: gl.constexpr,
-    SLOTS: gl.constexpr,
-):  # fmt: skip
-    """Issues the products of the step in slot number `count`, when it is there, with WIDTH of its columns."""
-    sx, sw, _ = tiles
-    full, _, _, _, _ = bars
-    slot = count % SLOTS
-    a = sx.index(slot * WGS + W)
-    b = sw.index(slot)
-    if b.shape[0] > WIDTH:
-        b = b.slice(0, WIDTH)
-    mbarrier.wait(full.index(slot), count // SLOTS % 2)
-    return warpgroup_mma(a, b.permute((1, 0)), acc, use_acc=use_acc, is_async=True)
-
-
-@gluon.jit
-def _multiply(
-    W: gl.constexpr, tiles, bars, count, turn, STEPS: gl.constexpr, WGS: gl.constexpr, HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr, SLOTS: gl.constexpr, LEAD: gl.constexpr,
-):  # fmt: skip
-    """The product of a warpgroup's tile, from slot number `count` on."""
-    _, empty, _, _, lead = bars
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    acc = gl.zeros([HEIGHT, WIDTH], gl.float32, LAYOUT)
-    if LEAD and W == 1:
-        mbarrier.wait(lead, turn % 2)
-    acc = _issue(W, tiles, bars, count, acc, False, WGS, WIDTH, SLOTS)
-    acc = warpgroup_mma_wait(1, [acc])  # waits for nothing
-    for step in range(1, STEPS):
-        acc = _issue(W, tiles, bars, count + step, acc, True, WGS, WIDTH, SLOTS)
-        if LEAD and W == 0:  # noqa: SIM102 (the outer is decided at compile time)
-            if step == LEAD - 1:
-                mbarrier.arrive(lead, count=1)
-        acc = warpgroup_mma_wait(1, [acc])
-        mbarrier.arrive(empty.index((count + step - 1) % SLOTS), count=1)
-    acc = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(empty.index((count + STEPS - 1) % SLOTS), count=1)
-    return acc
 
 
 @gluon.jit
@@ -155,109 +108,81 @@ def _add(acc, out, places, first, row, column):
 @gluon.jit
 def _tile(
     W: gl.constexpr, result, tiles, bars, row, column, count, turn, D: gl.constexpr, F: gl.constexpr,
-    WGS: gl.constexpr, HEIGHT: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr,
-    LEAD: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's rows of a tile of WIDTH columns."""
+    """A tile of WIDTH columns."""
     bias, out, active = result
-    _, _, places = tiles
-    _, _, added_full, added_empty, _ = bars
-    acc = _multiply(W, tiles, bars, count, turn, (D + 63) // 64, WGS, HEIGHT, WIDTH, SLOTS, LEAD)
+    sx, sw, places = tiles
+    full, empty, order, added_full, added_empty = bars
+    PIECES: gl.constexpr = COLUMNS // 64
+    acc = multiply(W, sx, sw, full, empty, order, count, turn, (D + 63) // 64, ROWS, WIDTH, True, SLOTS)
     if bias is None:
         mbarrier.wait(added_full.index(W), turn % 2)
-        _add(acc, out, places, W * (COLUMNS // 64), row + W * HEIGHT, column)
+        _add(acc, out, places, W * PIECES, row, column)
         tma.store_wait(0)
         mbarrier.arrive(added_empty.index(W), count=1)
     else:
-        save_sum(acc, bias, out, active, places, W * STAGES, row + W * HEIGHT, column, F, STAGES)
+        save_sum(acc, bias, out, active, places, W * PIECES, row, column, F, PIECES)
 
 
 @gluon.jit
 def _consumer(
-    W: gl.constexpr, result, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, WGS: gl.constexpr,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
-    LEAD: gl.constexpr, STAGES: gl.constexpr,
+    W: gl.constexpr, result, tiles, bars, T, D: gl.constexpr, F: gl.constexpr, ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     ACROSS: gl.constexpr = (F + COLUMNS - 1) // COLUMNS
-    HEIGHT: gl.constexpr = ROWS // WGS
-    count = 0
+    STEPS: gl.constexpr = (D + 63) // 64
+    tiles_in_all = (T + ROWS - 1) // ROWS * ACROSS
+    count = W * STEPS
     turn = 0
-    for number in range(gl.program_id(0), (T + ROWS - 1) // ROWS * ACROSS, gl.num_programs(0)):
+    for number in range(gl.program_id(0) + W * gl.num_programs(0), tiles_in_all, 2 * gl.num_programs(0)):
         row, column = _corner(number, T, ROWS, COLUMNS, WHOLE, GROUP)
         if column < WHOLE * COLUMNS:
-            _tile(
-                W, result, tiles, bars, row, column, count, turn,
-                D, F, WGS, HEIGHT, COLUMNS, COLUMNS, SLOTS, LEAD, STAGES,
-            )  # fmt: skip
+            _tile(W, result, tiles, bars, row, column, count, turn, D, F, ROWS, COLUMNS, COLUMNS, SLOTS)
         if WHOLE < ACROSS:  # noqa: SIM102 (the outer is decided at compile time)
             if column >= WHOLE * COLUMNS:
-                _tile(
-                    W, result, tiles, bars, row, column, count, turn,
-                    D, F, WGS, HEIGHT, COLUMNS, COLUMNS // 2, SLOTS, LEAD, STAGES,
-                )  # fmt: skip
-        count += (D + 63) // 64
+                _tile(W, result, tiles, bars, row, column, count, turn, D, F, ROWS, COLUMNS, COLUMNS // 2, SLOTS)
+        count += 2 * STEPS
         turn += 1  # noqa: SIM113
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T"])
 def product_kernel(
-    x, weight, bias, added, out, active, T, D: gl.constexpr, F: gl.constexpr, WGS: gl.constexpr, ROWS: gl.constexpr,
-    COLUMNS: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, LEAD: gl.constexpr,
-    STAGES: gl.constexpr,
+    x, weight, bias, added, out, active, T, D: gl.constexpr, F: gl.constexpr, ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr, WHOLE: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """x, weight, added, out and active are descriptors. `added` goes without a bias; what there is not is None."""
     DTYPE: gl.constexpr = x.dtype
-    ADD: gl.constexpr = added is not None
-    HEIGHT: gl.constexpr = ROWS // WGS
-    sx = gl.allocate_shared_memory(DTYPE, [SLOTS * WGS, HEIGHT, 64], TILE)
+    sx = gl.allocate_shared_memory(DTYPE, [SLOTS, ROWS, 64], TILE)
     sw = gl.allocate_shared_memory(DTYPE, [SLOTS, COLUMNS, 64], TILE)
-    places = gl.allocate_shared_memory(DTYPE, [WGS * (COLUMNS // 64 if ADD else STAGES), HEIGHT, 64], TILE)
+    places = gl.allocate_shared_memory(DTYPE, [2 * (COLUMNS // 64), ROWS, 64], TILE)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    added_full = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
-    added_empty = gl.allocate_shared_memory(gl.int64, [WGS, 1], mbarrier.MBarrierLayout())
-    lead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    added_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    added_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=WGS)
-    for i in gl.static_range(WGS):
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(order.index(i), count=1)
         mbarrier.init(added_full.index(i), count=1)
         mbarrier.init(added_empty.index(i), count=1)
-    mbarrier.init(lead, count=1)
     fence_async_shared()
     tiles = (sx, sw, places)
-    bars = (full, empty, added_full, added_empty, lead)
+    bars = (full, empty, order, added_full, added_empty)
     source = (x, weight, added)
     result = (bias, out, active)
-    if WGS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (0, result, tiles, bars, T, D, F, WGS, ROWS, COLUMNS, WHOLE, GROUP, SLOTS, LEAD, STAGES),
-                ),
-                (
-                    _consumer,
-                    (1, result, tiles, bars, T, D, F, WGS, ROWS, COLUMNS, WHOLE, GROUP, SLOTS, LEAD, STAGES),
-                ),
-                (_producer, (source, tiles, bars, T, D, F, WGS, ROWS, COLUMNS, WHOLE, GROUP, SLOTS)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consumer,
-                    (0, result, tiles, bars, T, D, F, WGS, ROWS, COLUMNS, WHOLE, GROUP, SLOTS, LEAD, STAGES),
-                ),
-                (_producer, (source, tiles, bars, T, D, F, WGS, ROWS, COLUMNS, WHOLE, GROUP, SLOTS)),
-            ],
-            [1],
-            [PRODUCER_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (_consumer, (0, result, tiles, bars, T, D, F, ROWS, COLUMNS, WHOLE, GROUP, SLOTS)),
+            (_consumer, (1, result, tiles, bars, T, D, F, ROWS, COLUMNS, WHOLE, GROUP, SLOTS)),
+            (_producer, (source, tiles, bars, T, D, F, ROWS, COLUMNS, WHOLE, GROUP, SLOTS)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 def linear(
@@ -265,7 +190,7 @@ def linear(
     weight: Tensor,
     bias: Tensor,
     place: Tensor | None = None,
-    tile: ProductTile | None = None,
+    tile: HopperTile | None = None,
     blocks: int = 0,
 ) -> Tensor:
     """See `linear.eager`.
@@ -277,7 +202,7 @@ def linear(
     return out
 
 
-def add_product_(x: Tensor, rows: Tensor, weight: Tensor, tile: ProductTile | None = None, blocks: int = 0) -> Tensor:
+def add_product_(x: Tensor, rows: Tensor, weight: Tensor, tile: HopperTile | None = None, blocks: int = 0) -> Tensor:
     """See `linear.eager`."""
     _launch(rows, weight, None, x, x, None, tile, blocks)
     return x
@@ -288,7 +213,7 @@ def linear_gelu(
     weight: Tensor,
     bias: Tensor,
     place: Tensor | None = None,
-    tile: ProductTile | None = None,
+    tile: HopperTile | None = None,
     blocks: int = 0,
 ) -> Tensor:
     """See `mlp.eager`."""
@@ -298,7 +223,7 @@ def linear_gelu(
 
 
 def linear_gelu_keep(
-    x: Tensor, weight: Tensor, bias: Tensor, tile: ProductTile | None = None, blocks: int = 0
+    x: Tensor, weight: Tensor, bias: Tensor, tile: HopperTile | None = None, blocks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """See `mlp.eager`."""
     wide, active = (x.new_empty(len(x), len(weight)) for _ in range(2))
@@ -313,7 +238,7 @@ def _launch(
     added: Tensor | None,
     out: Tensor | None,
     active: Tensor | None,
-    tile: ProductTile | None,
+    tile: HopperTile | None,
     blocks: int,
 ) -> None:
     """added: `out` itself, or None. out, active: where the sum and its GELU go, one of them or both."""
@@ -326,12 +251,12 @@ def _launch(
         raise ValueError(f"the copy engine takes columns by eights, got a weight {list(weight.shape)}")
     if T == 0:
         return
-    tile = choice.product_tile(choice.card(x.device), T, F) if tile is None else tile
+    tile = choice.hopper_tile(choice.card(x.device), T, F) if tile is None else tile
     x, weight = hopper.in_reach(x, weight)
     bias = bias if bias is None else hopper.in_reach(bias)[0]
     reached = hopper.in_reach(*results)
     added, out, active = (y if y is None else reached[z] for y, z in ((added, 0), (out, 0), (active, -1)))
-    arguments = x, weight, bias, added, out, active, T, D, F, *_cut(tile, D, F, added is not None)
+    arguments = x, weight, bias, added, out, active, T, D, F, *_cut(tile, F)
     key = x.device, x.dtype, D, F, tile, bias is None, out is None, active is None
     launcher = _launchers.get(key)
     if launcher is None:
@@ -344,23 +269,18 @@ def _launch(
 
 
 @cache
-def _cut(tile: ProductTile, D: int, F: int, add: bool) -> tuple[int, ...]:
-    """The kernel's constants from WGS on: of slots as many as there is room for."""
-    rows, columns, WGS = tile.rows, tile.columns, tile.warps // 4
+def _cut(tile: HopperTile, F: int) -> tuple[int, ...]:
+    """The kernel's constants from ROWS on: of slots as many as there is room for beside two tiles of the result."""
+    rows, columns = tile
     halves = columns > 64 and columns < F and 0 < F % columns <= columns // 2
-    places = columns // 64 if add else STAGES
-    slots = min((SHARED_MEMORY - places * rows * 128) // ((rows + columns) * 128), SLOTS)
-    lead = min(LEAD, slots - 1)
-    if WGS == 1 or ceil_div(D, 64) <= slots:  # else the first would be ahead by a tile
-        lead = 0
-    return WGS, rows, columns, F // columns if halves else ceil_div(F, columns), GROUP, slots, lead, STAGES
+    slots = min((SHARED_MEMORY - 2 * 2 * rows * columns) // (2 * 64 * (rows + columns)), SLOTS)
+    return rows, columns, F // columns if halves else ceil_div(F, columns), GROUP // rows, slots
 
 
-def _launcher(arguments: tuple, tile: ProductTile) -> Launcher:
-    rows = Tiles([4 * tile.rows // tile.warps, 64], TILE.value)
-    tiles = rows, Tiles([tile.columns, 64], TILE.value), None, rows, rows, rows
-    registers = {"maxnreg": MAX_REGISTERS} if tile.warps > 4 else {}
-    return Launcher(product_kernel, arguments, tiles, num_warps=4, **registers)
+def _launcher(arguments: tuple, tile: HopperTile) -> Launcher:
+    rows, columns = (Tiles([some, 64], TILE.value) for some in tile)
+    tiles = rows, columns, None, rows, rows, rows
+    return Launcher(product_kernel, arguments, tiles, num_warps=4, maxnreg=MAX_REGISTERS)
 
 
 _launchers: dict[tuple, Launcher] = {}

@@ -26,6 +26,7 @@ from siglip2_packed.ops.runtime.launch import ceil_div, launch
 STEP = 64
 GROUP = 8
 """Rows of tiles that are gone through column by column: what they read stays in the cache."""
+tiles = choice.product_tiles
 SLOPE, CUBIC = tl.constexpr(gelu.SLOPE), tl.constexpr(gelu.CUBIC)
 
 

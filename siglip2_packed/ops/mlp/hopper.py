@@ -27,8 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from siglip2_packed.ops.runtime import gelu, hopper
@@ -41,6 +39,7 @@ from siglip2_packed.ops.runtime.hopper_product import (
     PRODUCER_REGISTERS,
     TILE,
     corner,
+    multiply,
     pieces,
     save,
     save_sum,
@@ -118,47 +117,6 @@ def _producer(
 
 
 @gluon.jit
-def _issue(tiles, bars, count, acc, use_acc: gl.constexpr, EPILOGUE: gl.constexpr, SLOTS: gl.constexpr):
-    """Issues the products of the step in slot number `count`, when it is there."""
-    sx, sw, _, _ = tiles
-    full, _, _, _, _ = bars
-    slot = count % SLOTS
-    b = sw.index(slot)
-    if EPILOGUE != BACKWARD:
-        b = b.permute((1, 0))
-    mbarrier.wait(full.index(slot), count // SLOTS % 2)
-    return warpgroup_mma(sx.index(slot), b, acc, use_acc=use_acc, is_async=True)
-
-
-@gluon.jit
-def _multiply(
-    W: gl.constexpr, tiles, bars, count, turn, STEPS: gl.constexpr, EPILOGUE: gl.constexpr,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
-    """The product of a warpgroup's tile, from slot number `count` on. At least two steps."""
-    _, empty, _, _, order = bars
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    acc = gl.zeros([ROWS, COLUMNS], gl.float32, LAYOUT)
-    # The tensor cores are handed over; nobody may wait for a slot's next filling but one, which a barrier cannot tell
-    # from the last.
-    mbarrier.wait(order.index(W), (turn + 1 - W) % 2)
-    acc = _issue(tiles, bars, count, acc, False, EPILOGUE, SLOTS)
-    acc = warpgroup_mma_wait(1, [acc])
-    for step in range(1, STEPS - 1):
-        acc = _issue(tiles, bars, count + step, acc, True, EPILOGUE, SLOTS)
-        acc = warpgroup_mma_wait(1, [acc])
-        mbarrier.arrive(empty.index((count + step - 1) % SLOTS), count=1)
-    last = count + STEPS - 1
-    acc = _issue(tiles, bars, last, acc, True, EPILOGUE, SLOTS)
-    mbarrier.arrive(order.index(1 - W), count=1)
-    acc = warpgroup_mma_wait(1, [acc])
-    mbarrier.arrive(empty.index((last - 1) % SLOTS), count=1)
-    acc = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(empty.index(last % SLOTS), count=1)
-    return acc
-
-
-@gluon.jit
 def _backward_epilogue(
     W: gl.constexpr, acc, active, dwide, sums, s_wide, row, column, F: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
@@ -185,15 +143,15 @@ def _consumer(
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     bias, wide, active, dwide, sums = out
-    _, _, s_wide, stages = tiles
-    _, _, wide_full, wide_empty, _ = bars
+    sx, sw, s_wide, stages = tiles
+    full, empty, wide_full, wide_empty, order = bars
     STEPS: gl.constexpr = (D + 63) // 64
     tiles_in_all = (T + ROWS - 1) // ROWS * ((F + COLUMNS - 1) // COLUMNS)
     count = W * STEPS
     turn = 0
     for number in range(gl.program_id(0) + W * gl.num_programs(0), tiles_in_all, 2 * gl.num_programs(0)):
         row, column = corner(number, T, (F + COLUMNS - 1) // COLUMNS, ROWS, COLUMNS, GROUP)
-        acc = _multiply(W, tiles, bars, count, turn, STEPS, EPILOGUE, ROWS, COLUMNS, SLOTS)
+        acc = multiply(W, sx, sw, full, empty, order, count, turn, STEPS, ROWS, COLUMNS, EPILOGUE != BACKWARD, SLOTS)
         if EPILOGUE == BACKWARD:
             mbarrier.wait(wide_full.index(W), turn % 2)
             _backward_epilogue(W, acc, active, dwide, sums, s_wide, row, column, F, ROWS)

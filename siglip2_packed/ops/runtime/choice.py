@@ -124,6 +124,35 @@ def product_tile(card: Card, T: int, F: int) -> ProductTile:
     return min(product_tiles(card), key=clocks)
 
 
+class HopperTile(NamedTuple):
+    """Of the result, for one warpgroup: 128 of its numbers a thread, at most."""
+
+    rows: int
+    columns: int
+
+
+HOPPER_TILES = HopperTile(64, 256), HopperTile(128, 128), HopperTile(64, 128), HopperTile(64, 64)
+
+
+def hopper_tiles(card: Card) -> tuple[HopperTile, ...]:
+    return HOPPER_TILES
+
+
+@lru_cache(maxsize=1024)
+def hopper_tile(card: Card, T: int, F: int) -> HopperTile:
+    """For a result `[T, F]`: the one with which the busiest multiprocessor is done first.
+
+    A tile takes it, for each column of the contraction, so many clocks as it has products for the tensor cores (1600 a
+    clock, as far as these get) or as it has numbers to bring (30 a clock), whichever is more (H200).
+    """
+
+    def clocks(tile: HopperTile) -> float:
+        tiles = -(-T // tile.rows) * -(-F // tile.columns)
+        return -(-tiles // card.multiprocessors) * max(tile.rows * tile.columns / 1600, sum(tile) / 30)
+
+    return min(HOPPER_TILES, key=clocks)
+
+
 # Training
 
 KEPT_ROWS = 2048

@@ -11,7 +11,13 @@ Shapes: T rows, F columns of the result.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from siglip2_packed.ops.runtime import gelu, hopper
 
@@ -87,6 +93,53 @@ def corner(number, T, ACROSS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.cons
     inside = number % (GROUP * ACROSS)
     height = gl.minimum((T + ROWS - 1) // ROWS - first, GROUP)
     return (first + inside % height) * ROWS, inside // height * COLUMNS
+
+
+@gluon.jit
+def _issue(
+    sx, sw, full, count, acc, use_acc: gl.constexpr, WIDTH: gl.constexpr, BY_ROWS: gl.constexpr, SLOTS: gl.constexpr
+):  # fmt: skip
+    """Issues the products of the step in slot number `count`, when it is there."""
+    slot = count % SLOTS
+    b = sw.index(slot)
+    if BY_ROWS:
+        if b.shape[0] > WIDTH:
+            b = b.slice(0, WIDTH)
+        b = b.permute((1, 0))
+    mbarrier.wait(full.index(slot), count // SLOTS % 2)
+    return warpgroup_mma(sx.index(slot), b, acc, use_acc=use_acc, is_async=True)
+
+
+@gluon.jit
+def multiply(
+    W: gl.constexpr, sx, sw, full, empty, order, count, turn, STEPS: gl.constexpr, ROWS: gl.constexpr,
+    WIDTH: gl.constexpr, BY_ROWS: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The product of a warpgroup's tile, from slot number `count` of the ring on; it takes turns with the other.
+
+    BY_ROWS: a slot has WIDTH rows of the weight, or more, and 64 of its columns; else 64 rows and WIDTH columns.
+    """
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    acc = gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
+    # The tensor cores are handed over; nobody may wait for a slot's next filling but one, which a barrier cannot tell
+    # from the last.
+    mbarrier.wait(order.index(W), (turn + 1 - W) % 2)
+    acc = _issue(sx, sw, full, count, acc, False, WIDTH, BY_ROWS, SLOTS)
+    acc = warpgroup_mma_wait(1, [acc])
+    for step in range(1, STEPS - 1):
+        acc = _issue(sx, sw, full, count + step, acc, True, WIDTH, BY_ROWS, SLOTS)
+        acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(empty.index((count + step - 1) % SLOTS), count=1)
+    last = count + STEPS - 1
+    if STEPS > 1:
+        acc = _issue(sx, sw, full, last, acc, True, WIDTH, BY_ROWS, SLOTS)
+    mbarrier.arrive(order.index(1 - W), count=1)
+    if STEPS > 1:
+        acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(empty.index((last - 1) % SLOTS), count=1)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index(last % SLOTS), count=1)
+    return acc
 
 
 @gluon.jit
