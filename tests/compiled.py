@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 from siglip2_packed.ops import linear
 from siglip2_packed.ops.linear.triton import GROUP, STEP, product_kernel
-from siglip2_packed.ops.runtime.choice import Card, ProductTile, product_tiles
+from siglip2_packed.ops.runtime.choice import HOPPER_TILES, Card, HopperTile, ProductTile, product_tiles
 
 
 def compiled(capability: int, tile: ProductTile) -> list:
@@ -32,15 +32,15 @@ def compiled(capability: int, tile: ProductTile) -> list:
     return row(source, capability, tile, options)
 
 
-def compiled_for_hopper(tile: ProductTile) -> list:
-    """The sum, which takes the most shared memory; with a half of a tile, where it has halves."""
+def compiled_for_hopper(tile: HopperTile) -> list:
+    """The sum, which takes the most registers; with a half of a tile, where it has halves."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from siglip2_packed.ops.linear import hopper
 
     names, D, F = hopper.product_kernel.arg_names, 200, 320
-    constants = dict(zip(names[7:], (D, F, *hopper._cut(tile, D, F, True)))) | {"bias": None, "active": None}
-    rows, columns = ([height, 64] for height in (4 * tile.rows // tile.warps, tile.columns))
+    constants = dict(zip(names[7:], (D, F, *hopper._cut(tile, F)))) | {"bias": None, "active": None}
+    rows, columns = ([height, 64] for height in tile)
     boxes = {"x": rows, "weight": columns, "added": rows, "out": rows}
     types = {name: f"tensordesc<bf16{box},{hopper.TILE.value!r}>" for name, box in boxes.items()} | {"T": "i32"}
     source = GluonASTSource(
@@ -49,11 +49,10 @@ def compiled_for_hopper(tile: ProductTile) -> list:
         {(names.index(name),): value for name, value in constants.items()},
         {},
     )
-    options = {"num_warps": 4} | ({"maxnreg": hopper.MAX_REGISTERS} if tile.warps > 4 else {})
-    return row(source, 90, tile, options)
+    return row(source, 90, tile, {"num_warps": 4, "maxnreg": hopper.MAX_REGISTERS})
 
 
-def row(source: ASTSource, capability: int, tile: ProductTile, options: dict) -> list:
+def row(source: ASTSource, capability: int, tile: ProductTile | HopperTile, options: dict) -> list:
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     instructions = sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S+", kernel.asm["ptx"])))
     return [capability, tile.rows, tile.columns, kernel.metadata.shared, instructions]
@@ -63,5 +62,5 @@ if __name__ == "__main__":
     cards = [Card("cuda", int(argument), 132) for argument in sys.argv[1:]]
     rows = [compiled(card.capability, tile) for card in cards for tile in product_tiles(card)]
     hopper = any(card.capability == 90 for card in cards) and linear.LINEAR.missing("invariant_hopper") is None
-    rows += [compiled_for_hopper(tile) for tile in product_tiles(Card("cuda", 90, 132))[::3]] if hopper else []
+    rows += [compiled_for_hopper(tile) for tile in HOPPER_TILES[::3]] if hopper else []
     print(json.dumps(rows))
