@@ -12,12 +12,13 @@ from encode_runs import image_bytes, inputs
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
+    DecodedImage,
     decode,
     decoding_pool,
     packs,
     read_image,
 )
-from siglip2_packed.collection.features import Meter, StrictError, encode, launch
+from siglip2_packed.collection.features import Meter, StrictError, encode, launch, taken_apart
 
 
 @pytest.fixture
@@ -47,6 +48,24 @@ def test_features_can_be_trained_on(tower, pool):
     weights = torch.ones(64, requires_grad=True)
     (row.patches @ weights).sum().backward()
     torch.testing.assert_close(weights.grad, row.patches.sum(dim=0))
+
+
+@pytest.mark.parametrize("kept", [["patches"], ["pooled"], ["patches", "pooled"]], ids="-".join)
+@pytest.mark.parametrize("wrong", [0, 2, 5], ids=str)
+def test_what_is_not_finite_is_the_image_with_that_row(kept, wrong):
+    """Images of 2, 1 and 3 patches; `wrong` is a row of theirs."""
+    images = [DecodedImage(7 + i, f"{i}", (1, length)) for i, length in enumerate((2, 1, 3))]
+    patches, pooled = torch.arange(12.0).view(6, 2), torch.arange(6.0).view(3, 2)
+    whose = [0, 0, 1, 2, 2, 2][wrong]
+    finite = {"finite_patches": torch.arange(6) != wrong, "finite_pooled": torch.arange(3) != whose}
+    found = list(taken_apart({"patches": patches, "pooled": pooled} | finite, kept, images, torch.float16))
+    assert [(image.ordinal, bool(image.error)) for image in found] == [(7 + i, i == whose) for i in range(3)]
+    for i, (image, rows) in enumerate(zip(found, patches.split([2, 1, 3]))):
+        expected = {"patches": rows, "pooled": pooled[i]}
+        for name in ("patches", "pooled"):
+            there = getattr(image, name)
+            assert (there is None) == (i == whose or name not in kept)
+            assert there is None or torch.equal(there, expected[name])
 
 
 def test_the_meter(tower, pool):

@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,9 +166,14 @@ def taken_apart(
         dtype: what was computed in.
     """
     lengths = [image.length for image in images]
-    split = {name: x.split(lengths) if name.endswith("patches") else list(x) for name, x in host.items()}
-    for i, image in enumerate(images):
-        if all(bool(split[f"finite_{name}"][i].all()) for name in kept):
+    split = {name: host[name].split(lengths) if name == "patches" else list(host[name]) for name in kept}
+    finite = np.full(len(images), True)
+    if "patches" in kept:
+        finite &= np.logical_and.reduceat(host["finite_patches"].numpy(), np.cumsum([0, *lengths[:-1]]))
+    if "pooled" in kept:
+        finite &= host["finite_pooled"].numpy()
+    for i, (image, right) in enumerate(zip(images, finite.tolist())):
+        if right:
             found = {name: split[name][i] for name in kept}
             yield EncodedImage(image.ordinal, image.name, image.grid, **found, stamp=image.stamp)
         else:

@@ -143,7 +143,7 @@ def hopper_tile(card: Card, T: int, F: int) -> HopperTile:
     """For a result `[T, F]`: the one with which the busiest multiprocessor is done first.
 
     A tile takes it, for each column of the contraction, so many clocks as it has products for the tensor cores (1600 a
-    clock, as far as these get) or as it has numbers to bring (30 a clock), whichever is more: estimates, to rank tiles by.
+    clock, as far as these get) or as it has numbers to bring (30 a clock), whichever is more. Estimates, to rank tiles.
     """
 
     def clocks(tile: HopperTile) -> float:
