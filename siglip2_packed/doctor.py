@@ -73,14 +73,16 @@ def planned(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: lis
 
 
 def print_findings(found: Sequence[Finding], verbose: bool) -> None:
-    """How many were right, and each that was not; or all."""
+    """How many were right, and each that was not or cannot be imported; or all."""
     verdicts = [finding.verdict for finding in found if finding.verdict is not None]
-    wrong, absent = sum(not x.right for x in verdicts), sum(finding.why_not is not None for finding in found)
+    wrong, broken = sum(not x.right for x in verdicts), sum(finding.broken for finding in found)
+    absent = sum(finding.why_not is not None for finding in found) - broken
     print(
         f"  implementations checked: {len(verdicts)}, {f'{wrong} WRONG' if wrong else 'none wrong'}; "
+        f"{f'BROKEN: {broken}; ' if broken else ''}"
         f"not for this machine: {absent}{'' if verbose else ' (--verbose: each, its errors or why)'}"
     )
-    shown = [x for x in found if verbose or (x.verdict is not None and not x.verdict.right)]
+    shown = [x for x in found if verbose or x.broken or (x.verdict is not None and not x.verdict.right)]
     if shown:
         print(f"\n  {'operation':<28} {'implementation':<24} found")
     for finding in shown:
@@ -108,6 +110,7 @@ def as_json(finding: Finding) -> dict[str, Any]:
         "operation": finding.operation,
         "implementation": finding.implementation,
         "why_not": finding.why_not,
+        "broken": finding.broken,
         "right": None if verdict is None else verdict.right,
         "errors": {} if verdict is None else verdict.errors,
         "bounds": {} if verdict is None else verdict.bounds,

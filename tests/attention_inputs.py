@@ -138,7 +138,7 @@ def forgotten():
 
 
 def forget_imports():
-    check.missing.cache_clear()
+    check.import_error.cache_clear()
     choice.say_once.cache_clear()
 
 

@@ -1,6 +1,7 @@
 """The command line: what every command has in common, `doctor` and `random-checkpoint`."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.metadata
 import io
@@ -16,6 +17,7 @@ import transformers
 
 from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor, flags, formats, peers, workloads
 from siglip2_packed.ops import attention as ops_attention
+from siglip2_packed.ops import norm, survey
 from siglip2_packed.ops.attention import backends, outside
 from siglip2_packed.ops.runtime.choice import Card
 from siglip2_packed.ops.survey import Shape
@@ -250,6 +252,24 @@ def test_doctor_is_short_unless_asked(capsys):
     assert "checked: 1, none wrong; not for this machine: " in out and "cannot be imported" not in out
     packs = [line for line in out.splitlines() if line.startswith("  a pack of ")]
     assert len(packs) == 3 and "\n".join(packs) in out and out.count("sdpa") == 2
+
+
+def test_doctor_shows_what_is_installed_and_cannot_be_imported(tmp_path, monkeypatch, forced, capsys):
+    """A package built for another torch, a kernel for this card in another Triton; not what is not installed."""
+    (tmp_path / "torn_package.py").write_text("raise OSError('undefined symbol: _ZN2at')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torn, absent = (backends.Backend(outside.sdpa, name) for name in ("torn_package", "absent_package.cute"))
+    monkeypatch.setattr(backends, "BACKENDS", {"torn": torn, "absent": absent, "flash_attention_3": torn})
+    layer_norm = dataclasses.replace(norm.LAYER_NORM, modules=norm.LAYER_NORM.modules | {"triton": "torn_package"})
+    monkeypatch.setattr(survey, "_functions", lambda shape: [(layer_norm, (shape.D, True))])
+    forced(card=Card("cuda", 80, 2))  # FlashAttention 3 is for others
+    found = list(survey.findings(torch.device("cpu"), torch.bfloat16, Shape(64, 128, 1, 4)))
+    broken = [(one.operation, one.implementation) for one in found if one.broken]
+    assert broken == [("attention", "torn"), ("norm.layer_norm", "triton")]
+    doctor.print_findings(found, verbose=False)
+    out = capsys.readouterr().out
+    assert "none wrong; BROKEN: 2; not for this machine: 2 (" in out and "absent" not in out
+    assert out.count("cannot be imported (OSError: undefined symbol: _ZN2at)") == 2
 
 
 def doctor_report(tmp_path, *flags, dtype="float32"):

@@ -45,6 +45,8 @@ class Finding(NamedTuple):
     """What its check says, forward and backward. None where it is the reference itself, or cannot run."""
     dq_at_shared_mean: float | None = None
     """Attention's alone; see `attention.shared_mean`."""
+    broken: bool = False
+    """It is for this device and installed, and cannot be imported."""
 
     def __str__(self) -> str:
         """`right: forward 2.1e-03 (bound 1e-02); dQ at a shared mean 1.2e-01`."""
@@ -65,15 +67,18 @@ def findings(device: torch.device, dtype: torch.dtype, shape: Shape) -> Iterator
         verdict = backends.verdict_on(backend, device, dtype, shape.K, gradients=True) if checked else None
         runs = backend == "eager" or (verdict is not None and verdict.right)
         error = shared_mean.of_backend(backend, device, dtype, shape.K) if runs else None
-        yield Finding("attention", backend, reason, verdict, error)
+        yield Finding(
+            "attention", backend, reason, verdict, error, backends.broken_here(backend, device, dtype, shape.K)
+        )
         if own and reason is None:
             yield from _own_attention(device, dtype, shape)
     for function, sizes in _functions(shape):
         for implementation in function.modules:
-            reason = _why_not(function, implementation, device, dtype, shape)
-            checked = reason is None and implementation != "eager"
+            unmet = _unmet(function, implementation, device, dtype, shape)
+            missing = None if unmet else function.missing(implementation)
+            checked = not (unmet or missing) and implementation != "eager"
             verdict = function.verdict(implementation, device, dtype, sizes) if checked else None
-            yield Finding(function.name, implementation, reason, verdict)
+            yield Finding(function.name, implementation, unmet or missing, verdict, broken=bool(missing))
 
 
 PACKS = (16, 64, 128, 192, 256, 1024, 4096)
@@ -118,7 +123,7 @@ def _functions(shape: Shape) -> list[tuple[Function, tuple]]:
     ]
 
 
-def _why_not(
+def _unmet(
     function: Function, implementation: str, device: torch.device, dtype: torch.dtype, shape: Shape
 ) -> str | None:
     card, many = choice.card(device), 1 << 20
@@ -131,7 +136,7 @@ def _why_not(
         order = choice.invariant_products(card, dtype, shape.D, shape.F)
     if implementation not in (*order, "eager"):
         return f"not for {device.type} in {str(dtype).removeprefix('torch.')} at these widths"
-    return function.missing(implementation)
+    return None
 
 
 class Plan(NamedTuple):

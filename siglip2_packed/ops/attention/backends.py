@@ -17,7 +17,7 @@ from torch import Tensor
 from siglip2_packed.ops.attention import eager, outside
 from siglip2_packed.ops.attention.kernels import kernels
 from siglip2_packed.ops.runtime import choice
-from siglip2_packed.ops.runtime.check import Refused, Results, Verdict, check, missing
+from siglip2_packed.ops.runtime.check import Refused, Results, Verdict, broken, check, missing
 from siglip2_packed.ops.segments import Segments
 
 
@@ -50,6 +50,16 @@ def why_missing(backend: str) -> str | None:
 def why_not(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why this backend cannot run on such tensors; None if it can."""
     return why_missing(backend) or choice.attention_unmet(backend, choice.card(device), dtype, head_dim)
+
+
+def broken_here(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether it is for such tensors, and installed, and yet cannot be imported."""
+    _, module, name = BACKENDS[backend]
+    return (
+        bool(module)
+        and broken(module, name)
+        and choice.attention_unmet(backend, choice.card(device), dtype, head_dim) is None
+    )
 
 
 def refusal(

@@ -240,16 +240,28 @@ def _exact(value: Any) -> Any:
     return value.detach().to(torch.float64, copy=True) if floating else value
 
 
-@functools.cache
 def missing(module: str, name: str = "") -> str | None:
     """Why a module, or a name in it, cannot be imported here; None if it can."""
+    error = import_error(module, name)
+    whole = f"{module}.{name}" if name else module
+    return None if error is None else f"{whole} cannot be imported ({type(error).__name__}: {error})"
+
+
+def broken(module: str, name: str = "") -> bool:
+    """Whether it is installed and yet cannot be imported."""
+    error = import_error(module, name)
+    absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+    return error is not None and not absent
+
+
+@functools.cache
+def import_error(module: str, name: str) -> Exception | None:
     try:
         found = importlib.import_module(module)
         if name:
             getattr(found, name)
     except Exception as error:  # a broken binary raises OSError, an ABI mismatch ImportError, a DSL whatever it likes
-        whole = f"{module}.{name}" if name else module
-        return f"{whole} cannot be imported ({type(error).__name__}: {error})"
+        return error.with_traceback(None)
     return None
 
 
