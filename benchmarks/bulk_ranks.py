@@ -25,7 +25,7 @@ from siglip2_packed.measure import Rows, card_name, cpu_name, relative_error
 from siglip2_packed.random_checkpoint import SHAPES, save_random_checkpoint
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000, help="JPEGs in the folder (5000)")
     parser.add_argument("--repeat", type=int, default=4, help="each is encoded so many times (4)")
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds (3)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the JPEGs (0)")
     parser.add_argument("--out", type=Path, help="CSV file (results/bulk_<card>.csv beside this script)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     ranks = Ranks.of_torchrun()
     ranks.join()
     local_device(args.device)
@@ -77,7 +77,7 @@ def main() -> None:
 
     machine = card_name() if cuda else cpu_name()
     rows = Rows("bulk", torch.cuda.get_device_name() if cuda else machine)
-    workload = f"jpegs{args.images}x{args.repeat}_max{args.max_num_patches}"
+    workload = f"jpegs{args.images}x{args.repeat}_max{args.max_num_patches}_ranks{ranks.world}"  # bulk.py's rows stay
     provider = bulk.OURS + ("" if args.decode == "exact" else f":{args.decode}")
     images, timed = args.repeat * args.images, [[x["seconds"] for x in found] for found in rounds[1:]]
     for name, way in ((provider, 0), (f"{provider}@{ranks.world}ranks", 1)):
@@ -87,7 +87,7 @@ def main() -> None:
     for row in rows.rows:
         print(f"{row['provider']:28} {row['metric']:22} {row['p50']:>10} {row['unit']}")
     path = args.out or Path(__file__).parent / "results" / f"bulk_{machine}.csv"
-    rows.write(path, replacing=["workload", "dtype"])
+    rows.write(path, replacing=["workload", "dtype", "provider"])
     print(f"{len(rows.rows)} rows -> {path}")
 
 
