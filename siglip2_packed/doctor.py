@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     for dtype in args.dtypes or ["bfloat16" if device.type == "cuda" else "float32"]:
         for name in args.shapes:
             print(f"\n{name} in {dtype}", flush=True)
-            found = list(findings(device, DTYPES[dtype], SHAPES[name]))
-            print_findings(found, args.verbose)
+            found = print_findings(findings(device, DTYPES[dtype], SHAPES[name]), args.verbose)
             packs = {T: images(T, args.image_patches) for T in args.patches}
             plans = {T: planned(device, DTYPES[dtype], SHAPES[name], lengths, args) for T, lengths in packs.items()}
             for one, alike in itertools.groupby(plans, key=plans.__getitem__):
@@ -72,21 +71,27 @@ def planned(device: torch.device, dtype: torch.dtype, shape: Shape, lengths: lis
         return {"refused": str(refused)}
 
 
-def print_findings(found: Sequence[Finding], verbose: bool) -> None:
-    """How many were right, and each that was not or cannot be imported; or all."""
+def print_findings(coming: Iterable[Finding], verbose: bool) -> list[Finding]:
+    """Each that was not right or cannot be imported, or all, as they come: a check may end the process. Then, how many
+    were right."""
+    found, headed = [], False
+    for finding in coming:
+        found.append(finding)
+        if verbose or finding.broken or (finding.verdict is not None and not finding.verdict.right):
+            if not headed:
+                print(f"\n  {'operation':<28} {'implementation':<24} found")
+            headed = True
+            print(f"  {finding.operation:<28} {finding.implementation:<24} {finding}", flush=True)
     verdicts = [finding.verdict for finding in found if finding.verdict is not None]
     wrong, broken = sum(not x.right for x in verdicts), sum(finding.broken for finding in found)
     absent = sum(finding.why_not is not None for finding in found) - broken
+    blank = "\n" * headed
     print(
-        f"  implementations checked: {len(verdicts)}, {f'{wrong} WRONG' if wrong else 'none wrong'}; "
+        f"{blank}  implementations checked: {len(verdicts)}, {f'{wrong} WRONG' if wrong else 'none wrong'}; "
         f"{f'BROKEN: {broken}; ' if broken else ''}"
         f"not for this machine: {absent}{'' if verbose else ' (--verbose: each, its errors or why)'}"
     )
-    shown = [x for x in found if verbose or x.broken or (x.verdict is not None and not x.verdict.right)]
-    if shown:
-        print(f"\n  {'operation':<28} {'implementation':<24} found")
-    for finding in shown:
-        print(f"  {finding.operation:<28} {finding.implementation:<24} {finding}")
+    return found
 
 
 def print_plan(packs: Sequence[list[int]], found: Plan | dict[str, str]) -> None:

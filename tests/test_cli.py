@@ -19,6 +19,7 @@ from siglip2_packed import Siglip2PackedVisionModel, __version__, cli, doctor, f
 from siglip2_packed.ops import attention as ops_attention
 from siglip2_packed.ops import norm, survey
 from siglip2_packed.ops.attention import backends, outside
+from siglip2_packed.ops.runtime import check
 from siglip2_packed.ops.runtime.choice import Card
 from siglip2_packed.ops.survey import Shape
 
@@ -270,6 +271,21 @@ def test_doctor_shows_what_is_installed_and_cannot_be_imported(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "none wrong; BROKEN: 2; not for this machine: 2 (" in out and "absent" not in out
     assert out.count("cannot be imported (OSError: undefined symbol: _ZN2at)") == 2
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_doctor_has_said_what_it_found_when_a_check_ends_it(capsys, verbose):
+    wrong = check.Verdict({"out": 1.0}, {"out": 0.1})
+
+    def coming():
+        yield survey.Finding("norm.layer_norm", "triton", None, wrong)
+        yield survey.Finding("norm.layer_norm", "eager", None)
+        raise KeyboardInterrupt  # a check that hangs
+
+    with pytest.raises(KeyboardInterrupt):
+        doctor.print_findings(coming(), verbose)
+    _, _, first, *others = capsys.readouterr().out.splitlines()
+    assert first.split()[:3] == ["norm.layer_norm", "triton", "WRONG:"] and len(others) == verbose
 
 
 def doctor_report(tmp_path, *flags, dtype="float32"):
