@@ -76,6 +76,12 @@ class Task(NamedTuple):
     packs: Iterator
     step: Callable
     flops: Callable
+    every: int  # steps of a sample
+
+
+def steps_of_sample(way: Way, args) -> int:
+    """Of a loader, all that its processes bring at once: they hand over packs in turn."""
+    return max(args.every, args.workers) if way.loader else args.every
 
 
 def captioner_task(way: Way, folder, args, device: torch.device, packs: Iterator) -> Task:
@@ -89,7 +95,7 @@ def captioner_task(way: Way, folder, args, device: torch.device, packs: Iterator
     def step(packed) -> None:
         update(mean_loss(model, packed.to(device, non_blocking=True)), parameters, optimizer)
 
-    return Task(packs, step, captioner.training_flops)
+    return Task(packs, step, captioner.training_flops, steps_of_sample(way, args))
 
 
 def tower_task(way: Way, folder, args, device: torch.device, budget: int) -> Task:
@@ -114,7 +120,7 @@ def tower_task(way: Way, folder, args, device: torch.device, budget: int) -> Tas
         return 3 * forward_flops(tower.config, [tuple(grid) for grid in packed["grid_thw"].tolist()])
 
     packs = [packed_of(places) for places in itertools.islice(sampler, args.packs)]
-    return Task(itertools.cycle(packs), step, flops)
+    return Task(itertools.cycle(packs), step, flops, steps_of_sample(way, args))
 
 
 def prefetch(layers, ahead: int) -> None:
@@ -125,12 +131,12 @@ def prefetch(layers, ahead: int) -> None:
 
 
 def timed(task: Task, args, device: torch.device) -> dict[str, np.ndarray]:
-    """A sample for every `--every` steps after warm-up: seconds of a step; of all ranks, patches, FLOPs and waiting for
+    """A sample for every few steps after warm-up: seconds of a step; of all ranks, patches, FLOPs and waiting for
     packs a second. Nothing waits for the device between samples."""
     stops, counts = [], []
     for _ in range(args.warmup + args.samples):
         stop, patches, flops, waited = clock(device), 0, 0, 0.0
-        for _ in range(args.every):
+        for _ in range(task.every):
             begin = time.perf_counter()
             packed = next(task.packs)
             waited += time.perf_counter() - begin
@@ -146,7 +152,7 @@ def timed(task: Task, args, device: torch.device) -> dict[str, np.ndarray]:
     seconds, *others = sums[args.warmup :].T.cpu().numpy()
     seconds = seconds / dist.get_world_size()
     names = "patches_per_s", "flops_per_s", "loader_wait"
-    return {"seconds": seconds / args.every} | {name: x / seconds for name, x in zip(names, others)}
+    return {"seconds": seconds / task.every} | {name: x / seconds for name, x in zip(names, others)}
 
 
 def where_time_goes(task: Task, args, device: torch.device) -> dict[str, np.ndarray]:
@@ -226,7 +232,11 @@ def main(argv=None) -> None:
             save_random_checkpoint(folder, args.shape)
         dist.barrier()
         for budget in args.budgets:
-            crops, packs = crops_of(folder, args, budget)
+            chosen = [WAYS[name] for name in args.ways]
+            packs = []
+            if any(not (way.alone or way.loader) for way in chosen):
+                crops = crops_of(folder, args, budget, args.packs)
+                packs = list(itertools.islice(packs_of(crops, budget, args.workers), args.packs))
             for name in args.ways:
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
@@ -234,8 +244,7 @@ def main(argv=None) -> None:
                 if way.alone:
                     kind, task = "mixed", tower_task(way, folder, args, device, budget)
                 else:
-                    new = packs_of(crops, budget, args.workers, itertools.count()) if way.loader else None
-                    coming = new or itertools.cycle(packs)
+                    coming = loaded(folder, args, budget, way) if way.loader else itertools.cycle(packs)
                     kind, task = f"max{args.max_num_patches}", captioner_task(way, folder, args, device, coming)
                 measure(name, f"{args.shape}_{kind}_budget{budget}", task, args, device, rows)
                 if dist.get_rank() == 0:
@@ -248,13 +257,16 @@ def main(argv=None) -> None:
         dist.destroy_process_group()
 
 
-def crops_of(folder, args, budget: int) -> tuple[CaptionedCrops, list]:
-    """Images for an epoch of more than `--packs`, and this rank's first packs of them."""
+def loaded(folder, args, budget: int, way: Way) -> Iterator:
+    """Packs of a loader. No epoch ends before the last step: its processes never run out of packs to make."""
+    steps = (args.warmup + args.samples) * steps_of_sample(way, args) + args.profile
+    return packs_of(crops_of(folder, args, budget, steps + 2 * args.workers), budget, args.workers, itertools.count())
+
+
+def crops_of(folder, args, budget: int, packs: int) -> CaptionedCrops:
+    """Images for an epoch of more than so many packs a rank."""
     processor = Siglip2PackedImageProcessor.from_pretrained(folder, max_num_patches=args.max_num_patches)
-    images = (args.packs + 1) * dist.get_world_size() * budget // args.max_num_patches * 5 // 4
-    crops = CaptionedCrops(images, 0, processor)
-    wanted = any(not (WAYS[name].alone or WAYS[name].loader) for name in args.ways)
-    return crops, list(itertools.islice(packs_of(crops, budget, args.workers), args.packs)) if wanted else []
+    return CaptionedCrops((packs + 1) * dist.get_world_size() * budget // args.max_num_patches * 5 // 4, 0, processor)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import csv
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+from siglip2_packed.data import PatchBudgetBatchSampler
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import bulk_ranks
@@ -46,6 +49,17 @@ def test_ways_on_two_ranks_are_compared_with_one(ranks, checkpoint, tmp_path):
 
 def test_every_way_has_one_that_is_run_alone():
     assert set(scaling.SAME_ALONE.values()) == {"fsdp", "ddp", "ddp_graphs", "fsdp_loader"} <= set(scaling.WAYS)
+
+
+def test_processes_of_a_loader_have_packs_to_make_until_the_end(checkpoint, monkeypatch):
+    """A sample is a turn of each; warm-up takes what they made ahead; and no epoch ends, after which all begin anew."""
+    monkeypatch.setattr(scaling.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(scaling, "packs_of", lambda crops, *rest: crops)
+    args = SimpleNamespace(every=3, workers=7, warmup=2, samples=5, profile=5, max_num_patches=48)
+    way = scaling.WAYS["fsdp_loader"]
+    assert (scaling.steps_of_sample(way, args), scaling.steps_of_sample(scaling.WAYS["fsdp"], args)) == (7, 3)
+    crops = scaling.loaded(checkpoint("tiny"), args, 300, way)
+    assert len(PatchBudgetBatchSampler(crops.grids, 300, num_replicas=2, rank=0)) >= (2 + 5) * 7 + 5 + 2 * 7
 
 
 def test_a_rank_without_steps_behind_its_first_shard(tmp_path):
