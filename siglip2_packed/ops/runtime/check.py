@@ -243,8 +243,9 @@ def _exact(value: Any) -> Any:
 def missing(module: str, name: str = "") -> str | None:
     """Why a module, or a name in it, cannot be imported here; None if it can."""
     error = import_error(module, name)
-    whole = f"{module}.{name}" if name else module
-    return None if error is None else f"{whole} cannot be imported ({type(error).__name__}: {error})"
+    if error is None:
+        return None
+    return f"{module}{f'.{name}' * bool(name)} cannot be imported ({type(error).__name__}: {error})"
 
 
 def broken(module: str, name: str = "") -> bool:
