@@ -171,6 +171,25 @@ def test_what_is_not_kept_of_a_tar_is_passed_over(checkpoint, images, tmp_path):
     assert skipped == {".cls": 3, ".json": 4, ".npy": 1}
 
 
+def test_each_image_has_what_is_of_its_sample(checkpoint, images, tmp_path):
+    """Also one that is stored with holes, and among the companions that macOS puts before each member."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(3):
+            names = {"png": images[number], "txt": str(number).encode()}
+            for suffix, data in names.items() if number else reversed(names.items()):
+                last = f"{number}.{suffix}"
+                for name, stored in ((f"d/._{last}", b"x"), ("d/README", b"x"), (f"d/{last}", data)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(stored)
+                    if name == "d/1.png":
+                        member.pax_headers = {"GNU.sparse.map": f"0,{len(data)}", "GNU.sparse.size": str(len(data))}
+                    tar.addfile(member, io.BytesIO(stored))
+    assert run(checkpoint, tmp_path / "a.tar", tmp_path / "out", *FLAGS, *keep("txt")) == 0
+    features = load_features(tmp_path / "out")
+    assert [name[-5:] for name in features.names] == ["0.png", "1.png", "2.png"]
+    assert features.columns["txt"].to_pylist() == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("words", [("cat", "7"), ("007", "8"), ("1_0", "1"), (str(2**63), "-1"), ("", "3")])
 def test_what_is_no_integer_stays_text(images, tmp_path, words):
     """And a name that comes twice in a tar: each image has what lies beside it."""
@@ -210,8 +229,11 @@ def test_sources_that_do_not_fit_together(images, photos, tmp_path):
     )
     with pytest.raises(ValueError, match=r"'id': int64 in .*a\.parquet, string in .*b\.parquet"):
         find_inputs([tmp_path / "a.parquet", tmp_path / "b.parquet"], keep=["id"])
-    with pytest.raises(ValueError, match=r"'x': values of several types in the \.json of .*m\.tar"):
+    with pytest.raises(ValueError, match=r"'x': no type holds its values in the \.json of .*m\.tar"):
         find_inputs([mixed], keep=["x"])
+    half = write_tar(tmp_path / "h.tar", [{"png": images[0], "json": b'{"x": "\\ud800"}'}])
+    with pytest.raises(ValueError, match=r"'x': no type holds its values in the \.json of .*h\.tar.*surrogates"):
+        find_inputs([half], keep=["x"])
     with pytest.raises(ValueError, match=r"no sample of .*m\.tar has it"):
         find_inputs([mixed], keep=["y"])
     with pytest.raises(ValueError, match=r"00\.png stands for itself"):

@@ -39,15 +39,21 @@ class Samples:
         self.kinds: dict[str, Any] = {}
         self.key, self.seen = "", set[str]()
 
-    def add(self, name: str, offset: int, size: int) -> bool:
-        """Whether the member is kept and no image. A suffix that comes again begins another sample."""
+    def add(self, name: str, place: Place | None) -> bool:
+        """Whether the member is kept and no image. A suffix that comes again begins another sample.
+
+        Args:
+            place: None of a member that is stored in several places, which can be kept only as an image.
+        """
         key, suffix = split(name)
+        if not suffix or key.endswith("/") or not key:  # hidden, or without a suffix: of no sample
+            return False
         if not self.of or key != self.key or suffix in self.seen:
             self.key, self.seen = key, set()
             self.of.append({})
         self.seen.add(suffix)
-        if suffix in self.names or (suffix == JSON and self.names):
-            self.of[-1][suffix] = offset, size
+        if place is not None and (suffix in self.names or (suffix == JSON and self.names)):
+            self.of[-1][suffix] = place
             return f".{last_of(suffix)}" not in SUFFIXES
         return False
 
@@ -102,10 +108,10 @@ class Samples:
                     continue
                 try:
                     found[name] = common_type(found.get(name, pa.null()), pa.array(values).type)
-                except (pa.ArrowException, OverflowError) as error:
+                except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
                     raise ValueError(
-                        f"--keep {name!r}: values of several types in the .json of {self.path} ({error}): keep `json`, "
-                        "their text"
+                        f"--keep {name!r}: no type holds its values in the .json of {self.path} ({error}): keep "
+                        "`json`, their text"
                     ) from error
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import tarfile
@@ -132,11 +133,15 @@ def image_members(path: str, skipped: Skipped, samples: Samples) -> Iterator[Mem
                 if member.isreg() and stored > there:  # whatever it is: what came behind it is lost
                     yield Member(member.name, 0, 0, f"the tar file ends after {there} of its {stored} bytes")
                     return
-                if member.isreg() and chunks is None and samples.add(member.name, member.offset_data, member.size):
+                place = (member.offset_data, member.size) if chunks is None else None
+                if member.isreg() and samples.add(member.name, place):
                     continue
                 if not member.isdir() and is_wanted(path, member.name, skipped):
                     fault = fault_of(member, chunks)
                     yield Member(member.name, member.offset_data, member.size, fault, chunks, samples.number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # as of an absurd place; others say that it cannot be read, not that it ends
+            raise
     except Exception:  # TarError, or what an absurd size provokes when it is sought or allocated
         pass  # cut short or damaged from here on: the gap below
     if end > total:  # the last member is there, less what fills its block
