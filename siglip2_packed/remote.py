@@ -30,6 +30,10 @@ FRESH = 10.0
 """Seconds for which a state that was asked for is taken for the one there is."""
 
 
+class RemoteError(OSError):
+    """What is there cannot be had: nothing that a file holds."""
+
+
 def is_url(path: Any) -> bool:
     """Of something that is no file of this machine."""
     return isinstance(path, str) and re.match(r"(?!file://)[a-z][a-z0-9+.-]+://", path, re.IGNORECASE) is not None
@@ -38,25 +42,25 @@ def is_url(path: Any) -> bool:
 def open_url(url: str) -> IO[bytes]:
     """For reading, in any order, ahead of who reads on."""
     with named(url):
-        system, path = system_of(url)
-        file = system.open(path, "rb", block_size=BLOCK, cache_type="background", cache_options={"maxblocks": BLOCKS})
-        try:
-            file.seek(0, os.SEEK_END)
-            file.seek(0)
-        except ValueError:
-            raise OSError("the server gives no parts of a file (HTTP ranges): download it") from None
-        return RemoteFile(url, file)  # type: ignore[return-value]
+        return RemoteFile(url)  # type: ignore[return-value]
 
 
 class RemoteFile(io.RawIOBase):
-    """A file of fsspec whose errors name the URL."""
+    """A file of fsspec whose errors name the URL. A read that fails is tried once more."""
 
-    def __init__(self, url: str, file: Any):
-        self.url, self.file = url, file
+    def __init__(self, url: str):
+        self.url, self.file = url, begun(url)
 
     def read(self, size: int = -1) -> bytes:  # type: ignore[override]
+        place = self.file.tell()
         with named(self.url):
-            return self.file.read(size)
+            try:
+                return self.file.read(size)
+            except Exception:  # a dropped connection; fsspec would raise what it met ahead at every other read, too
+                self.file.close()
+                self.file = begun(self.url)
+                self.file.seek(place)
+                return self.file.read(size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         with named(self.url):
@@ -75,6 +79,17 @@ class RemoteFile(io.RawIOBase):
         if not self.closed:
             self.file.close()
         super().close()
+
+
+def begun(url: str) -> Any:
+    system, path = system_of(url)
+    file = system.open(path, "rb", block_size=BLOCK, cache_type="background", cache_options={"maxblocks": BLOCKS})
+    try:
+        file.seek(0, os.SEEK_END)
+        file.seek(0)
+    except ValueError:
+        raise OSError("the server gives no parts of a file (HTTP ranges): download it") from None
+    return file
 
 
 def read_urls(urls: Sequence[str]) -> Iterator[bytes | ValueError]:
@@ -171,7 +186,7 @@ def system_of(url: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def named(url: str) -> Iterator[None]:
-    """Raises OSError, FileNotFoundError or ImportError that begins with the URL, for whatever is raised within."""
+    """Raises RemoteError, FileNotFoundError or ImportError that begins with the URL, for whatever is raised within."""
     try:
         yield
     except FileNotFoundError as error:
@@ -179,9 +194,9 @@ def named(url: str) -> Iterator[None]:
     except ImportError as error:
         raise ImportError(f"{url}: {error}") from error
     except Exception as error:
-        if isinstance(error, OSError) and str(error).startswith(url):
+        if isinstance(error, RemoteError):
             raise
-        raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
+        raise RemoteError(f"{url}: {str(error) or type(error).__name__}") from error
 
 
 def at_once(function, items: Iterable[Any]) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 import builtins
 import http.server
 import io
+import itertools
 import os
 import re
 import shutil
@@ -52,6 +53,8 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     """Gives parts of files, as Python's own server does not; fails where it is told to."""
 
     ranges, broken = True, set()
+    until_drop = to_drop = 0
+    """Parts that are given whole, before as many of which only half comes."""
 
     def do_GET(self):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -66,7 +69,11 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(data)}")
             self.send_header("Content-Length", str(len(part)))
             self.end_headers()
-            self.wfile.write(part)
+            handler = type(self)
+            handler.until_drop -= 1
+            dropped = -handler.to_drop <= handler.until_drop < 0
+            self.wfile.write(part[: len(part) // 2] if dropped else part)
+            self.close_connection = True
         else:
             super().do_GET()
 
@@ -206,6 +213,43 @@ def test_a_tar_that_goes_away_while_it_is_read(server):
     inputs = find_inputs([f"{url}/c.tar"])
     handler.broken.add("c.tar")
     assert all(isinstance(entry, ValueError) and url in str(entry) for entry in content(inputs))
+
+
+def test_a_dropped_connection_costs_nothing(server, site, monkeypatch):
+    """While members are found, or read by somebody who takes longer than the thread that reads ahead."""
+    url, _, handler = server
+    monkeypatch.setattr(remote, "BLOCK", 1024)
+    names, expected = ("c.tar", "d.parquet", "e.arrow"), {}
+    for name in names:
+        expected[name] = content(find_inputs([site / name]))
+        for whole in (1, 3, 5):
+            handler.until_drop, handler.to_drop = whole, 1
+            inputs = find_inputs([f"{url}/{name}"])
+            assert handler.until_drop < 0 and content(inputs) == expected[name]
+            handler.until_drop = whole
+            found = [(item.entry, time.sleep(0.02))[0] for item in inputs.read(0, len(inputs))]
+            assert found == expected[name]
+
+
+@pytest.mark.parametrize("name", ["c.tar", "e.arrow"])
+def test_inputs_that_cannot_be_listed_are_no_damage(server, site, monkeypatch, name):
+    """One error in the place of all inputs that lie behind it would be believed."""
+    url, _, handler = server
+    monkeypatch.setattr(remote, "BLOCK", 1024)
+    refused = []
+    for whole, handler.to_drop in itertools.product((1, 3), (2, 3, 4, 5, 1000)):
+        handler.until_drop = whole
+        try:
+            inputs = find_inputs([f"{url}/{name}"])
+        except OSError as error:
+            refused.append(str(error))
+        else:
+            handler.to_drop = 0
+            assert content(inputs) == content(find_inputs([site / name]))
+    assert len(refused) >= 5 and all(reason.startswith(f"{url}/{name}: Response payload") for reason in refused)
+    handler.until_drop = 3
+    inputs = find_inputs([f"{url}/"])
+    assert next(str(item.entry) for item in inputs.read(0, len(inputs)) if name in item.name).startswith(url)
 
 
 def test_a_server_without_ranges(server):

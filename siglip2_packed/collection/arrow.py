@@ -21,7 +21,7 @@ from siglip2_packed.collection.parquet import (
     one_line,
 )
 from siglip2_packed.formats import open_regular
-from siglip2_packed.remote import is_url
+from siglip2_packed.remote import RemoteError, is_url
 
 ARROW = ".arrow"
 STATE = "state.json"
@@ -43,7 +43,7 @@ class Arrow(Table):
                 self.is_file = file.read(len(MAGIC)) == MAGIC
             reader = self._reader()
         except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, (FileNotFoundError, RemoteError)):
                 raise
             self.groups, self.faults[0] = [1], one_line(f"not an Arrow file that can be read: {error}")
             return
@@ -54,6 +54,8 @@ class Arrow(Table):
                 self.groups.append(len(batch))
                 if holds_lists:
                     lengths.append(list_lengths(batch.column(self.column)))
+        except RemoteError:
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             self.faults[len(self.groups)] = one_line(f"rows from {sum(self.groups)} on cannot be read: {error}")
             self.groups.append(1)

@@ -15,7 +15,7 @@ import numpy as np
 
 from siglip2_packed.collection.identity import stamp
 from siglip2_packed.formats import local_path, open_regular
-from siglip2_packed.remote import is_url
+from siglip2_packed.remote import RemoteError, is_url
 
 Entry = str | bytes | ValueError
 """A path, the bytes of an image, or why there are none."""
@@ -195,6 +195,8 @@ class Parquet(Table):
         try:
             batches = file.iter_batches(row_groups=[group], columns=[leaf], batch_size=BATCH)
             return np.concatenate([np.zeros(0, np.int64), *(list_lengths(batch.column(0)) for batch in batches)])
+        except RemoteError:
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             self.faults[group] = one_line(f"row group {group} cannot be read: {error}")
             return np.ones(rows, np.int64)
