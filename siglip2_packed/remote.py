@@ -93,7 +93,7 @@ def begun(url: str) -> Any:
 
 
 def read_urls(urls: Sequence[str]) -> Iterator[bytes | ValueError]:
-    """What the files hold, or why that cannot be had, in order, several ahead."""
+    """What the files hold, or why that could not be had twice, in order, several ahead."""
     yield from at_once(_read, urls)
 
 
@@ -101,7 +101,12 @@ def _read(url: str) -> bytes | ValueError:
     try:
         with named(url):
             system, path = system_of(url)
-            return system.cat_file(path)
+            try:
+                return system.cat_file(path)
+            except FileNotFoundError:
+                raise
+            except Exception:  # a dropped connection
+                return system.cat_file(path)
     except (OSError, ValueError, ImportError) as error:
         return ValueError(str(error))
 
@@ -119,7 +124,7 @@ def states(urls: Sequence[str]) -> list[str]:
 
 
 def state(url: str) -> str:
-    """Size and whatever else tells one state of a file from another, or that there is no such file."""
+    """Size and whatever else tells one state of a file from another, "" if nothing does; or that there is none."""
     try:
         with named(url):
             system, path = system_of(url)
@@ -143,7 +148,7 @@ def forget_states() -> None:
 
 
 def described(info: dict[str, Any]) -> str:
-    return ":".join(str(info[name]).replace(" ", "_") for name in STATE if info.get(name) is not None) or "there"
+    return ":".join(str(info[name]).replace(" ", "_") for name in STATE if info.get(name) is not None)
 
 
 def size_of(url: str) -> int:

@@ -202,6 +202,20 @@ def test_a_state_that_cannot_be_told_vouches_for_nothing(memory, monkeypatch, tm
     assert all(isinstance(entry, bytes) for entry in content(inputs))
 
 
+def test_a_server_that_tells_nothing_of_a_file(memory, site, monkeypatch, tmp_path):
+    """Neither its size nor when it was written: what was read there may be something else by now."""
+    real = fsspec.filesystem("memory").info
+    monkeypatch.setattr(
+        fsspec.implementations.memory.MemoryFileSystem, "info", lambda self, path: {"type": real(path)["type"]}
+    )
+    (tmp_path / "list.txt").write_text(f"{memory}/a.png\n")
+    for path in (f"{memory}/a.png", tmp_path / "list.txt"):
+        inputs = find_inputs([path])
+        assert content(inputs) == [(site / "a.png").read_bytes()]
+        assert not same(inputs.stamp(0), inputs.stamp(0))
+    assert remote.state(f"{memory}/a.png") == ""
+
+
 def test_an_image_whose_url_has_no_suffix(server, site):
     url, folder, _ = server
     (folder / "image").write_bytes((site / "a.png").read_bytes())
@@ -229,6 +243,23 @@ def test_a_dropped_connection_costs_nothing(server, site, monkeypatch):
             handler.until_drop = whole
             found = [(item.entry, time.sleep(0.02))[0] for item in inputs.read(0, len(inputs))]
             assert found == expected[name]
+
+
+def test_an_image_is_asked_for_twice(memory, site, monkeypatch):
+    kind, tries = type(fsspec.filesystem("memory")), []
+    real = kind.cat_file
+
+    def dropped(self, path, *args, **how):
+        tries.append(path)
+        if path.endswith("2.png") or (path.endswith("a.png") and tries.count(path) == 1):
+            raise OSError("dropped")
+        return real(self, path, *args, **how)
+
+    inputs = find_inputs([f"{memory}/a.png", f"{memory}/b/2.png", f"{memory}/b/10.png"])
+    monkeypatch.setattr(kind, "cat_file", dropped)
+    first, second, third = content(inputs)
+    assert [first, third] == [(site / name).read_bytes() for name in ("a.png", "b/10.png")]
+    assert str(second) == f"{memory}/b/2.png: dropped" and len(tries) == 5
 
 
 @pytest.mark.parametrize("name", ["c.tar", "e.arrow"])

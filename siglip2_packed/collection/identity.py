@@ -33,7 +33,7 @@ TOWER = (
 def stamp(path: str | os.PathLike) -> str:
     """Size and modification time in nanoseconds, or that there is no such file; of a URL what its server tells."""
     if is_url(path):
-        return recent_state(os.fspath(path))
+        return recent_state(os.fspath(path)) or UNSTEADY
     try:
         found = os.stat(path)
     except (OSError, ValueError):
