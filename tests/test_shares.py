@@ -227,6 +227,14 @@ def test_a_share_tries_errors_again(checkpoint, photos, tmp_path):
     assert merged(out) == 0 and len(load_features(out)) == 12
 
 
+def test_shares_keep_their_modes(apart, tmp_path):
+    """They may be somebody else's, whose modes nobody may change."""
+    shard = share(apart, 1) / "shard-00001.safetensors"
+    shard.chmod(0o440)
+    assert merged(apart, "--out", tmp_path / "all") == 0
+    assert shard.samefile(tmp_path / "all" / shard.name) and shard.stat().st_mode & 0o777 == 0o440
+
+
 def test_shares_on_another_file_system_are_copied(three, finished, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EXDEV, "Invalid cross-device link")

@@ -229,7 +229,8 @@ def replacing(path: Path, held: Callable[[], None] = lambda: None) -> Iterator[P
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
+        if temporary.stat().st_nlink < 2:  # not of a file that is there under another name, and may be somebody else's
+            os.chmod(temporary, mode)  # safetensors leaves files that only their owner can read
         _sync(temporary)
         held()
         os.replace(temporary, path)
