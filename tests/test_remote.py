@@ -18,7 +18,9 @@ from encode_runs import image_bytes, run, table
 from siglip2_packed import load_features, remote
 from siglip2_packed.cli import main
 from siglip2_packed.collection import sources as sources_module
+from siglip2_packed.collection.features import EncodedImage
 from siglip2_packed.collection.identity import same
+from siglip2_packed.collection.run import kept_rows
 from siglip2_packed.collection.sources import find_again, find_inputs
 
 fsspec = pytest.importorskip("fsspec")
@@ -214,6 +216,18 @@ def test_a_server_that_tells_nothing_of_a_file(memory, site, monkeypatch, tmp_pa
         assert content(inputs) == [(site / "a.png").read_bytes()]
         assert not same(inputs.stamp(0), inputs.stamp(0))
     assert remote.state(f"{memory}/a.png") == ""
+
+
+def test_what_is_kept_is_of_the_state_that_was_encoded(memory, site):
+    """Of an object that is replaced before its columns are read, whose state was asked for a moment ago."""
+    inputs = find_inputs([f"{memory}/d.parquet"], keep=["id"])
+    images = [EncodedImage(item.ordinal, item.name, stamp=item.stamp) for item in inputs.read(0, 3)]
+    assert kept_rows(inputs, images)[1]["id"].to_pylist() == [0, 1, 2]
+    rows = pa.table({"image": [b""] * 7, "id": range(7, 14)})
+    pq.write_table(rows, "/site/d.parquet", filesystem=fsspec.filesystem("memory"))
+    inputs.parts[0]._last = None, None  # of the shard before
+    told, columns = kept_rows(inputs, images)
+    assert len(columns) == 0 and all("d.parquet has changed" in image.error for image in told)
 
 
 def test_an_image_whose_url_has_no_suffix(server, site):

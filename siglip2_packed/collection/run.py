@@ -70,6 +70,7 @@ from siglip2_packed.collection.shards import (
     write_shard,
 )
 from siglip2_packed.collection.sources import Inputs, changed
+from siglip2_packed.remote import forget_states
 
 Encode = Callable[[list[Range], int], Iterator[EncodedImage]]
 """(ranges, how many inputs are done already) -> the inputs of these ranges, encoded."""
@@ -212,6 +213,7 @@ def kept_rows(inputs: Inputs, images: list[EncodedImage]) -> tuple[list[EncodedI
     for part, places, run in inputs.places([images[i].ordinal for i in good]):
         try:
             table = cast(part.columns(places, inputs.schema.names), inputs.schema)
+            forget_states()  # a URL's is asked for again, after its values were read
             if change := changed(part):
                 raise ValueError(change)
         except (pa.ArrowException, OSError, ValueError) as error:
