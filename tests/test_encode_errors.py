@@ -1,9 +1,12 @@
 """`siglip2-packed encode` over what cannot be encoded: named, at no cost to the rest; or the run says why it ends."""
 
+import errno
 import os
+import re
 import shutil
 import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed import encode as command
+from siglip2_packed.collection import run as collection_run
 from siglip2_packed.collection.features import Meter
 
 
@@ -178,3 +182,17 @@ def test_one_file_clears_what_a_killed_run_left(checkpoint, photos, tmp_path):
         path.touch()
     assert run(checkpoint, photos, tmp_path / "x.safetensors") == 0
     assert sorted(tmp_path.iterdir()) == sorted([*theirs, tmp_path / "x.safetensors"])
+
+
+def test_a_shard_that_cannot_be_written_ends_all_that_works_for_it(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    """The bar first, so that the error has a line of its own, and every thread."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {*threading.enumerate()}
+    monkeypatch.setattr(collection_run, "write_part", full)
+    assert run(checkpoint, photos, tmp_path, "--shard-size", "1", "--patch-budget", "1024") == 2
+    assert re.search(r"^siglip2-packed encode: error: .*No space left", capsys.readouterr().err, re.MULTILINE)
+    made = {*threading.enumerate()} - before
+    assert [thread.name for thread in made if thread.name.startswith("ThreadPool")] == []

@@ -189,9 +189,10 @@ def write_missing(
     output: Output, inputs: Inputs, plan: Plan, numbers: list[int], encode: Encode, empty: dict[str, Tensor]
 ) -> None:
     """The shards of these numbers, by a thread behind the model."""
-    made = gather(encode(plan.ranges(numbers), plan.done), plan)
-    jobs = ((partial(write, output, inputs, number, images, empty), None) for number, images in made)
-    with ThreadPoolExecutor(1) as writer:
+    images: Any = encode(plan.ranges(numbers), plan.done)
+    made = gather(images, plan)
+    jobs = ((partial(write, output, inputs, number, some, empty), None) for number, some in made)
+    with contextlib.closing(images), ThreadPoolExecutor(1) as writer:  # a shard that cannot be written ends them, too
         for _ in ahead(jobs, writer, depth=2):
             pass
 
