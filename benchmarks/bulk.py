@@ -49,7 +49,7 @@ from safetensors.torch import load_file
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
 from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import Meter, clock, encode
-from siglip2_packed.collection.run import ALONE, to_folder
+from siglip2_packed.collection.run import to_folder
 from siglip2_packed.collection.sources import find_inputs
 from siglip2_packed.encode import shard_size
 from siglip2_packed.flags import DTYPES
@@ -131,16 +131,16 @@ def nvjpeg_only(files, ckpt, device, dtype):
     return {"seconds": time.perf_counter() - start}
 
 
-def ours(files, ckpt, device, dtype, decode="exact", ranks=ALONE):
+def ours(files, ckpt, device, dtype, decode="exact"):
     processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode)
-    workers = max(1, cores() // ranks.world)
+    workers = cores()
     pool = decoding_pool(torch.device(device), processor, workers, patch_budget=BUDGET)
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
     on_card = processor.on_card(model.device) if decode == "gpu" else None
     inputs = find_inputs(files)
-    settings = {"shard_size": shard_size(False, len(files), ranks.world), "format": "safetensors"}
+    settings = {"shard_size": shard_size(False, len(files), 1), "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}
     meter = Meter(BUDGET)
 
@@ -160,13 +160,12 @@ def ours(files, ckpt, device, dtype, decode="exact", ranks=ALONE):
         )
 
     with pool, tempfile.TemporaryDirectory() as own:
-        folder = Path(ranks.first(lambda: own))
+        folder = Path(own)
         start = time.perf_counter()
-        failed, _, patches = to_folder(folder, inputs, settings, encoded, empty, ranks=ranks)
+        failed, _, patches = to_folder(folder, inputs, settings, encoded, empty)
         seconds = time.perf_counter() - start
         assert failed == 0
         shards = [load_file(shard)["pooled"] for shard in sorted(folder.glob("shard-*"))]
-        ranks.wait()
     found = {"seconds": seconds, "patches": patches, "wait": max(0.0, 1 - meter.busy / seconds)}
     return found | {"full": meter.patches / (meter.packs * BUDGET), "pooled": torch.cat(shards).float().numpy()}
 

@@ -13,7 +13,6 @@ import torch
 from siglip2_packed.data import PatchBudgetBatchSampler
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-import bulk_ranks
 import encode_ranks
 import scaling
 
@@ -93,26 +92,3 @@ def test_rows_that_differ_are_not_reported():
     ):
         with pytest.raises(SystemExit, match="nothing is reported"):
             encode_ranks.check(found, alone, dtype, invariant)
-
-
-def test_encode_beside_one_rank_leaves_the_other_rows_of_its_file(tmp_path, monkeypatch):
-    """Those of bulk.py on the same images, of other ranks, of another way to decode; an earlier run's go."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    out = tmp_path / "bulk.csv"
-    rows = bulk_ranks.Rows("bulk", "card")
-    others = [
-        ("siglip2_packed", "jpegs4x2_max16"),
-        ("siglip2_packed@2ranks", "jpegs4x2_max16_ranks2"),
-        ("siglip2_packed:scaled@1ranks", "jpegs4x2_max16_ranks1"),
-    ]
-    for provider, workload in [*others, ("siglip2_packed@1ranks", "jpegs4x2_max16_ranks1")]:
-        rows.add(provider, workload, "encode", "float32", "images_per_s", 7.0, "1/s")
-    rows.write(out)
-    sizes = "--images 4 --repeat 2 --repeats 1 --max-num-patches 16"
-    bulk_ranks.main(["--device", "cpu", "--decode", "exact", *sizes.split(), "--out", str(out)])
-    with out.open(newline="") as file:
-        found = list(csv.DictReader(file))
-    assert [(row["provider"], row["workload"]) for row in found if float(row["p50"]) == 7] == others
-    new = [(row["provider"], row["metric"]) for row in found[len(others) :]]
-    alone, together = "siglip2_packed", "siglip2_packed@1ranks"
-    assert new == [(alone, "images_per_s"), (together, "images_per_s"), (together, "speedup_over_one_rank")]
