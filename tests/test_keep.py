@@ -229,6 +229,11 @@ def test_sources_that_do_not_fit_together(images, photos, tmp_path):
     )
     with pytest.raises(ValueError, match=r"'id': int64 in .*a\.parquet, string in .*b\.parquet"):
         find_inputs([tmp_path / "a.parquet", tmp_path / "b.parquet"], keep=["id"])
+    for name, kind in (("price", pa.decimal128(20, 2)), ("weight", pa.float64())):
+        pq.write_table(pa.table({"image": images[:1], "price": pa.array([1], kind)}), tmp_path / f"{name}.parquet")
+    for files in (["price", "weight"], ["weight", "price"]):  # a float would not hold all digits
+        with pytest.raises(ValueError, match=r"'price': .*decimal128.*: no type holds both"):
+            find_inputs([tmp_path / f"{name}.parquet" for name in files], keep=["price"])
     with pytest.raises(ValueError, match=r"'x': no type holds its values in the \.json of .*m\.tar"):
         find_inputs([mixed], keep=["x"])
     half = write_tar(tmp_path / "h.tar", [{"png": images[0], "json": b'{"x": "\\ud800"}'}])

@@ -319,7 +319,10 @@ def common_type(one: Any, other: Any) -> Any:
     """That holds the values of both: the wider, a struct of the fields of both. Raises ArrowTypeError if none does."""
     pa = import_pyarrow()
     schemas = [pa.schema([("values", kind)]) for kind in (one, other)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    found = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    if pa.types.is_floating(found) and any(map(pa.types.is_decimal, (one, other))):
+        raise pa.ArrowTypeError(f"digits of {one} or {other} would be lost")
+    return found
 
 
 def cast(table: Any, schema: Any) -> Any:
