@@ -67,6 +67,7 @@ def attention_times(head_dim: int, path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path)
     rows = rows[(rows.metric == "time") & rows.workload.str.endswith(f"_k{head_dim}")]
     table = rows.pivot(index=["workload", "mode"], columns="provider", values="p50") * 1e3
+    table = table.reindex(columns=list(PROVIDERS))  # one may have been refused, or not be there
     order = rows.workload.unique()
     return table.loc[[(workload, mode) for workload in order for mode in ("forward", "backward")]]
 
@@ -90,6 +91,7 @@ def attention() -> str:
                 name = workload.removesuffix(f"_k{head_dim}").removeprefix("len")
                 lines.append(f"| {name} | {' | '.join(cells)} |")
             tables.append("\n".join(lines))
+        tables.append(f"![attention](pictures/{path.stem}.png)")
     return "\n\n".join(tables)
 
 
