@@ -60,7 +60,8 @@ def test_length_class_weighs_segments_by_their_work():
     [
         (90, 72, [256] * 64, False, "triton"),
         (90, 72, [1024] * 16, True, "triton"),
-        (90, 72, [4096] * 4, False, "triton"),
+        (90, 72, [4096] * 4, False, "flash_attention_4"),
+        (90, 72, [3072] * 4, False, "triton"),
         (90, 72, [4096] * 4, True, "flash_attention_4"),
         (90, 72, [3072] * 4, True, "triton"),
         (90, 64, [576] * 28, False, "triton"),

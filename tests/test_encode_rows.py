@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from encode_runs import BAD, GOOD, check, load, run, table
 
-from siglip2_packed import graphs
+from siglip2_packed import capture
 from siglip2_packed.collection import DECODE_IN, FORMATS
 
 
@@ -101,11 +101,14 @@ def test_cuda(checkpoint, photos, expected, tmp_path, budget):
 def test_half_precision_is_replayed_from_cuda_graphs(checkpoint, photos, expected, tmp_path, monkeypatch, budget):
     """Of packs whose features are fetched while the next is replayed, each row of the right image; the last, a small
     one, is not worth a graph."""
-    replays, replay = [], graphs._Graph.replay
-    monkeypatch.setattr(
-        graphs._Graph, "replay", lambda self, *args: (replays.append(self.bucket), replay(self, *args))[1]
-    )
+    replays, replay = [], capture.InferenceGraph.__call__
+
+    def counted(self, *pack):
+        replays.append(len(self.inputs.pixel_values))
+        return replay(self, *pack)
+
+    monkeypatch.setattr(capture.InferenceGraph, "__call__", counted)
     flags = ["--device", "cuda", "--dtype", "float16", "--pooled", "--patch-budget", str(budget), "--shard-size", "6"]
     assert run(checkpoint, [photos] * 5, tmp_path / "out", *flags) == 0
     check(tmp_path / "out", expected, GOOD * 5, tolerance=2e-2, bad=BAD * 5)
-    assert len(replays) > 1 and {bucket.patches for bucket in replays} == {budget}
+    assert len(replays) > 1 and {*replays} == {budget}

@@ -196,11 +196,11 @@ class Preference(NamedTuple):
 _OTHERS = ("torch_varlen", "flash_attention_2", "sdpa")
 _IMAGES = ("triton", *_OTHERS)
 _LONG = ("flash_attention_4", "triton", *_OTHERS)
-# benchmarks/results/attention_h100.csv; key: (compute capability, head_dim, training)
+# benchmarks/results/attention_h100.csv and attention_h200.csv; key: (compute capability, head_dim, training)
 MEASURED = {
     (90, 64, False): Preference(1536, _IMAGES, _LONG),
     (90, 64, True): Preference(768, _IMAGES, _LONG),
-    (90, 72, False): Preference(3584, _IMAGES, _IMAGES),
+    (90, 72, False): Preference(3584, _IMAGES, _LONG),
     (90, 72, True): Preference(3584, _IMAGES, _LONG),
 }
 
