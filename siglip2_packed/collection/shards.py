@@ -153,19 +153,19 @@ def stacked(images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> dict[st
     """grid_thw `[N, 3]`; as wanted pooled `[N, D]`, patches `[T, D]` with offsets `[N+1]` (where each image begins)."""
     tensors = {"grid_thw": torch.tensor([(1, *image.grid) for image in images], dtype=torch.int64).reshape(-1, 3)}
     if "pooled" in empty:
-        pooled = [image.pooled[None] for image in images if image.pooled is not None]
-        tensors["pooled"] = torch.cat([cast(x, empty["pooled"]) for x in (empty["pooled"], *pooled)])
+        pooled = [image.pooled for image in images if image.pooled is not None]
+        tensors["pooled"] = cast(torch.stack(pooled), empty["pooled"]) if pooled else empty["pooled"]
     if "patches" in empty:
         patches = [image.patches for image in images if image.patches is not None]
-        tensors["patches"] = torch.cat([cast(x, empty["patches"]) for x in (empty["patches"], *patches)])
+        tensors["patches"] = cast(torch.cat(patches), empty["patches"]) if patches else empty["patches"]
         tensors["offsets"] = torch.nn.functional.pad(tensors["grid_thw"].prod(dim=1).cumsum(0), (1, 0))
     return tensors
 
 
 def cast(features: Tensor, like: Tensor) -> Tensor:
-    """Raises ValueError for values that the dtype to save cannot hold."""
+    """Raises ValueError for values, finite ones, that the dtype to save cannot hold."""
     result = features.to(like.dtype)
-    if not result.isfinite().all():
+    if result is not features and not result.isfinite().all():
         raise ValueError(
             f"features up to {features.abs().max():g} do not fit {like.dtype}: choose another --save-dtype"
         )
