@@ -107,6 +107,15 @@ def test_columns_of_a_table(checkpoint, parquet, tmp_path, fmt):
     assert pa.concat_tables(rows).equals(truth)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_folder_whose_name_looks_like_a_url(checkpoint, parquet, tmp_path, monkeypatch, fmt):
+    monkeypatch.chdir(tmp_path)
+    assert run(checkpoint, parquet, "a:b", *FLAGS, *keep(*COLUMNS), "--format", fmt) == 0
+    features = load_features("a:b")
+    assert features.columns.equals(expected())
+    assert features.pooled.shape == (6, 64) and features.pooled.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["s.arrow", "l.parquet"])
 def test_arrow_and_lists_of_images(checkpoint, images, tmp_path, name):
     """Of a list each image has its row's values; an empty list has none."""

@@ -103,6 +103,32 @@ def test_no_column_that_could_be_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_columns_of_one_name(tmp_path, file):
+    twice = pa.table([pa.array(IMAGES[:2]), pa.array(IMAGES[2:4])], names=["image", "image"])
+    path = save(twice, tmp_path / file)
+    for column in (None, "image"):
+        with pytest.raises(ValueError, match="2 columns that are called 'image'"):
+            find_inputs([path], column)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("name", ["a:b", "file:c", os.fsdecode(b"\xff"), "two\nlines"], ids=ascii)
+def test_folders_of_any_name(tmp_path, monkeypatch, file, name):
+    """Also by a relative path, which pyarrow would take for a URL."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(name)
+    save(pa.table({"image": IMAGES[:4]}), tmp_path / file)
+    os.rename(file, f"{name}/{file}")
+    assert read([f"{name}/{file}"]) == [(f"{name}/{file}#{row}", IMAGES[row]) for row in range(4)]
+
+
+def test_lists_beside_a_column_that_is_called_like_a_field(tmp_path):
+    columns = {"image.path": ["x", "y"], "image": [IMAGES[:2], IMAGES[2:3]]}
+    path = save(pa.table(columns), tmp_path / "a.parquet")
+    assert [entry for _, entry in read([path])] == IMAGES[:3]
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_column_of_nulls_that_is_asked_for(tmp_path, file):
     path = save(pa.table({"image": pa.array([None] * 4, pa.null()), "mask": IMAGES[:4]}), tmp_path / file)
     assert read([path], column="image") == [(f"{path}#{row}", "null: the row has no image") for row in range(4)]

@@ -65,7 +65,7 @@ class Arrow(Table):
 
     def _reader(self):
         pyarrow = import_pyarrow()
-        source = open_regular(self.path) if is_url(self.path) else pyarrow.memory_map(self.path)
+        source = open_regular(self.path) if is_url(self.path) else mapped(self.path)
         return pyarrow.ipc.open_file(source) if self.is_file else pyarrow.ipc.open_stream(source)
 
     def _batches(self, reader) -> Iterator[Any]:
@@ -87,6 +87,12 @@ class Arrow(Table):
     def table(self, group: int, names: list[str]) -> Any:
         with self.opened() as batches:
             return import_pyarrow().Table.from_batches([batches[group]])
+
+
+def mapped(path: str | os.PathLike) -> Any:
+    """A file as pyarrow reads it, whatever its name: `pyarrow.memory_map` takes UTF-8 only."""
+    empty = not os.path.getsize(path)
+    return import_pyarrow().py_buffer(b"" if empty else np.memmap(path, np.uint8, "r"))
 
 
 def saved_files(state: str) -> set[str] | None:

@@ -238,8 +238,7 @@ def of_arrow(path: Path, name: str, width: int) -> Tensor:
 
 
 def of_parquet(path: Path, name: str, width: int) -> Tensor:
-    pa = import_pyarrow()
-    return torch.from_numpy(numbers(pa.parquet.read_table(path, columns=[name])[name]).copy()).view(-1, width)
+    return torch.from_numpy(numbers(read_table(path, [name])[name]).copy()).view(-1, width)
 
 
 READ = {"safetensors": of_safetensors, "npy": of_npy, "arrow": of_arrow, "parquet": of_parquet}

@@ -306,7 +306,11 @@ def write_index(output: Output, plan: Plan, schema: Any) -> None:
     pa = import_pyarrow()
     ours = [("input", pa.string()), ("shard", pa.string()), ("row", pa.int64()), ("grid", pa.string())]
     found = pa.schema([*ours, *schema])
-    with replacing(output.index_table, output.held) as path, pa.parquet.ParquetWriter(path, found) as writer:
+    with (
+        replacing(output.index_table, output.held) as path,
+        path.open("wb") as file,
+        pa.parquet.ParquetWriter(file, found) as writer,
+    ):
         rows = ((number, row) for number, row in in_input_order(output, plan) if not row.error)
         for number, some in groupby(rows, key=lambda one: one[0]):
             of_shard = [row for _, row in some]

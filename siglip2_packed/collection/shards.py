@@ -199,20 +199,21 @@ def arrow_table(names: list[str], tensors: dict[str, Tensor], kept: Any = None):
 
 def write_table(path: Path, table, fmt: str) -> None:
     pa = import_pyarrow()
-    if fmt == "arrow":
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-    else:  # neither dictionaries nor compression help with floats
-        texts = [name for name in table.column_names if name not in FEATURES]
-        pa.parquet.write_table(table, path, compression="none", use_dictionary=texts, write_statistics=texts)
+    with path.open("wb") as file:  # pyarrow would take a path as UTF-8, and `a:b/c` for a URL
+        if fmt == "arrow":
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table)
+        else:  # neither dictionaries nor compression help with floats
+            texts = [name for name in table.column_names if name not in FEATURES]
+            pa.parquet.write_table(table, file, compression="none", use_dictionary=texts, write_statistics=texts)
 
 
 def read_table(path: Path, names: list[str]):
     """These columns of a table that `write_table` wrote, in memory."""
     pa = import_pyarrow()
-    if path.suffix == ".parquet":
-        return pa.parquet.ParquetFile(path).read(names).select(names)
-    with pa.OSFile(str(path)) as file:
+    with path.open("rb") as file:
+        if path.suffix == ".parquet":
+            return pa.parquet.ParquetFile(file).read(names).select(names)
         return pa.ipc.open_file(file).read_all().select(names)
 
 
