@@ -211,7 +211,7 @@ REFUSED = {
     ("absent",): "--keep 'absent': .*a.parquet has no columns of that name; it has image, id",
     ("Grid",): "encode has a column of that name itself",
     ("id", "ID"): "--keep names 'ID' twice",
-    ("empty",): "a type that Parquet or pyarrow cannot bring there",
+    ("empty",): "a type that Parquet does not hold",
 }
 
 
@@ -243,6 +243,10 @@ def test_sources_that_do_not_fit_together(images, photos, tmp_path):
     for files in (["price", "weight"], ["weight", "price"]):  # a float would not hold all digits
         with pytest.raises(ValueError, match=r"'price': .*decimal128.*: no type holds both"):
             find_inputs([tmp_path / f"{name}.parquet" for name in files], keep=["price"])
+    digits = pa.table({"image": images[:1], "id": [decimal.Decimal("1.5")]})
+    pq.write_table(digits, tmp_path / "digits.parquet")
+    with pytest.raises(ValueError, match=r"'id': int64 in .*a\.parquet cannot be brought to decimal128\(19, 1\)"):
+        find_inputs([tmp_path / "a.parquet", tmp_path / "digits.parquet"], keep=["id"])
     with pytest.raises(ValueError, match=r"'x': no type holds its values in the \.json of .*m\.tar"):
         find_inputs([mixed], keep=["x"])
     half = write_tar(tmp_path / "h.tar", [{"png": images[0], "json": b'{"x": "\\ud800"}'}])

@@ -50,14 +50,18 @@ def kept_schema(parts: Sequence[Any], names: Sequence[str]) -> Any:
     if absent:
         raise ValueError(f"--keep {absent[0]!r}: {none_has(parts)}")
     schema = pa.schema([(name, found[name][0]) for name in names])
+    for part in parts:
+        for name, kind in part.types(names).items():
+            try:  # of no row it would not be
+                cast(pa.table({name: pa.nulls(1, kind)}), pa.schema([schema.field(name)]))
+            except pa.ArrowException as error:
+                there = f"{kind} in {part.path} cannot be brought to {schema.field(name).type}"
+                raise ValueError(f"--keep {name!r}: {there}, which holds those of all inputs: {error}") from error
     try:
-        for part in parts:
-            has = [(name, kind) for name, kind in part.types(names).items()]
-            cast(pa.schema(has).empty_table(), pa.schema([schema.field(name) for name, _ in has]))
         written = pa.BufferOutputStream()
         pa.parquet.write_table(schema.empty_table(), written)
     except pa.ArrowException as error:
-        raise ValueError(f"--keep: a type that Parquet or pyarrow cannot bring there: {error}") from error
+        raise ValueError(f"--keep: a type that Parquet does not hold: {error}") from error
     return pa.parquet.read_schema(pa.BufferReader(written.getvalue()))  # elements are called as Parquet calls them
 
 
