@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed import encode as command
+from siglip2_packed.collection import FORMATS
 from siglip2_packed.collection import run as collection_run
 from siglip2_packed.collection.features import Meter
 
@@ -182,6 +184,17 @@ def test_one_file_clears_what_a_killed_run_left(checkpoint, photos, tmp_path):
         path.touch()
     assert run(checkpoint, photos, tmp_path / "x.safetensors") == 0
     assert sorted(tmp_path.iterdir()) == sorted([*theirs, tmp_path / "x.safetensors"])
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_file_that_cannot_grow_says_why(checkpoint, photos, tmp_path, capsys, fmt):
+    ckpt, before = checkpoint(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        assert run(lambda: ckpt, photos, tmp_path, "--format", fmt) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "file too large" in capsys.readouterr().err.lower()
 
 
 def test_a_shard_that_cannot_be_written_ends_all_that_works_for_it(checkpoint, photos, tmp_path, monkeypatch, capsys):

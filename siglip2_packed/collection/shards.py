@@ -134,7 +134,7 @@ def write_shard(
             write_table(path, input_column(names, columns), "parquet")
     if output.fmt == "npy":
         for name, file in zip(output.kept, files):
-            with replacing(file, output.held) as path, open(path, "wb") as opened:
+            with replacing(file, output.held) as path, open(path, "w+b") as opened:  # NumPy's way with "wb" hides errno
                 np.save(opened, tensors[name].numpy())
         return
     with replacing(files[0], output.held) as path:
