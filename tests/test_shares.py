@@ -210,6 +210,12 @@ def test_a_kill_at_any_step_of_a_merge(apart, finished, monkeypatch):
         assert not list(apart.rglob("*.tmp"))
 
 
+def test_a_share_that_was_killed_behind_its_last_shard(apart, finished, capsys):
+    (share(apart, 0) / "skipped.csv").unlink()
+    assert merged(apart) == 0
+    assert load_features(apart).names == load_features(finished).names
+
+
 @pytest.mark.parametrize("given", ["3/3", "64/64", "-1/3", "1", "1/0", "a/b", "1/3/5", "1.0/3"])
 def test_shares_count_from_0(checkpoint, photos, tmp_path, capsys, given):
     with pytest.raises(SystemExit):

@@ -57,7 +57,8 @@ def merge_shares(folders: Sequence[Path], out: Path, held: Callable[[], None]) -
         write_run(whole, settings)
     for number in range(-(-inputs // size)):
         bring_shard(there[number % len(there)], whole, number)
-    bring(there[0].folder / "skipped.csv", out / "skipped.csv", held)
+    if (skipped := there[0].folder / "skipped.csv").exists():  # a share that was killed behind its last shard has none
+        bring(skipped, out / "skipped.csv", held)
     names = [name for name, _ in settings["keep"]]
     schema = read_table(whole.columns(0), names).schema if names else None
     return merge(whole, Plan(*in_turn(inputs, size), [], [], [], {}), schema)
