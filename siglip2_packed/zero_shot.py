@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +45,16 @@ class TextTower:
         """M texts -> `[M, D]`.
 
         As the checkpoints were trained: in lower case (transformers' tokenizer does it in 5.x only), and always as long
-        as the position table, because what is pooled is the last position, padding or not.
+        as the position table, because what is pooled is the last position, padding or not. Warns of texts that are
+        longer, of which only the beginning counts.
         """
-        tokens = self.tokenizer(
-            [text.lower() for text in texts],
-            padding="max_length",
-            max_length=self.model.config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        )
+        lower, most = [text.lower() for text in texts], self.model.config.max_position_embeddings
+        tokens = self.tokenizer(lower, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
+        whole = self.tokenizer(lower, verbose=False)["input_ids"]
+        longer = [text for text, ids in zip(texts, whole) if len(ids) > most]
+        if longer:
+            begins = f"{longer[0][:40]!r} ..."
+            warnings.warn(f"longer than the {most} tokens of the text tower, cut off there: {begins}", stacklevel=3)
         return self.model(**tokens.to(self.model.device)).pooler_output
 
 

@@ -128,9 +128,13 @@ def test_table_has_the_best_label_first(full, files, capsys):
     assert len(scores) == len(LABELS) and scores == sorted(scores, reverse=True)
 
 
-def test_long_texts_are_cut(full):
+def test_long_texts_are_cut_and_named(full, recwarn):
     tower = zero_shot.load_text_tower(str(full), torch.device("cpu"))
-    embeds = tower.embed(["moon " * 500, "moon"])
+    recwarn.clear()
+    tower.embed(["moon"])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="longer than the [0-9]+ tokens of the text tower, cut off there: 'moon moon"):
+        embeds = tower.embed(["moon " * 500, "moon"])
     assert embeds.shape == (2, 64) and embeds.isfinite().all()
 
 
