@@ -38,7 +38,7 @@ from siglip2_packed.collection.parquet import import_pyarrow
 from siglip2_packed.collection.plan import Share
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
-from siglip2_packed.collection.shards import TABLES, Counts, replacing, write_file
+from siglip2_packed.collection.shards import TABLES, Counts, check_replaced, replacing, write_file
 from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.tar import Tar
 from siglip2_packed.collection.walk import Skipped
@@ -370,6 +370,8 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
     if is_url(args.out):
         raise ValueError(f"--out {args.out!r} is a URL: give a folder of this machine")
+    if args.out != args.out.encode("utf-8", "replace").decode():
+        raise ValueError(f"--out {args.out!r} is not UTF-8: safetensors could not read what is written there")
     if not (args.patches or args.pooled):
         raise ValueError("--no-patches without --pooled: nothing to write")
     if args.normalize and not args.pooled:
@@ -392,6 +394,7 @@ def check_arguments(args: argparse.Namespace, out: Path, world: int) -> None:
         ):
             if given:
                 raise ValueError(f"{flag} needs a folder: --out {args.out!r} is one file")
+        check_replaced(out, "images")
         if args.format != "safetensors" or not args.patches:
             raise ValueError(f"--out {args.out!r} is one safetensors file of patches: give a folder")
     elif out.suffix[1:] in (*FORMATS, "csv") and not out.is_dir():

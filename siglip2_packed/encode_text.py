@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from siglip2_packed.collection.shards import replacing
+from siglip2_packed.collection.shards import check_replaced, replacing
 from siglip2_packed.flags import pick_device
 from siglip2_packed.zero_shot import check_texts, load_text_tower
 
@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     out, texts = Path(args.out), args.texts
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {args.out!r} must end in .safetensors")
+    check_replaced(out, "texts")
     check_texts(texts)
     tower = load_text_tower(args.ckpt, pick_device(args.device))
     batches = [texts[begin : begin + BATCH] for begin in range(0, len(texts), BATCH)]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -147,7 +148,8 @@ def test_dtype(checkpoint, folder, tmp_path):
 
 def test_the_old_file_stays_whole_when_writing_fails(checkpoint, folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "features.safetensors"
-    out.write_bytes(b"before")
+    assert run(checkpoint(), [folder / "a.png"], out) == 0
+    before = out.read_bytes()
 
     def full_disk(tensors, path, metadata):
         path.write_bytes(b"half of it")
@@ -155,18 +157,35 @@ def test_the_old_file_stays_whole_when_writing_fails(checkpoint, folder, tmp_pat
 
     monkeypatch.setattr(shards, "save_file", full_disk)
     assert run(checkpoint(), [folder], out) == 2
-    assert out.read_bytes() == b"before"
+    assert out.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["features.safetensors"]
     assert "No space left" in capsys.readouterr().err
 
 
 def test_the_new_file_takes_the_old_ones_place_at_once(checkpoint, folder, tmp_path):
     out, reader = tmp_path / "features.safetensors", tmp_path / "reader"
-    out.write_bytes(b"before")
+    assert run(checkpoint(), [folder / "a.png"], out) == 0
+    before = out.read_bytes()
     reader.hardlink_to(out)  # as somebody who has the old file open sees it
     assert run(checkpoint(), [folder], out) == 0
-    assert reader.read_bytes() == b"before"
+    assert reader.read_bytes() == before
     assert "00004" in read(out)[0]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(checkpoint, folder, finished, tmp_path, capsys):
+    ckpt = checkpoint()
+    notes = tmp_path / "notes.safetensors"
+    notes.write_text("no tensors at all")
+    for file in (ckpt / "model.safetensors", finished / "shard-00000.safetensors", notes):
+        before = file.read_bytes()
+        assert run(ckpt, [folder], file) == 2
+        assert f"{str(file)!r} is there, and no file of this command" in capsys.readouterr().err
+        assert file.read_bytes() == before
+
+
+def test_a_folder_that_could_not_be_read_again(checkpoint, folder, tmp_path, capsys):
+    assert run(checkpoint(), [folder], tmp_path / os.fsdecode(b"\xff")) == 2
+    assert "is not UTF-8" in capsys.readouterr().err and [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.parametrize(

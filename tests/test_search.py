@@ -143,6 +143,11 @@ def test_texts_are_written(ckpt, tmp_path, capsys):
         assert json.loads(file.metadata()["texts"]) == texts
     assert main([*argv, str(tmp_path / "x.npy")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
+    weights = ckpt / "model.safetensors"
+    before = weights.read_bytes()
+    assert main([*argv, str(weights)]) == 2 and weights.read_bytes() == before
+    assert "is there, and no file of this command" in capsys.readouterr().err
+    assert main([*argv, str(out)]) == 0  # of this command
 
 
 class Page(html.parser.HTMLParser):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,6 +111,19 @@ def write_file(path: Path, images: Iterable[EncodedImage], empty: dict[str, Tens
         }
         save_file(tensors, temporary, {name: json.dumps(value) for name, value in metadata.items()})
     return Counts(len(bad), len(good), sum(h * w for h, w in (image.grid for image in good)))
+
+
+def check_replaced(path: Path, ours: str) -> None:
+    """Raises ValueError for a file that is there, and is none whose metadata has `ours`: weights, a shard, a note."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            is_ours = ours in (file.metadata() or {})
+    except SafetensorError:
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"{str(path)!r} is there, and no file of this command: remove it, or write elsewhere")
 
 
 def file_key(image: EncodedImage) -> str:
