@@ -165,15 +165,18 @@ def files_below(url: str) -> dict[str, str]:
     with named(url):
         system, path = system_of(url)
         found = system.find(path, detail=True)
-        told = {full_name(system, url, name): info for name, info in found.items() if info.get("type") != "directory"}
+        told = {full_name(url, path, name): info for name, info in found.items() if info.get("type") != "directory"}
     states = {name: described(info) if info.get("size") is not None else "" for name, info in told.items()}
     return dict(sorted(states.items(), key=lambda one: one[0].split("/")))
 
 
-def full_name(system: Any, url: str, name: str) -> str:
-    """With the scheme that the URL has."""
-    scheme = url.partition("://")[0]
-    return name if is_url(name) else f"{scheme}://{'/' * (scheme == 'memory')}{name.lstrip('/')}"
+def full_name(url: str, path: str, name: str) -> str:
+    """The URL of a file that a listing of `url`, which is `path` to its file system, calls `name`."""
+    if is_url(name):
+        return name
+    scheme, _, root = url.partition("://")  # with a host, say, which the path has not
+    below = name.removeprefix(path.rstrip("/")).lstrip("/")
+    return f"{scheme}://{root.rstrip('/')}/{below}" if below else url
 
 
 def system_of(url: str) -> tuple[Any, str]:
@@ -183,6 +186,8 @@ def system_of(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ImportError(f"it needs fsspec (pip install 'siglip2-packed[remote]'): {error}") from error
     scheme = url.partition("://")[0].lower()
+    if "::" in url:  # in a name too: fsspec would open the file that is called as what stands before it
+        raise ValueError("fsspec takes '::' for a chain of file systems, which is not read")
     try:
         return fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:

@@ -332,6 +332,39 @@ def test_refused_before_anything_is_loaded(url, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_fsspec_takes_for_a_chain(memory):
+    """It would read what is called as their first part does."""
+    fsspec.filesystem("memory").pipe("/site/a.png::b.png", image_bytes(7, (9, 9)))
+    inputs = find_inputs([memory])
+    assert names(inputs, memory)[:2] == ["/a.png", "/a.png::b.png"]
+    first, second = itertools.islice((item.entry for item in inputs.read(0, 2)), 2)
+    assert isinstance(first, bytes) and "chain of file systems" in str(second)
+    for url in ("zip://a.png::/tmp/a.zip", "zip://::/tmp/a.zip"):
+        with pytest.raises(OSError, match=rf"{url}: .*chain of file systems, which is not read"):
+            find_inputs([url])
+
+
+def test_a_folder_keeps_all_of_its_url(site, memory):
+    """The host, say, which the path on it does not tell."""
+
+    class Hosted(type(fsspec.filesystem("memory"))):
+        protocol = "hosted"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            assert not path.startswith("hosted://") or path.startswith("hosted://host:8020/"), path
+            return "/" + path.removeprefix("hosted://host:8020").strip("/")
+
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    there = names(find_inputs([site / "b"]), site)
+    for base in ("hosted://host:8020/site", f"local://{site}", memory):
+        inputs = find_inputs([f"{base}/b/"])
+        assert names(inputs, base) == there
+        assert content(inputs) == content(find_inputs([site / "b"]))
+    whole = find_inputs(["memory://"])
+    assert "memory:///site/a.png" in whole.names()
+
+
 def test_without_fsspec(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
     with pytest.raises(
