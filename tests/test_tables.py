@@ -84,6 +84,15 @@ def test_columns_of_paths(file, kind, tmp_path):
     assert "file of another machine, 'host'" in entries[4] and "is a URL: download it" in entries[5]
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_path_that_is_no_utf_8_costs_its_row(file, tmp_path):
+    paths = pa.array([b"a.png", b"\xff.png", b"c.png", b"d.png"])
+    for column in (paths.view(pa.string()), pa.ListArray.from_arrays([0, 1, 2, 3, 4], paths.view(pa.string()))):
+        found = [entry for _, entry in read([save(pa.table({"path": column}), tmp_path / file)])]
+        assert found[:1] + found[2:] == [str(tmp_path / name) for name in ("a.png", "c.png", "d.png")]
+        assert "'utf-8' codec can't decode byte 0xff" in found[1]
+
+
 def test_run_ends_and_lists_of_lists(tmp_path):
     ends = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(IMAGES[:2], pa.binary()))
     path = save(pa.table({"image": ends}), tmp_path / "a.arrow")

@@ -14,6 +14,7 @@ import numpy as np
 from siglip2_packed.collection.parquet import (
     BATCH,
     Table,
+    cells,
     element_type,
     image_column,
     import_pyarrow,
@@ -82,7 +83,7 @@ class Arrow(Table):
     def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
         column = opened[group].column(self.column)
         slices = (column.slice(place, min(BATCH, stop - place)) for place in range(start, stop, BATCH))
-        return chain.from_iterable(some.to_pylist() for some in slices)
+        return chain.from_iterable(map(cells, slices))
 
     def table(self, group: int, names: list[str]) -> Any:
         with self.opened() as batches:

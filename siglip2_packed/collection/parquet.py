@@ -213,7 +213,7 @@ class Parquet(Table):
 
     def values(self, opened: Any, group: int, start: int, stop: int) -> Iterator[Any]:
         batches = opened.iter_batches(BATCH, row_groups=[group], columns=[self.column])
-        values = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        values = itertools.chain.from_iterable(cells(batch.column(0)) for batch in batches)
         return itertools.islice(values, start, stop)
 
     def table(self, group: int, names: list[str]) -> Any:
@@ -234,6 +234,21 @@ def entry_of(value: Any) -> Entry:
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype == object):
         return ValueError(f"a list of {len(value)} where one image is expected: give each a row of its own")
     return ValueError("null: the row has no image") if value is None else value
+
+
+def cells(column: Any) -> list[Any]:
+    """Values of a column; the error of each that has none in Python: text that is no UTF-8."""
+
+    def cell(scalar: Any) -> Any:
+        try:
+            return scalar.as_py()
+        except UnicodeDecodeError as error:
+            return error
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [*map(cell, column)]
 
 
 def list_lengths(column) -> np.ndarray:
