@@ -94,12 +94,15 @@ class Siglip2PackedEncoder:
         """Adds grid_thw `[N, 3]`, pooled `[N, D]`, patches (N of `[h·w, D]`) and error `[N]`, "" where all is well.
 
         A row that failed has a grid of zeros, a pooled vector of NaN and no patches. Raises ValueError for a batch of
-        another format than NumPy's or pandas'.
+        another format than NumPy's or pandas', or that has columns of these names itself.
         """
         if not hasattr(batch, "items"):
             raise ValueError(f"a batch of {type(batch)}: call map_batches with batch_format='numpy'")
         if self.column not in batch:
             raise ValueError(f"no column {self.column!r} in the batch; it has {', '.join(batch)}")
+        added = ["grid_thw", *["pooled"] * self.pooled, *["patches"] * self.patches, "error"]
+        if lost := [name for name in added if name in batch and name != self.column]:
+            raise ValueError(f"the batch has columns that are called as those added: {', '.join(lost)}: rename them")
         inputs = [Input(i, "", entry_of(value)) for i, value in enumerate(cells(batch[self.column]))]
         found = encode(
             self.model,

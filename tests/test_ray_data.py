@@ -56,6 +56,8 @@ def test_the_actor_alone(checkpoint, photos):
     assert (empty["pooled"].shape, empty["grid_thw"].shape) == ((0, 64), (0, 3))
     with pytest.raises(ValueError, match="no column 'bytes' in the batch; it has path"):
         encoder({"path": batch["path"]})
+    with pytest.raises(ValueError, match="columns that are called as those added: pooled, error"):
+        encoder({**batch, "error": batch["path"], "pooled": batch["path"]})
 
 
 def test_structs_and_paths(checkpoint, photos):
