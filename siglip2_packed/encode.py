@@ -301,7 +301,8 @@ def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], arg
     need = images * sum(rows[name] * x.shape[1] * x.element_size() for name, x in empty.items())
     free = shutil.disk_usage(out if out.is_dir() else out.parent).free
     dtype = str(save_dtype(args)).removeprefix("torch.")
-    why = f" ({args.format} has no bfloat16)" if args.dtype == "bfloat16" and dtype == "float32" else ""
+    asked = args.save_dtype or args.dtype
+    why = f" ({args.format} has no bfloat16)" if asked == "bfloat16" and dtype != asked else ""
     warn = ": this may not fit" if need > free else ""
     print(f"to write: up to {size(need)} of {dtype}{why}; free there: {size(free)}{warn}", file=sys.stderr)
 

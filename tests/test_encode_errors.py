@@ -151,11 +151,10 @@ def test_how_much_it_will_write(checkpoint, photos, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert "to write: up to 32.6 kB of bfloat16; free there: " in said and "may not fit" not in said
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=65e3))
-    assert run(checkpoint, photos, tmp_path / "b", *flags, "--format", "npy") == 0
-    assert (
-        "up to 65.3 kB of float32 (npy has no bfloat16); free there: 65.0 kB: this may not fit"
-        in capsys.readouterr().err
-    )
+    fits_not = "up to 65.3 kB of float32 (npy has no bfloat16); free there: 65.0 kB: this may not fit"
+    for out, asked in (("b", flags), ("c", ["--pooled", "--save-dtype", "bfloat16"])):
+        assert run(checkpoint, photos, tmp_path / out, *asked, "--format", "npy") == 0
+        assert fits_not in capsys.readouterr().err
     assert run(checkpoint, photos, tmp_path / "a", *flags, "--resume") == 0
     assert "up to 0 bytes" in capsys.readouterr().err
 
