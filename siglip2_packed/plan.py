@@ -30,7 +30,7 @@ from siglip2_packed.doctor import device_name
 from siglip2_packed.encode import BUDGETS, default_dtype, size
 from siglip2_packed.flags import DTYPES, pick_device, write_json
 from siglip2_packed.graphs import replayed
-from siglip2_packed.images import Source
+from siglip2_packed.images import Source, source_name
 from siglip2_packed.modeling import Siglip2PackedVisionModel
 from siglip2_packed.packing import PackedPatches
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
@@ -126,7 +126,7 @@ def measure(
     each = itertools.cycle(random.Random(0).sample(sources, len(sources)))
     lengths: list[int] = []
     reading = mean_time(
-        lambda: lengths.append(len(processor.read(next(each))[0])), seconds / 2, min(len(sources), LEAST)
+        lambda: lengths.append(len(read(processor, next(each))[0])), seconds / 2, min(len(sources), LEAST)
     )
     packed = full_pack(processor, each, budget, model.dtype).to(model.device)
     forward, cuda = replayed(model, budget), model.device.type == "cuda"
@@ -144,6 +144,14 @@ def measure(
     return Measured(sum(lengths) / len(lengths), cores() / reading, packed.num_images / encoding, memory)
 
 
+def read(processor: Siglip2PackedImageProcessor, source: Source) -> tuple[np.ndarray, tuple[int, int]]:
+    """As the processor does. Raises ValueError with the name of what cannot be read."""
+    try:
+        return processor.read(source)
+    except ValueError as error:
+        raise ValueError(f"--sample: {source_name(source)}: {error}") from error
+
+
 def full_pack(
     processor: Siglip2PackedImageProcessor, sources: Iterator[Source], budget: int, dtype: torch.dtype
 ) -> PackedPatches:
@@ -151,7 +159,7 @@ def full_pack(
     rows: list[Tensor] = []
     grids: list[tuple[int, int, int]] = []
     for source in sources:
-        patches, (h, w) = processor.read(source)
+        patches, (h, w) = read(processor, source)
         if sum(t * h * w for t, h, w in grids) + len(patches) > budget:
             break
         rows.append(processor.normalize(torch.from_numpy(patches)).to(dtype))

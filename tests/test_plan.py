@@ -57,6 +57,9 @@ def test_own_images_stand_for_all(checkpoint, capsys, tmp_path):
     argv = ["plan", "--images", "10", "--ckpt", str(checkpoint()), "--sample", str(tmp_path), *QUICK]
     assert main(argv) == 0
     assert "16 on average of 2 given" in capsys.readouterr().out  # 1x16 and 4x4
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    assert main(argv) == 2
+    assert f"--sample: {tmp_path / 'cut.jpg'}: " in capsys.readouterr().err
 
 
 def test_packs_are_full(checkpoint, monkeypatch):
