@@ -24,13 +24,12 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
         `[N, H, K]` in v's dtype.
     """
     precision = torch.promote_types(v.dtype, torch.float32)
+    query = q.to(precision) * q.shape[-1] ** -0.5
+    scores = (query * k.to(precision)).sum(-1)  # no product that autocast would round
     if transformed():  # torch.func has no rules for segment_reduce
-        each = zip(k.to(precision).split(images.lengths), v.to(precision).split(images.lengths))
-        query = q.to(precision) * q.shape[-1] ** -0.5
-        pooled = [torch.einsum("th,thk->hk", torch.einsum("hk,thk->th", query, x).softmax(0), y) for x, y in each]
-        return torch.stack(pooled).to(v.dtype)
+        each = zip(scores.split(images.lengths), v.to(precision).split(images.lengths))
+        return torch.stack([(x.softmax(0)[..., None] * y).sum(0) for x, y in each]).to(v.dtype)
     lengths = images.cu_seqlens.diff()
-    scores = torch.einsum("hk,thk->th", q.to(precision) * q.shape[-1] ** -0.5, k.to(precision))
     with torch.no_grad():
         highest = torch.segment_reduce(scores, "max", lengths=lengths, unsafe=True)
     weights = (scores - highest.repeat_interleave(lengths, dim=0, output_size=k.shape[0])).exp()
