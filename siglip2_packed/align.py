@@ -50,8 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold is a cosine, from -1 to 1, got {args.threshold:g}")
-    if args.decode and not (args.use_real_images or args.images):
-        raise ValueError("--decode is about images in files: give --images or --use-real-images")
+    for flag, value in {"--decode": args.decode, "--max-num-patches": args.max_num_patches}.items():
+        if value is not None and not (args.use_real_images or args.images):
+            raise ValueError(f"{flag} is about images in files: give --images or --use-real-images")
     files = (photographs() if args.use_real_images else []) + image_files(args.images or [])
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
     if args.decode == "gpu":  # refused here, not at the end

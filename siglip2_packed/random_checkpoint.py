@@ -41,6 +41,9 @@ SENTENCES = (
 
 
 def run(args: argparse.Namespace) -> int:
+    there = Path(args.folder)
+    if (there / "config.json").exists() or any(there.glob("*.safetensors")):
+        raise ValueError(f"'{there}' holds a checkpoint, which would be lost: remove it or write elsewhere")
     folder = save_random_checkpoint(args.folder, args.shape, seed=args.seed, full=args.full)
     print(f"wrote {folder}: {args.shape}, seed {args.seed}, random weights")
     return 0

@@ -358,6 +358,14 @@ def test_random_checkpoint(tmp_path, capsys, flags):
     assert has_text is ("--full" in flags)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors"])
+def test_a_random_checkpoint_replaces_no_other(tmp_path, capsys, name):
+    (tmp_path / name).write_text("{}")
+    assert cli.main(["random-checkpoint", str(tmp_path), "--shape", "tiny"]) == 2
+    assert "holds a checkpoint, which would be lost" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "{}"
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_a_random_checkpoint_is_read_by_whom_the_umask_lets(tmp_path, umask):
     before = os.umask(umask)

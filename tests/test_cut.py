@@ -307,8 +307,9 @@ def test_long_images_are_enlarged_to_what_a_jpeg_file_holds(tmp_path):
 
 def test_align_needs_files_and_a_card(checkpoint, tmp_path, capsys):
     flags = ["--ckpt", str(checkpoint()), "--device", "cpu"]
-    assert main(["align", *flags, "--decode", "scaled"]) == 2
-    assert "--decode is about images in files" in capsys.readouterr().err
+    for flag, value in (("--decode", "scaled"), ("--max-num-patches", "0")):
+        assert main(["align", *flags, flag, value]) == 2
+        assert f"{flag} is about images in files" in capsys.readouterr().err
     (tmp_path / "photo.jpg").write_bytes(PLAIN["grey"])
     assert main(["align", *flags, "--decode", "gpu", "--images", str(tmp_path)]) == 2
     assert "decode='gpu' is for a CUDA device, got cpu" in capsys.readouterr().err
