@@ -27,11 +27,11 @@ class PoolingAttention(nn.Module):
         self.out_proj = NonDynamicallyQuantizableLinear(config.hidden_size, config.hidden_size)
 
     def forward(self, probe: Tensor, hidden_states: Tensor, images: Segments, invariant: bool = False) -> Tensor:
-        """probe `[1, D]`, hidden_states `[T, D]` -> `[N, D]`."""
+        """probe `[1, 1, D]`, hidden_states `[T, D]` -> `[N, D]`."""
         product = linear if invariant else F.linear
         q_weight, k_weight, v_weight = self.in_proj_weight.chunk(3)
         q_bias, k_bias, v_bias = self.in_proj_bias.chunk(3)
-        q = product(probe, q_weight, q_bias).view(-1, self.head_dim)
+        q = product(probe[0], q_weight, q_bias).view(-1, self.head_dim)
         k = product(hidden_states, k_weight, k_bias).unflatten(-1, (-1, self.head_dim))
         v = product(hidden_states, v_weight, v_bias).unflatten(-1, (-1, self.head_dim))
         pooled = attention_pool(q, k, v, images, invariant).flatten(1)
@@ -54,7 +54,7 @@ class Siglip2PackedPoolingHead(nn.Module):
         """
         if invariant and not self.is_plain(hidden_states):
             raise invariance.refused(self, hidden_states)
-        pooled = self.attention(self.probe[0], hidden_states, images, invariant)
+        pooled = self.attention(self.probe, hidden_states, images, invariant)
         normed = self.layernorm(pooled)
         return pooled + (self.mlp.invariantly(normed) if invariant else self.mlp(normed))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Siglip2VisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -218,6 +219,16 @@ def test_floating_patches_are_cast_to_the_weights(checkpoint, patches, dtype, we
 def test_integer_patches_are_an_error(model, dtype):
     with pytest.raises(ValueError, match="floating"):
         model(torch.zeros(12, 48, dtype=dtype), [(1, 3, 4)])
+
+
+def test_operations_are_counted_without_gradients(model, patches):
+    """A module tracker wants to know where each tensor that a module is given comes from."""
+    grids, counts = [(1, 13, 19), (1, 7, 1)], []
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), FlopCounterMode(display=False) as counter:
+            model(patches(grids), grids)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_errors_name_both_numbers(model, patches):
