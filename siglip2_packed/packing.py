@@ -101,10 +101,10 @@ class PackedPatches(BatchFeature):
         """`PackedPatches: 2 images, 2004 patches, longest 1014`: what attends together is at most 1014 patches long."""
         try:
             frames = torch.as_tensor(self["grid_thw"])[:, 0].tolist()
+            videos = [t for t in frames if t > 1]
             patches, longest = len(self["pixel_values"]), self["max_seqlen"]
         except Exception:  # keys that the caller has taken out or changed, tensors without values
             return f"{type(self).__name__}: {', '.join(map(str, self)) or 'nothing'}"
-        videos = [t for t in frames if t > 1]
         parts = [_count(len(frames) - len(videos), "image")] if len(videos) < len(frames) or not frames else []
         if videos:
             parts.append(f"{_count(len(videos), 'video')} of {sum(videos)} frames")

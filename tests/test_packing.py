@@ -233,6 +233,12 @@ def test_a_pack_says_what_it_holds_in_a_line(patches, grids, temporal, expected)
     assert repr(PackedPatches(dict(packed))) == repr(packed)
 
 
+def test_packs_joined_key_by_key_have_a_repr(patches):
+    packed = PackedPatches(patches([(1, 2, 3)]), [[1, 2, 3]])
+    joined = torch.utils.data.default_collate([packed, packed])
+    assert repr(joined) == "PackedPatches: pixel_values, grid_thw, cu_seqlens, max_seqlen"
+
+
 def test_a_pack_that_was_taken_apart_has_a_repr(patches):
     packed = PackedPatches(patches([(1, 2, 3)]), [(1, 2, 3)])
     packed["grid_thw"] = packed["grid_thw"].to("meta")
