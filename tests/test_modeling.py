@@ -76,10 +76,13 @@ def test_autocast_keeps_the_residual_stream_in_float32(checkpoint, patches, monk
 
 
 def test_a_model_from_a_configuration_alone_is_initialised(model):
+    torch.manual_seed(0)
     fresh = Siglip2PackedVisionModel(model.config)
     for name, parameter in fresh.named_parameters():
         assert parameter.isfinite().all(), name
         assert name.endswith("bias") or parameter.abs().sum() > 0, name
+    patches = fresh.embeddings.patch_embedding.weight
+    assert abs(patches.std() * patches.shape[1] ** 0.5 - 1) < 0.05  # LeCun's, as in transformers
 
 
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
