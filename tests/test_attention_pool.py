@@ -60,6 +60,18 @@ def test_keys_with_a_large_mean(pool, lengths, dtype):
     assert_close(actual[1:], exact[1:], torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("lengths", [[16], [13 * 19, 256, 35]], ids=str)
+def test_keys_with_a_mean_in_float32(lengths):
+    """On torch's path it is taken away: the gradient of q would be 20 times further off, or more."""
+    images, q = Segments(lengths, DEVICE), query(2, 72)
+    _, k, v = random_qkv(sum(lengths), 2, 72).unbind(1)
+    k = k + 30 * query(2, 72, seed=5)
+    grad = random_qkv(len(lengths), 2, 72, seed=1)[:, 0]
+    _, *actual = with_gradients(lambda *x: ATTENTION_POOL.of("eager")(*x, images), (q, k, v), grad)
+    exact = with_gradients(lambda *x: pool_loop(*x, lengths), [x.double() for x in (q, k, v)], grad)[1:]
+    assert_close(actual, exact, 1e-6)
+
+
 @pytest.mark.parametrize("lengths", [[13 * 19, 256, 7], [1]], ids=str)
 def test_autocast_rounds_nothing_within(pool, lengths):
     """Sums stay in float32: those of 256 rows in bfloat16 were off by a tenth."""

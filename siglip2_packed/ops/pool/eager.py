@@ -23,16 +23,32 @@ def attention_pool(q: Tensor, k: Tensor, v: Tensor, images: Segments) -> Tensor:
     Returns:
         `[N, H, K]` in v's dtype.
     """
-    precision = torch.promote_types(v.dtype, torch.float32)
-    query = q.to(precision) * q.shape[-1] ** -0.5
-    scores = (query * k.to(precision)).sum(-1)  # no product that autocast would round
+    dtype, precision = v.dtype, torch.promote_types(v.dtype, torch.float32)
+    q, k, v = q.to(precision) * q.shape[-1] ** -0.5, k.to(precision), v.to(precision)
     if transformed():  # torch.func has no rules for segment_reduce
-        each = zip(scores.split(images.lengths), v.to(precision).split(images.lengths))
-        return torch.stack([(x.softmax(0)[..., None] * y).sum(0) for x, y in each]).to(v.dtype)
+        each = zip(k.split(images.lengths), v.split(images.lengths))
+        pooled = torch.stack([(_scores(q, x, x.mean(0)).softmax(0)[..., None] * y).sum(0) for x, y in each])
+        return pooled.to(dtype)
     lengths = images.cu_seqlens.diff()
+
+    def of_image(x: Tensor) -> Tensor:
+        """`[N, ...]` -> `[T, ...]`"""
+        return x.repeat_interleave(lengths, dim=0, output_size=k.shape[0])
+
+    with torch.no_grad():
+        common = of_image(torch.segment_reduce(k, "mean", lengths=lengths, unsafe=True))
+    scores = _scores(q, k, common)
     with torch.no_grad():
         highest = torch.segment_reduce(scores, "max", lengths=lengths, unsafe=True)
-    weights = (scores - highest.repeat_interleave(lengths, dim=0, output_size=k.shape[0])).exp()
-    total = torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True)
-    weights = weights / total.repeat_interleave(lengths, dim=0, output_size=k.shape[0])
-    return torch.segment_reduce(weights[..., None] * v.to(precision), "sum", lengths=lengths, unsafe=True).to(v.dtype)
+    weights = (scores - of_image(highest)).exp()
+    weights = weights / of_image(torch.segment_reduce(weights, "sum", lengths=lengths, unsafe=True))
+    return torch.segment_reduce(weights[..., None] * v, "sum", lengths=lengths, unsafe=True).to(dtype)
+
+
+def _scores(q: Tensor, k: Tensor, common: Tensor) -> Tensor:
+    """q kᵀ `[T, H]`, less q times what an image's keys have in common.
+
+    No weight changes by it; and the sum of the scores' gradients, zero but for rounding, multiplies no mean key on its
+    way to q. Autocast would round a product.
+    """
+    return (q * (k - common)).sum(-1)
