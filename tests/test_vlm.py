@@ -34,9 +34,9 @@ def check_gradients(found, expected):
     assert found.keys() == expected.keys() and found
     largest = max(g.norm() for g in expected.values())
     for name, gradient in expected.items():
-        # one of a bias of k is rounding alone
-        error = (found[name] - gradient).norm()
-        assert error <= BOUND * max(gradient.norm(), 1e-3 * largest), name
+        ours, error = found[name], (found[name] - gradient).norm()
+        rounding = max(ours.norm(), gradient.norm()) <= 1e-7 * largest  # of what is zero: a bias of k, say
+        assert rounding or error <= BOUND * max(gradient.norm(), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize("name", MODELS)
