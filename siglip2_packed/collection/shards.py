@@ -171,7 +171,7 @@ def stacked(images: Sequence[EncodedImage], empty: dict[str, Tensor]) -> dict[st
         tensors["pooled"] = cast(torch.stack(pooled), empty["pooled"]) if pooled else empty["pooled"]
     if "patches" in empty:
         patches = [image.patches for image in images if image.patches is not None]
-        tensors["patches"] = cast(torch.cat(patches), empty["patches"]) if patches else empty["patches"]
+        tensors["patches"] = torch.cat([empty["patches"], *(cast(x, empty["patches"]) for x in patches)])
         tensors["offsets"] = torch.nn.functional.pad(tensors["grid_thw"].prod(dim=1).cumsum(0), (1, 0))
     return tensors
 
