@@ -178,9 +178,9 @@ FAULTS = [*itertools.product(["forward"], FORWARD_FAULTS), *itertools.product(["
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 @pytest.mark.parametrize(("direction", "fault"), [("forward", ""), ("backward", ""), *FAULTS])
-@pytest.mark.parametrize("launch", [("hopper", 2), ("hopper", 3)], ids=str)
+@pytest.mark.parametrize("launch", [("hopper", 2), ("hopper", 3), ("hopper_one_pass", 2)], ids=str)
 def test_faults_that_the_check_catches(fresh, planted, direction, fault, packed, launch):
-    planted(direction, "hopper", (wrong_forward if direction == "forward" else wrong_backward)(fault))
+    planted(direction, launch[0], (wrong_forward if direction == "forward" else wrong_backward)(fault))
     verdict = kernels.verdict_on(direction, launch, DEVICE, torch.float16, 2, 72, packed)
     assert verdict.right == (not fault)
     assert SAYS.get(fault, "bound") in str(verdict)

@@ -41,6 +41,8 @@ class Implementation(NamedTuple):
     dtype: torch.dtype = torch.float32
     warpgroups: int = 0
     """Of the Hopper kernels, which take every pack then; 0: those of the pack's own choice."""
+    once: bool = False
+    """Whether their backward takes one pass."""
 
     @property
     def own(self) -> bool:
@@ -73,7 +75,9 @@ class Implementation(NamedTuple):
         """None of our own may be right, and torch's path run in their place: then this test would show nothing."""
         longest, cu = max(lengths), Segments(lengths, self.device).cu_seqlens
         names = own_launches(qkv, cu, longest, packed)
-        assert names == ["hopper"] * 2 if self.warpgroups else names
+        if self.warpgroups:
+            assert names == ["hopper", "hopper_one_pass" if self.once else "hopper"]
+        assert names
 
     def assert_right(self, actual, expected, inputs, grad, lengths):
         if self.dtype != torch.float32:
@@ -90,9 +94,9 @@ class Implementation(NamedTuple):
             assert error <= most, f"{name}: error {error:.2e} > {most:.2e}"
 
 
-def on_gpu(backend, dtype=torch.bfloat16, warpgroups=0):
-    name = f"hopper{warpgroups}" if warpgroups else backend
-    one = Implementation(backend, torch.device("cuda"), dtype, warpgroups)
+def on_gpu(backend, dtype=torch.bfloat16, warpgroups=0, once=False):
+    name = f"hopper{warpgroups}{'once' * once}" if warpgroups else backend
+    one = Implementation(backend, torch.device("cuda"), dtype, warpgroups, once)
     return pytest.param(one, id=f"{name}-{str(dtype)[6:]}-cuda", marks=pytest.mark.gpu)
 
 
@@ -103,6 +107,7 @@ IMPLEMENTATIONS = [
     pytest.param(Implementation("triton", dtype=torch.float16), id="triton-float16"),
     on_gpu("triton"),
     *[on_gpu("triton", dtype, n) for dtype in (torch.bfloat16, torch.float16) for n in (2, 3)],
+    *[on_gpu("triton", dtype, 2, once=True) for dtype in (torch.bfloat16, torch.float16)],
     *[on_gpu(name, dtype) for name in ("eager", "sdpa") for dtype in (torch.float32, torch.bfloat16)],
     *[on_gpu(name) for name in BACKENDS if name not in ("eager", "sdpa", "triton")],
 ]
@@ -112,7 +117,7 @@ IMPLEMENTATIONS = [
 def attention(request):
     """An implementation; skips where it cannot be had, with the reason. It runs as it does without this fixture."""
     implementation = request.param
-    backend, device, dtype, warpgroups = implementation
+    backend, device, dtype, warpgroups, once = implementation
     K = request.node.callspec.params.get("K", 72)
     if device.type == "cuda" and dtype != torch.float32 and (reason := why_not(backend, device, dtype, K)):
         pytest.skip(f"{backend}: {reason}")
@@ -128,7 +133,7 @@ def attention(request):
     if reason := missing(*FORWARD["hopper"]):
         pytest.skip(reason)
     kernel = [("hopper", warpgroups)]
-    with choice.forced(attention_forward=kernel, attention_backward=kernel):
+    with choice.forced(attention_forward=kernel, attention_backward=[("hopper_one_pass", 2)] if once else kernel):
         yield implementation
 
 

@@ -29,12 +29,21 @@ from siglip2_packed.ops.runtime.choice import Card
 from siglip2_packed.ops.runtime.hopper import in_reach
 
 FOLDER = "siglip2_packed.ops.attention"
-if reason := missing(f"{FOLDER}.hopper_forward") or missing(f"{FOLDER}.hopper_backward"):
+NAMES = "hopper_forward", "hopper_backward", "hopper_one_pass"
+if reason := next(filter(None, (missing(f"{FOLDER}.{name}") for name in NAMES)), None):
     pytest.skip(reason, allow_module_level=True)  # they are not used; see test_attention_checks.py
 
-from siglip2_packed.ops.attention import cases, hopper_backward, hopper_forward, hopper_items, low_order  # noqa: E402
+from siglip2_packed.ops.attention import (  # noqa: E402
+    cases,
+    hopper_backward,
+    hopper_forward,
+    hopper_items,
+    hopper_one_pass,
+    hopper_sums,
+    low_order,
+)
 
-MODULES = {"forward": hopper_forward, "backward": hopper_backward}
+MODULES = {"forward": hopper_forward, "backward": hopper_backward, "one pass": hopper_one_pass}
 
 
 # The host's part, anywhere
@@ -96,7 +105,7 @@ def test_thread_blocks_draw_item_after_item_where_they_are_checked(forced, direc
     lengths = cu_seqlens.diff().tolist()
     assert longest == max(lengths) > 64 * WGS and {0, 1, 65, 64 * WGS} <= set(lengths)
     blocks = {"forward": [(64 * WGS, hopper_forward.RESOURCES[WGS][-1])]}
-    blocks["backward"] = [(64 * WGS, 1), (64, hopper_backward.RESOURCES_KV[-1])]
+    blocks["backward"] = [(64 * WGS, 1), (64, hopper_backward.RESOURCES_KV[-1])]  # one pass too
     for rows, resident in blocks[direction]:
         items = H * sum(-(-length // rows) for length in lengths)
         assert items >= 3 * resident * multiprocessors
@@ -166,6 +175,43 @@ def test_kernels_get_all_their_arguments(launched, K, WGS, keeps):
     assert launched[0][2]["out"] is out
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["low", ""])
+@pytest.mark.parametrize("K", [64, 72])
+def test_one_pass_gets_all_its_arguments(launched, monkeypatch, K, keeps):
+    """What comes before and after knows the same tiles, as many as any segments of so many rows have."""
+    around = []
+    monkeypatch.setattr(
+        hopper_sums, "launch", lambda kernel, grid, *given, **options: around.append((kernel, grid, given))
+    )
+    qkv, dqkv = torch.zeros(2, 500, 3, 5, K, dtype=torch.float16, device=DEVICE)
+    grad, out = torch.zeros(2, 500, 5, K, dtype=torch.float16, device=DEVICE)
+    lse, cu = torch.zeros(5, 500, device=DEVICE), offsets([300, 0, 200])
+    low = low_order.empty_like(out) if keeps else None
+    (q, k, v), (dq, dk, dv) = qkv.unbind(1), dqkv.unbind(1)
+    hopper_one_pass.backward(2, grad, q, k, v, out, low, lse, dq, dk, dv, cu, 300, 0.1)
+    ((name, grid, named, boxes),) = launched
+    assert name == "backward_kernel" and 1 <= grid[0] <= 5 * (500 // 128 + 3) and grid[1:] == (1, 1)
+    for x, tensor in {"q": q, "k": k, "v": v, "grad": grad}.items():
+        assert named[x].data_ptr() == tensor.data_ptr() and named[x].stride() == tensor.stride()
+        assert named[f"{x}_t"] is (None if K == 64 else named[x])
+        assert (boxes[x], boxes[f"{x}_t"]) == ([64, 1, 64], [64, 1, 16])
+    assert (boxes["sums"], boxes["sums_t"], boxes["statistics"]) == ([128, 32], [32, 32], [128])
+    assert (named["T"], named["S"], named["H"], named["K"], named["blocks"]) == (500, 3, 5, K, 3)
+    assert named["dk"] is dk and named["dv"] is dv and (named["sdt"], named["sdh"]) == (3 * 5 * K, K)
+    tiles = named["tiles_of_head"]
+    assert named["sums"] is named["sums_t"] and named["sums"].shape == (5 * tiles * 160, 32)
+    assert named["statistics"].shape == (5 * tiles * 128,) and named["added"].shape == (5 * tiles,)
+    (begin, _, (tensors, numbers, constants)), (store, _, (stored, factors, _)) = around
+    assert (begin, store) == (hopper_sums.begin_kernel, hopper_sums.store_kernel)
+    assert numbers == (500, 3, 5, tiles) and factors == (0.1, 500, 3, 5, tiles)
+    assert constants[-1] == (5 if keeps else 0) and (tensors[2] is low or not keeps)
+    assert stored[0] is named["sums"] and stored[2] is dq
+    for lengths in ([500], [1] * 500, [65] * 7 + [45], [64] * 7, [127, 127, 127, 119], [63] * 7):
+        first = [sum(lengths[:i]) // 64 + i for i in range(len(lengths))]
+        taken = [f + i for f, n in zip(first, lengths) for i in range(-(-n // 64))]
+        assert len({*taken}) == len(taken) and max(taken) < 500 // 64 + len(lengths) + 1
+
+
 def test_rows_are_read_where_they_lie_if_the_copy_engine_can():
     """In pieces of 16 bytes, each row for itself; anything else is copied before."""
     qkv = torch.zeros(40, 3, 2, 72, dtype=torch.bfloat16)
@@ -205,11 +251,25 @@ def on_hopper(monkeypatch):
         yield launches
 
 
+@pytest.fixture(params=["two passes", "one pass"])
+def differentiated(request, on_hopper):
+    """`on_hopper`, by both kinds of backward."""
+    if request.param == "two passes":
+        with choice.forced(attention_backward=[("hopper", 2)]):
+            yield on_hopper
+    else:
+        with choice.forced(attention_backward=[("hopper_one_pass", 2)]):
+            yield on_hopper
+        assert "one pass" in on_hopper and "backward" not in on_hopper
+
+
 def of(launches, direction):
-    """How many calls there were; a backward is two launches."""
+    """How many calls there were; a backward in two passes is two launches."""
     count = launches.count(direction)
-    assert direction == "forward" or count % 2 == 0
-    return count if direction == "forward" else count // 2
+    if direction == "forward":
+        return count
+    assert count % 2 == 0
+    return count // 2 + launches.count("one pass")
 
 
 def without_gradients(qkv, cu, longest):
@@ -272,14 +332,14 @@ BACKWARD_PACKS = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("K", [64, 72])
 @pytest.mark.parametrize("lengths", BACKWARD_PACKS, ids=lambda x: f"{max(x)}x{len(x)}")
-def test_backward(on_hopper, lengths, K, dtype):
+def test_backward(differentiated, lengths, K, dtype):
     """It runs; NaN in other segments, repeated last offsets, rows beyond and layouts change no bit."""
     rows, H, longest, cu = sum(lengths), 3, max(lengths), offsets(lengths)
     qkv, grad = random_qkv(rows + 150, H, K, dtype), random_qkv(rows + 150, H, K, dtype, 1)[:, 0].contiguous()
     for bound in (longest, 3000):
         gradient(qkv[:rows], grad[:rows], cu, bound)  # compiled, checked
     with_gradients(own(cu, longest), qkv[:rows].unbind(1), grad[:rows])
-    on_hopper.clear()
+    differentiated.clear()
     out, dqkv = gradient(qkv[:rows], grad[:rows], cu, longest)
     exact = with_gradients(
         lambda *x: kernels_ref.attention(*x, cu), qkv[:rows].double().unbind(1), grad[:rows].double()
@@ -293,20 +353,20 @@ def test_backward(on_hopper, lengths, K, dtype):
     assert (actual[rows:] == 0).all()
     for first, last in list(itertools.pairwise(cu.tolist()))[::2]:
         assert torch.equal(actual[first:last], dqkv[first:last])
-    assert of(on_hopper, "backward") == 3
+    assert of(differentiated, "backward") == 3
     poison(qkv.shape, grad.shape, dtype=dtype)
     separate = with_gradients(own(cu, longest), qkv[:rows].unbind(1), grad[:rows])
     assert_same(separate, [out, *dqkv.unbind(1)])
-    assert of(on_hopper, "backward") == 4
+    assert of(differentiated, "backward") == 4
     assert_close(gradient(qkv[:rows], grad[:rows], cu, 3000)[1].unbind(1), dqkv.unbind(1), 1e-3)
-    assert of(on_hopper, "backward") == of(on_hopper, "forward") == 5
+    assert of(differentiated, "backward") == of(differentiated, "forward") == 5
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("K", [64, 72])
 @pytest.mark.parametrize("lengths", [[144] * 60, [256] * 40, [129, 0, 192, 1, 63, 144] * 8], ids=lambda x: str(max(x)))
-def test_repeats_to_the_bit(on_hopper, lengths, K, dtype):
+def test_repeats_to_the_bit(differentiated, lengths, K, dtype):
     """Warps that run into each other's shared memory show in some of many runs."""
     qkv = random_qkv(sum(lengths), 16, K, dtype)
     grad, cu, longest = random_qkv(sum(lengths), 16, K, dtype, 1)[:, 0], offsets(lengths), max(lengths)
@@ -316,10 +376,10 @@ def test_repeats_to_the_bit(on_hopper, lengths, K, dtype):
 
     expected = run()
     assert all(x.isfinite().all() for x in expected)
-    on_hopper.clear()
+    differentiated.clear()
     differing = sum(sum((a != b).sum() for a, b in zip(run(), expected, strict=True)) for _ in range(300))
     assert differing == 0
-    assert of(on_hopper, "forward") == of(on_hopper, "backward") == 300
+    assert of(differentiated, "forward") == of(differentiated, "backward") == 300
 
 
 @pytest.mark.gpu
@@ -339,7 +399,7 @@ def test_few_rows_are_not_for_them(lengths, K):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [64, 72])
-def test_strides(on_hopper, K):
+def test_strides(differentiated, K):
     """Separate tensors, heads first, gaps between rows: read in place, to the same bits. One row for all: copied."""
     lengths, H, dtype = [200, 1, 65, 144, 17], 3, torch.bfloat16
     rows, cu = sum(lengths), offsets(lengths)
@@ -356,13 +416,13 @@ def test_strides(on_hopper, K):
         return torch.stack([x, x * float("nan")], 1)[:, 0]
 
     run(*qkv.unbind(1), grad)  # compiled, checked
-    on_hopper.clear()
+    differentiated.clear()
     expected = run(*qkv.unbind(1), grad)
     assert_close(expected, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), grad), 6e-3)
     for change in (torch.Tensor.contiguous, heads_first, gaps):
         for actual in (run(*map(change, qkv.unbind(1)), grad), run(*qkv.unbind(1), change(grad))):
             assert_same(actual, expected)
-    assert of(on_hopper, "forward") == of(on_hopper, "backward") == 7
+    assert of(differentiated, "forward") == of(differentiated, "backward") == 7
     for one in (grad[:1].expand(rows, H, K), grad[:, :1].expand(rows, H, K), grad.new_ones(1, 1, 1).expand(rows, H, K)):
         actual = run(*qkv.unbind(1), one)
         assert_close(actual, with_gradients(lambda *x: loop(*x, lengths), qkv.unbind(1), one), 6e-3)
@@ -371,23 +431,23 @@ def test_strides(on_hopper, K):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [0, 5, 200])
-def test_without_segments(on_hopper, rows):
+def test_without_segments(differentiated, rows):
     def run(rows, cu):
         qkv, grad = random_qkv(rows, 3, 72, torch.bfloat16), random_qkv(rows, 3, 72, torch.bfloat16, 1)[:, 0]
         poison(qkv.shape, dtype=qkv.dtype)
         return qkv, *gradient(qkv, grad, cu, 256)
 
     run(17, offsets([17]))  # compiled, checked
-    on_hopper.clear()
+    differentiated.clear()
     for cu in (offsets([]), offsets([0]), offsets([0, 0, 0])):
         qkv, out, dqkv = run(rows, cu)
         assert dqkv.shape == qkv.shape and out.shape == (rows, 3, 72)
         assert (dqkv == 0).all() and (out == 0).all()
-    assert of(on_hopper, "forward") == of(on_hopper, "backward") == (3 if rows else 0)
+    assert of(differentiated, "forward") == of(differentiated, "backward") == (3 if rows else 0)
 
 
 @pytest.mark.gpu
-def test_launches_leave_their_counter_at_zero(on_hopper, monkeypatch):
+def test_launches_leave_their_counter_at_zero(differentiated, monkeypatch):
     """Those of one stream, which do not overlap, could share one; more items than thread blocks, or fewer."""
     packs = [[4096, *range(64, 1024, 60)], [252] * 40, [200, 0, 1], [0, 130]]
 
@@ -397,11 +457,11 @@ def test_launches_leave_their_counter_at_zero(on_hopper, monkeypatch):
             yield from gradient(qkv, qkv[:, 0], offsets(lengths), max(lengths))
 
     expected = list(run())
-    on_hopper.clear()
+    differentiated.clear()
     monkeypatch.setattr(hopper_items, "_eager", itertools.repeat(5))
     for _ in range(3):
         assert_same(list(run()), expected)
-    assert of(on_hopper, "forward") == of(on_hopper, "backward") == 3 * len(packs)
+    assert of(differentiated, "forward") == of(differentiated, "backward") == 3 * len(packs)
     shared, slot = hopper_items.work_counter(expected[0].device)
     assert slot == 5 and not shared.any()
 
@@ -433,7 +493,7 @@ def test_forward_in_a_cuda_graph(on_hopper):
 
 
 @pytest.mark.gpu
-def test_backward_in_a_cuda_graph(on_hopper):
+def test_backward_in_a_cuda_graph(differentiated):
     """Replays follow the contents of the inputs, lengths included, beside eager launches on another stream."""
     qkv, grad = random_qkv(1200, 16, 72, torch.bfloat16), random_qkv(1200, 16, 72, torch.bfloat16, 1)[:, 0]
     cu = offsets([256, 300, 44, 500, 0])
@@ -449,11 +509,11 @@ def test_backward_in_a_cuda_graph(on_hopper):
 
     run()  # compiled, checked
     expected_other = run_other()
-    on_hopper.clear()
+    differentiated.clear()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.graph(graph):
         gradients = [run() for _ in range(3)]
-    assert of(on_hopper, "backward") == 3
+    assert of(differentiated, "backward") == 3
     for lengths in ([256, 300, 44, 500, 0], [600, 1, 2, 3, 594], [7, 0, 0, 0, 0]):
         cu.copy_(offsets(lengths))
         for dqkv in gradients:

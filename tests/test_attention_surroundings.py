@@ -107,14 +107,15 @@ def test_what_is_exact():
 
 
 def launches(kind, K, lengths):
-    """Of forward and backward: `triton`, those of the rules; `hopper2`, with two warpgroups."""
+    """Of forward and backward: `triton`, those of the rules; `hopper2`, with two warpgroups; `hopper2once`."""
     longest = max(lengths)
     if kind.startswith("hopper"):
         if not CUDA or torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs compute capability 9.0")
         if reason := missing(*FORWARD["hopper"]) or missing(*BACKWARD["hopper"]):
             pytest.skip(reason)
-        return [("hopper", int(kind[-1]))] * 2
+        forward = "hopper", int(kind[6])
+        return [forward, ("hopper_one_pass", 2) if kind.endswith("once") else forward]
     card = choice.card(DEVICE) if CUDA else Card("cuda", 80, 108)
     T, S = sum(lengths), len(lengths)
     return [
@@ -141,7 +142,7 @@ PACKS = [
     *[pytest.param("triton", lengths, id=f"triton-{lengths}") for lengths in SMALL],
     *[
         pytest.param(kind, lengths, id=f"{kind}-{name}", marks=pytest.mark.gpu)
-        for kind, (name, lengths) in itertools.product(("triton", "hopper2", "hopper3"), LARGE.items())
+        for kind, (name, lengths) in itertools.product(("triton", "hopper2", "hopper3", "hopper2once"), LARGE.items())
     ],
 ]
 

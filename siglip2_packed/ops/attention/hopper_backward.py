@@ -2,7 +2,8 @@
 
 Shapes: T rows, S segments, H heads, K head_dim.
 
-Two kernels, seven products, no sums by atomics: every result is deterministic.
+Two kernels, seven products, no sums by atomics: every result is deterministic. Where segments are long on the whole,
+`hopper_one_pass` takes their place: five products, deterministic too, but work before and after.
 
     backward_q   64 * WGS queries of a head, one key tile after another: S = Q kT, dP = dO vT, dQ += dS K
     backward_kv  64 keys of a head, one query tile after another: sT = K qT, dpT = V doT, dV += pT dO, dK += dsT Q

@@ -49,7 +49,7 @@ FLAT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 @gluon.jit
 def _load_item(
-    source, tiles, pipelines, first, length, head, row, turn, count,
+    source, tiles, pipelines, first, length, head, row, segment, turn, count,
     K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings K and V of an item, then pairs of Q and dO."""

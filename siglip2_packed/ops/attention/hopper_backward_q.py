@@ -57,7 +57,7 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 @gluon.jit
 def _load_item(
-    source, tiles, pipelines, first, length, head, row, turn, count,
+    source, tiles, pipelines, first, length, head, row, segment, turn, count,
     K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings Q and dO of an item, tiles for each warpgroup, then through one ring `out`, and K and V in turn."""

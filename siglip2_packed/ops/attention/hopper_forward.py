@@ -71,7 +71,7 @@ ZEROS = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))
 
 @gluon.jit
 def _load_item(
-    source, tiles, pipelines, first, length, head, row, turn, count,
+    source, tiles, pipelines, first, length, head, row, segment, turn, count,
     K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings Q of an item, a tile for each warpgroup, then K and V tile by tile."""

@@ -68,8 +68,8 @@ def consumer_release(empty, count, STAGES: gl.constexpr):
 
 @gluon.jit
 def messages():
-    """Of an item and of the next, four numbers each: [8, 1]."""
-    return gl.allocate_shared_memory(gl.int32, [8, 1], VECTOR)
+    """Of an item and of the next, five numbers each: [10, 1]."""
+    return gl.allocate_shared_memory(gl.int32, [10, 1], VECTOR)
 
 
 @gluon.jit
@@ -78,57 +78,70 @@ def write(message, at, value):
 
 
 @gluon.jit
-def read(message, at):
-    return gl.sum(message.index(at).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def read(message, at, WARPS: gl.constexpr = 4):
+    return gl.sum(message.index(at).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
-def announce(message, turn, first, length, head, row):
-    """Which item the consumers have next: the segment's first row and length, the head, the item's row in it."""
-    at = turn % 2 * 4
+def announce(message, turn, first, length, head, row, tile=None):
+    """Which item the consumers have next: the segment's first row and length, the head, the item's row in it.
+
+    And the number of the segment's first tile, where tiles are numbered.
+    """
+    at = turn % 2 * 5
     write(message, at, first)
     write(message, at + 1, length)
     write(message, at + 2, head)
     write(message, at + 3, row)
+    if tile is not None:
+        write(message, at + 4, tile)
     barrier()
 
 
 @gluon.jit
 def announce_end(message, turn):
-    write(message, turn % 2 * 4 + 1, 0)
+    write(message, turn % 2 * 5 + 1, 0)
     barrier()
 
 
 @gluon.jit
-def announced_length(message, turn):
+def announced_length(message, turn, WARPS: gl.constexpr = 4):
     """That of the item's segment; 0 behind the last item."""
-    return read(message, turn % 2 * 4 + 1)
+    return read(message, turn % 2 * 5 + 1, WARPS)
 
 
 @gluon.jit
-def next_length(message, item_full, turn):
+def next_length(message, item_full, turn, WARPS: gl.constexpr = 4):
     """`announced_length`, once it is announced."""
     consumer_wait(item_full, turn, 2)
-    return announced_length(message, turn)
+    return announced_length(message, turn, WARPS)
 
 
 @gluon.jit
 def announced(message, turn):
     """The segment's first row, the head, and the item's row in the segment."""
-    at = turn % 2 * 4
+    at = turn % 2 * 5
     return read(message, at), read(message, at + 2), read(message, at + 3)
+
+
+@gluon.jit
+def announced_tile(message, turn, WARPS: gl.constexpr):
+    """The item's row in the segment, and the number of the segment's first tile."""
+    at = turn % 2 * 5
+    return read(message, at + 3, WARPS), read(message, at + 4, WARPS)
 
 
 @gluon.jit
 def schedule(
     load_item: gl.constexpr, source, tiles, bars, cu_seqlens, counter, S, H, blocks,
-    K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
+    K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr, ACROSS: gl.constexpr = False,
 ):  # fmt: skip
     """Numbers the items of WGS * 64 rows, has `load_item` bring those that fall to this thread block, returns how many.
 
-    blocks: items of max_seqlen rows. The counter is zero before and after.
+    Blocks of a head follow each other; or, ACROSS, heads of a block do, and every item is drawn, the first one too, so
+    that a head's earlier blocks are under way. blocks: items of max_seqlen rows. The counter is zero before and after.
     """
-    item = gl.program_id(0)
+    item = gl.atomic_add(counter, 1, sem="relaxed") if ACROSS else gl.program_id(0)
     turn = 0  # items taken
     count = 0  # tiles brought, as `load_item` counts them
     begin = 0  # number of the segment's first item
@@ -144,15 +157,17 @@ def schedule(
                 left -= length
                 end = begin + own * H
                 while item < end:
-                    head = (item - begin) // own
-                    row = (item - begin) % own * (64 * WGS)
-                    count = load_item(source, tiles, bars, first, length, head, row, turn, count, K, WGS, STAGES)
+                    head = (item - begin) % H if ACROSS else (item - begin) // own
+                    row = ((item - begin) // H if ACROSS else (item - begin) % own) * (64 * WGS)
+                    count = load_item(
+                        source, tiles, bars, first, length, head, row, segment, turn, count, K, WGS, STAGES
+                    )  # fmt: skip
                     turn += 1
-                    item = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+                    item = gl.atomic_add(counter, 1, sem="relaxed") + (0 if ACROSS else gl.num_programs(0))
                 begin = end
             first += length
             segment += 1
-    if item == gl.num_programs(0) + begin - 1:  # one number was drawn for each item, this is the last
+    if item == gl.num_programs(0) + begin - 1:  # the last number that is drawn
         gl.store(counter, 0)
     return turn
 

@@ -22,10 +22,11 @@ FOLDER = "siglip2_packed.ops.attention"
 FORWARD = {"hopper": (f"{FOLDER}.hopper_forward", "forward"), "triton": (f"{FOLDER}.triton", "forward")}
 BACKWARD = {
     "hopper": (f"{FOLDER}.hopper_backward", "backward"),
+    "hopper_one_pass": (f"{FOLDER}.hopper_one_pass", "backward"),
     "triton": (f"{FOLDER}.triton", "backward"),
     "triton_short": (f"{FOLDER}.triton", "backward_short"),
 }
-READ_OUTPUT = "hopper", "triton"
+READ_OUTPUT = "hopper", "hopper_one_pass", "triton"
 """Backward kernels that take delta from the output."""
 
 

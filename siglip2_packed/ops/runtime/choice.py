@@ -200,8 +200,8 @@ _LONG = ("flash_attention_4", "triton", *_OTHERS)
 MEASURED = {
     (90, 64, False): Preference(1536, _IMAGES, _LONG),
     (90, 64, True): Preference(768, _IMAGES, _LONG),
-    (90, 72, False): Preference(3584, _IMAGES, _LONG),
-    (90, 72, True): Preference(3584, _IMAGES, _LONG),
+    (90, 72, False): Preference(3584, _IMAGES, _IMAGES),
+    (90, 72, True): Preference(3584, _IMAGES, _IMAGES),
 }
 
 
@@ -291,16 +291,24 @@ def attention_forward(card: Card, dtype: torch.dtype, T: int, H: int, K: int, ma
     return (tile,)
 
 
+ONE_PASS_LENGTH = {64: 1536, 72: 768}
+"""Mean length of segments, by head_dim, from which one pass takes less time than two (H200)."""
+
+
 def attention_backward(
     card: Card, dtype: torch.dtype, T: int, S: int, H: int, K: int, max_seqlen: int
 ) -> tuple[Launch, ...]:
-    """Up to 128 rows one Triton kernel does it all in one tile; few rows have no time for descriptors of tiles."""
+    """Up to 128 rows one Triton kernel does it all in one tile; few rows have no time for descriptors of tiles.
+
+    Long segments on Hopper take one pass, five products: what it does before and after costs 70 µs at 16,384 rows.
+    """
     if tile := _short_tile(card, dtype, K, max_seqlen):
         return (("triton_short", tile),)
     tiles = ("triton", _backward_tiles(card, dtype, K))
     counted = max(H * (T // 64 + S), T) <= 2**31 - 2**16  # items and rows, in 32 bits
     if _hopper(card, dtype, K) and max_seqlen > 128 and counted and not _few_rows(card, T, H, max_seqlen):
-        return ("hopper", 3 if max_seqlen <= 192 else 2), tiles
+        two = ("hopper", 3 if max_seqlen <= 192 else 2)
+        return (("hopper_one_pass", 2), two, tiles) if ONE_PASS_LENGTH[K] * S <= T else (two, tiles)
     return (tiles,)
 
 

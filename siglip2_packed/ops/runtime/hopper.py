@@ -14,8 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.nvidia import driver
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -25,6 +27,15 @@ from siglip2_packed.ops.runtime.launch import Compiled, device_of, run_compiled
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@builtin
+def _add(target, coordinates, x, _semantic=None):
+    where = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, where, x.handle)
+
+
+add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _add  # Triton 3.6 has no name for it
 
 
 def in_reach(*tensors: Tensor) -> list[Tensor]:
