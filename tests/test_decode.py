@@ -1,5 +1,6 @@
 """Inputs decoded ahead of the model: in order, each once, in packs within the budget, in memory that comes back."""
 
+import gc
 import itertools
 import mmap
 import multiprocessing
@@ -176,6 +177,12 @@ def test_a_shelf_takes_no_more_than_is_to_be_had(monkeypatch):
     map_at_most(999)
     assert len(Shelf(9, 100).free) == 9
     assert not Shelf(10, 100).free
+
+
+def test_decoding_processes_collect_no_garbage_of_their_parent():
+    """It would copy the parent's memory, page by page, in each of them."""
+    with decoding_pool(torch.device("cpu"), Siglip2PackedImageProcessor(), 1, "processes") as pool:
+        assert pool.submit(gc.get_freeze_count).result() > 10_000
 
 
 def decode_and_wait(held):

@@ -6,6 +6,7 @@ Patches stay 8-bit until they are on the device, a quarter of what would have to
 
 from __future__ import annotations
 
+import gc
 import mmap
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
+from siglip2_packed.formats import decoders
 from siglip2_packed.jpeg import decoder
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
@@ -91,7 +93,7 @@ def decoding_pool(
     workers = workers or cores()
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
-    decoder()  # compared with Pillow here, once for all of them
+    decoder(), decoders()  # compared with Pillow and imported here, once for all of them
     job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
     waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
     return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, job))
@@ -144,6 +146,7 @@ _shelf: Shelf | None = None
 def start_worker(shelf: Shelf) -> None:
     global _shelf
     _shelf = shelf
+    gc.freeze()  # else collecting garbage would write to all that the parent has, and so copy it
     follow_parent()
 
 
