@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 class Jpeg(NamedTuple):
     """A file for the card."""
 
-    data: bytearray
+    data: bytearray | bytes | np.ndarray
     stored: Size
     turn: Image.Transpose | None
 

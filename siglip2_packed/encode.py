@@ -72,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
         chosen: dict[str, Any] = {} if args.max_num_patches is None else {"max_num_patches": args.max_num_patches}
         chosen["decode"] = args.decode or run_before(out).get("decode", "exact")
         processor = Siglip2PackedImageProcessor.from_pretrained(args.ckpt, **chosen)
-        card = card_of(processor, args.device)
         longest = processor.max_num_patches
         if args.patch_budget is None:
             args.patch_budget = max(longest, BUDGETS.get(device.type, BUDGETS["cuda"]))
         if args.patch_budget < longest:
             raise ValueError(f"--patch-budget {args.patch_budget} is less than the {longest} patches an image may have")
         workers = args.workers or max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        # forks before there is a model, while that is quick
+        # forks before there is a card or a model, while that is quick
         with decoding_pool(device, processor, workers, args.decode_in, args.patch_budget) as pool:
+            card = card_of(processor, args.device)
             return encode_inputs(args, out, inputs, processor, card, pool, workers, ranks, lock)
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ from siglip2_packed.card import Card
 from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import DecodingProcesses, decode, decoding_pool
+from siglip2_packed.collection.decode import DecodingProcesses, Shelf, decode, decoding_pool
+from siglip2_packed.formats import DECODE
 from siglip2_packed.inspection.decoding import jpegs
 from siglip2_packed.ray_data import Siglip2PackedEncoder
 
@@ -79,10 +79,32 @@ def test_files_keep_the_state_that_was_read(tmp_path):
     assert [bool(image.error) for image in found] == [False, False, True]
 
 
-def test_files_for_the_card_go_through_no_pipe():
-    for how, kind in (("gpu", ThreadPoolExecutor), ("scaled", DecodingProcesses)):
-        with decoding_pool(torch.device("cuda"), Siglip2PackedImageProcessor(decode=how), 1) as pool:
-            assert type(pool) is kind
+@pytest.mark.parametrize("how", ["paths", "bytes"])
+def test_files_for_the_card_come_by_shared_memory(tmp_path, how):
+    """Those for which there is room; the others come all the same."""
+    processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
+    given = inputs(FILES)
+    if how == "paths":
+        for i, data in enumerate(FILES.values()):
+            (tmp_path / f"{i}").write_bytes(data)
+        given = [item._replace(entry=str(tmp_path / f"{item.ordinal}")) for item in given]
+    sizes = list(map(len, PLAIN.values()))
+    for job in (1 << 20, sum(sizes[:3])):
+        with DecodingProcesses(2, Shelf(9, job)) as pool:
+            memory = np.frombuffer(pool.shelf.memory, np.uint8)
+            found = [image for image in decode(given, processor, pool, 2) if image.jpeg]
+            assert [image.name for image in found] == [name for name in FILES if name in ("hole", *PLAIN)]
+            assert all(bytes(image.jpeg.data) == FILES[image.name] for image in found)
+            shared = [np.shares_memory(image.jpeg.data, memory) for image in found]
+            assert all(shared) if job > sum(sizes) else shared[:4] == [True] * 3 + [False]
+            del found
+            assert sorted(pool.shelf.free) == list(range(9))
+
+
+@pytest.mark.parametrize("how", DECODE)
+def test_beside_a_gpu_processes_read(how):
+    with decoding_pool(torch.device("cuda"), Siglip2PackedImageProcessor(decode=how), 1) as pool:
+        assert type(pool) is DecodingProcesses
 
 
 def test_a_card_goes_with_its_processor(checkpoint):

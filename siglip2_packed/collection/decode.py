@@ -1,7 +1,7 @@
 """Inputs -> decoded images -> packs up to a patch budget, by threads or processes that run ahead of the model.
 
 Patches stay 8-bit until they are on the device, a quarter of what would have to be kept and copied otherwise. With
-`decode="gpu"` only headers are read here; the files go on to the card (cut.py), which makes patches of them.
+`decode="gpu"` files are read here, and their headers; they go on to the card (cut.py), which makes patches of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ PACKS_AHEAD = 4
 READS = 3
 """Of a file that changes under the reader's hands."""
 MOST_SHARED = 4 << 30
-"""Bytes. Images for which there is no room come through the pipe."""
+"""Bytes. What there is no room for goes through the pipe."""
+FILE_SHARED = 4 << 20
+"""Bytes that a file for the card has room for, of those of a job on the average."""
 T = TypeVar("T")
 U = TypeVar("U")
 END = object()
@@ -56,7 +58,7 @@ class DecodedImage(NamedTuple):
     stamp: str = ""
     """Which state of its file this is, see `identity.stamp`."""
     place: slice | None = None
-    """Where its job's memory has the patches, on the way from a process."""
+    """Where its job's memory has the patches, or the file for the card, on the way from a process."""
     jpeg: Jpeg | None = None
     """What the card makes the patches of."""
 
@@ -84,24 +86,26 @@ def decoding_pool(
 ) -> Executor:
     """`workers` (one a core when left out) threads, or processes beside a GPU, for packs of the processor's images.
 
-    Pillow lets go of the GIL where the time goes. What remains, a quarter of a millisecond an image, is nothing to a
-    CPU; at the 2,000 images a second of a GPU it would keep the thread that launches the kernels waiting.
+    Pillow lets go of the GIL where the time goes. What remains, a quarter of a millisecond an image, or a tenth of one
+    where only headers are read, is nothing to a CPU; at the 2,000 images a second of a GPU it would keep the threads
+    waiting that launch kernels, 16 of those that read a millisecond for each.
     """
     if decode_in is None:
-        reads = processor.decode == "gpu"  # and decodes little: not worth a copy of every file through a pipe
-        decode_in = "processes" if not reads and device.type == "cuda" and hasattr(os, "fork") else "threads"
+        decode_in = "processes" if device.type == "cuda" and hasattr(os, "fork") else "threads"
     workers = workers or cores()
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
     decoder(), decoders()  # compared with Pillow and imported here, once for all of them
-    job = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
+    image = processor.max_num_patches * 3 * processor.patch_size**2
+    if processor.decode == "gpu":
+        image = max(image, FILE_SHARED)
     waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
-    return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, job))
+    return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, IMAGES_PER_JOB * image))
 
 
 class Shelf:
-    """Memory that processes share, with places for the patches of a job each. A pipe, which holds 64 KiB and is read by
-    one thread, would take a millisecond an image.
+    """Memory that processes share, with places for what a job takes and gives. A pipe, which holds 64 KiB and is read
+    by one thread, would take a millisecond an image.
     """
 
     def __init__(self, places: int, size: int):
@@ -176,25 +180,40 @@ def decode(
     jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
-    def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], int | None]]:
-        for some in prefetch(by_job(inputs), 2):
-            place = shelf.take()
-            yield partial(read_images, processor, some, place), place
+    def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], np.ndarray | None]]:
+        for some, place, memory in prefetch(by_job(inputs, shelf), 2):
+            yield partial(read_images, processor, some, place), memory
 
-    def give_back(place: int | None) -> None:
-        if place is not None:
-            shelf.free.append(place)
-
-    for images, place in ahead(jobs(), pool, jobs_ahead, give_back):
-        if place is not None:
-            images = from_place(images, shelf.lend(place))
-        yield from images
+    for images, memory in ahead(jobs(), pool, jobs_ahead):
+        yield from images if memory is None else from_place(images, memory)
 
 
-def by_job(inputs: Iterable[Input]) -> Iterator[list[Input]]:
+def by_job(inputs: Iterable[Input], shelf: Shelf) -> Iterator[tuple[list[Input], int | None, np.ndarray | None]]:
+    """(inputs, place on the shelf, memory there) of each job. Of images that are bytes the entry is where they are in
+    the memory, as far as there is room.
+    """
     inputs = iter(inputs)
     while some := list(islice(inputs, IMAGES_PER_JOB)):
-        yield some
+        place = shelf.take()
+        memory = None if place is None else shelf.lend(place)
+        if memory is not None:
+            slices = put([x.entry if isinstance(x.entry, bytes) else None for x in some], memory)
+            some = [x if where is None else x._replace(entry=where) for x, where in zip(some, slices)]  # type: ignore[arg-type]
+        yield some, place, memory
+
+
+def put(data: Iterable[Any], memory: np.ndarray) -> list[slice | None]:
+    """Where in the memory the data is now, one after the other; None where there is no room, or no data."""
+    slices: list[slice | None] = []
+    end = 0
+    for some in data:
+        size = 0 if some is None else memoryview(some).nbytes
+        if 0 < size <= memory.size - end:
+            slices.append(where := slice(end, end := end + size))
+            memory[where] = np.frombuffer(some, np.uint8)
+        else:
+            slices.append(None)
+    return slices
 
 
 def most_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int) -> tuple[int, int]:
@@ -215,29 +234,34 @@ def window(processor: Siglip2PackedImageProcessor, patch_budget: int) -> int:
 
 
 def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[DecodedImage]:
-    images = [read_image(processor, *item) for item in inputs]
-    return images if place is None or _shelf is None else to_place(images, _shelf.at(place))
+    if place is None or _shelf is None:
+        return [read_image(processor, *item) for item in inputs]
+    memory = _shelf.at(place)
+    entries = [memory[x.entry].tobytes() if isinstance(x.entry, slice) else x.entry for x in inputs]
+    return to_place([read_image(processor, *x._replace(entry=entry)) for x, entry in zip(inputs, entries)], memory)
 
 
 def to_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
-    """The images without those patches that are in the memory now, one after the other."""
-    moved, end = [], 0
-    for image in images:
-        if isinstance(image.patches, np.ndarray) and image.patches.size <= memory.size - end:
-            place = slice(end, end := end + image.patches.size)
-            memory[place] = image.patches.reshape(-1)
-            image = image._replace(patches=None, place=place)
-        moved.append(image)
-    return moved
+    """The images without those patches and files that are in the memory now."""
+    places = put([image.patches if image.jpeg is None else image.jpeg.data for image in images], memory)
+    return [
+        image
+        if place is None
+        else image._replace(patches=None, jpeg=image.jpeg and image.jpeg._replace(data=b""), place=place)
+        for image, place in zip(images, places)
+    ]
 
 
 def from_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
-    return [
-        image
-        if image.place is None
-        else image._replace(patches=memory[image.place].reshape(image.length, -1), place=None)
-        for image in images
-    ]
+    def moved(image: DecodedImage) -> DecodedImage:
+        if image.place is None:
+            return image
+        data, image = memory[image.place], image._replace(place=None)
+        if image.jpeg is None:
+            return image._replace(patches=data.reshape(image.length, -1))
+        return image._replace(jpeg=image.jpeg._replace(data=data))
+
+    return list(map(moved, images))
 
 
 def read_image(
@@ -307,15 +331,10 @@ def joined(arrays: list[Any], pin_memory: bool) -> Tensor:
     return patches
 
 
-def ahead(
-    jobs: Iterable[tuple[Callable[[], T], U]],
-    pool: Executor,
-    depth: int,
-    forget: Callable[[U], None] = lambda what: None,
-) -> Iterator[tuple[T, U]]:
+def ahead(jobs: Iterable[tuple[Callable[[], T], U]], pool: Executor, depth: int) -> Iterator[tuple[T, U]]:
     """Results of the jobs, and what came with each, in order; at most `depth` of them begun before they are asked for.
 
-    `forget` is told, once the job is over, what came with each that nobody asked for.
+    What came with a job is kept until it is over, also where nobody asks for it any more.
     """
     begun: deque[tuple[Future[T], U]] = deque()
     try:
@@ -329,7 +348,7 @@ def ahead(
             yield future.result(), what
     finally:
         for future, what in begun:
-            future.add_done_callback(lambda _, what=what: forget(what))  # type: ignore[misc]
+            future.add_done_callback(lambda _, what=what: None)  # type: ignore[misc]
             future.cancel()
 
 
