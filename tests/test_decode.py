@@ -19,6 +19,7 @@ from siglip2_packed.collection.decode import (
     IMAGES_PER_JOB,
     JOBS_PER_WORKER,
     MOST_SHARED,
+    PACKS_READY,
     DecodedImage,
     DecodingProcesses,
     Shelf,
@@ -113,7 +114,7 @@ def test_no_more_patches_are_ahead_than_said(processor, how):
     made = packs(images(), budget, window(processor, budget))
     next(made)
     _, most = most_ahead(processor, 1, budget)
-    assert (next(given) + 3 * budget // processor.max_num_patches) * longest.nbytes <= most
+    assert (next(given) + (PACKS_READY + 1) * budget // processor.max_num_patches) * longest.nbytes <= most
 
 
 @pytest.mark.parametrize("places", [0, 1, 3, 24])

@@ -139,8 +139,8 @@ def test_what_memory_decoding_takes_and_which_dtype_is_faster(checkpoint, photos
     for out, more, told in (("a", [], True), ("a", ["--resume"], False), ("b", ["--dtype", "float32"], False)):
         assert run(checkpoint, photos, tmp_path / out, *flags, *more) == 0
         said = capsys.readouterr().err
-        # (2 workers x 3 jobs + 2) x 8 images and the window's 64, of 16 patches, and 4 packs: 48 bytes a patch
-        assert "ahead of the model: up to 294.9 kB of patches, and 2 images being decoded" in said
+        # (2 workers x 3 jobs + 2) x 8 images and the window's 64, of 16 patches, and 6 packs: 48 bytes a patch
+        assert "ahead of the model: up to 393.2 kB of patches, and 2 images being decoded" in said
         assert ("this CPU has amx: --dtype bfloat16 is about twice as fast as float32" in said) == told
 
 

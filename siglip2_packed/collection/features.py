@@ -18,7 +18,7 @@ from torch import Tensor
 
 from siglip2_packed.card import Card
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import DecodedImage, Pack, cores, decode, packs, prefetch, window
+from siglip2_packed.collection.decode import PACKS_READY, DecodedImage, Pack, cores, decode, packs, prefetch, window
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
@@ -113,7 +113,7 @@ def encode(
 
     # The device gets the next pack before the last one's features are waited for.
     finish: Callable[[], list[EncodedImage]] = list
-    for pack in prefetch(ready, 2, None if card is None else partial(own_stream, model.device)):
+    for pack in prefetch(ready, PACKS_READY, None if card is None else partial(own_stream, model.device)):
         last, finish = finish, launch(model, processor, pack, pooled, patches, meter)
         yield from checked(last())
     yield from checked(finish())
