@@ -6,7 +6,9 @@ that names the change. The model is a stand-in whose features say what they were
 kills a real one.
 """
 
+import contextlib
 import csv
+import gc
 import os
 import shutil
 import sys
@@ -360,3 +362,20 @@ def test_shards_are_numbered_from_the_first_that_is_free(folder, tmp_path):
     check(folder, out)
     assert sorted(path.name for path in out.glob("shard-*")) == [f"shard-0000{i}.safetensors" for i in range(4)]
     assert np.unique([row["shard"] for row in table(out / "index.csv")]).size == 4
+
+
+@pytest.mark.parametrize("ends", [(), KeyboardInterrupt])
+def test_garbage_is_not_looked_for_among_what_was_imported(folder, tmp_path, monkeypatch, ends):
+    spared = []
+
+    def read(source):
+        spared.append(gc.get_freeze_count())
+        if ends:
+            raise ends
+        raise ValueError
+
+    monkeypatch.setattr(Numbers, "read", read)
+    with pytest.raises(ends) if ends else contextlib.nullcontext():
+        encode(folder, tmp_path / "out")
+    assert min(spared) > 10_000
+    assert gc.get_freeze_count() == 0
