@@ -20,6 +20,7 @@ WORKLOADS: dict[str, dict] = {
     "naflex256": {"images": 64, "budgets": [256], "aspect_ratio_max": 2.5},
     "mixed": {"images": 48, "budgets": [64, 144, 256, 576, 1024], "aspect_ratio_max": 2.0},
     "long": {"images": 10, "budgets": [256, 1024, 2304, 4096], "aspect_ratio_max": 2.0},
+    "pages": {"grids": [(1, 48, 48)] * 3 + [(1, 64, 64)] * 3},
     "single256": {"images": 1, "budgets": [256], "aspect_ratio_max": 1.0},
     "video": {"images": 8, "budgets": [196], "aspect_ratio_max": 1.0, "frames": 8},
     "pack1x256": {"grids": [(1, 16, 16)]},
