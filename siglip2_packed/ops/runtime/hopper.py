@@ -27,6 +27,8 @@ from siglip2_packed.ops.runtime.launch import Compiled, device_of, run_compiled
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret
 
 
 @builtin
