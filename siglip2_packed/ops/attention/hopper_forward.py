@@ -4,13 +4,18 @@ Shapes: T rows, S segments, H heads, K head_dim.
 
 A work item is a block of WGS * 64 query rows of one head of one segment. Thread blocks stay resident and draw items
 from the tile scheduler (`hopper_items`). In each, one warp (the producer) brings tiles of 64 rows (`hopper_tiles`),
-running ahead into the next item, and WGS warpgroups (the consumers) have 64 query rows each: S = Q kT, softmax,
-O += P V, one key tile after another. While one waits for its products, others compute.
+running ahead into the next item, and WGS warpgroups (the consumers) have 64 query rows each: S = Q kT, softmax
+(`hopper_softmax`), O += P V, one key tile after another. While one waits for its products, others compute. V has lanes
+of ones, for which O has the row sums of P (`hopper_values`).
 
-A segment's last key tile is moved back to end with the segment and its first rows masked: no row of another segment
-enters a product. In segments shorter than a tile V's rows behind the end are zeroed, because 0 * NaN is NaN.
+A segment's last key tile comes first: it is moved back to end with the segment, and its rows of the tile before are
+masked, ahead of the mainloop, which masks nothing. No row of another segment enters a product. In segments shorter than
+a tile V's rows behind the end are zeroed, because 0 * NaN is NaN.
 
-Results do not depend on the order of the items: they are deterministic.
+The epilogue puts 64 rows where Q was, and the copy engine takes them from there while the next item is computed. It
+would take rows behind the segment, too: where there are fewer, and where `low` is kept, the threads store them.
+
+A row's result depends on its segment alone, and not on the order of the items: results are deterministic.
 """
 
 # mypy: disable-error-code="assignment"
@@ -19,46 +24,49 @@ Results do not depend on the order of the items: they are deterministic.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from siglip2_packed.ops.attention import low_order
 from siglip2_packed.ops.attention.hopper_items import (
     announce,
     announce_end,
     announced,
-    announced_length,
+    consumer_release,
+    consumer_wait,
     messages,
+    next_length,
     pipeline,
     schedule,
     work_counter,
 )
+from siglip2_packed.ops.attention.hopper_softmax import rescaled, row_max, softmax
 from siglip2_packed.ops.attention.hopper_tiles import (
     ACC,
-    ROWS,
     TILES,
     allocate,
-    elements,
-    finished,
     first_lanes,
-    indices,
     load,
     low_part,
-    part,
     parts,
     product,
     tile,
     with_tails,
     within,
-    zero_rows,
-    zeros,
+)
+from siglip2_packed.ops.attention.hopper_values import (
+    VALUES,
+    add_values,
+    allocate_values,
+    load_values,
+    no_values,
+    own_parts,
+    row_sums,
+    store_rows,
+    store_tile,
+    zero_values,
 )
 from siglip2_packed.ops.runtime.base2 import LOG2_E
-from siglip2_packed.ops.runtime.hopper import Launcher, barrier, in_reach
+from siglip2_packed.ops.runtime.hopper import Launcher, in_reach
 from siglip2_packed.ops.runtime.launch import ceil_div, multiprocessors
 
 # WGS: stages of keys and values (K = 64: one more), registers of consumers and of the launch, thread blocks a
@@ -74,7 +82,7 @@ def _load_item(
     source, tiles, pipelines, first, length, head, row, segment, turn, count,
     K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Brings Q of an item, a tile for each warpgroup, then K and V tile by tile."""
+    """Brings Q of an item, a tile for each warpgroup, then K and V tile by tile, the last tile first."""
     q, k, v = source
     q_tiles, k_tiles, v_tiles, message = tiles
     q_pipeline, kv_pipeline = pipelines
@@ -89,13 +97,15 @@ def _load_item(
         active = row + 64 * w < length
         load((q,), first + row + 64 * w, head, lanes, bar, (q_tiles,), WGS * stage + w, K, active)
         mbarrier.arrive(bar, count=1, pred=row + 64 * w >= length)
-    for start in range(0, length, 64):
+    start = (length - 1) // 64 * 64  # of the last key tile
+    for after in range(0, length, 64):
         at = first + within(start, length)
         stage, phase = count % STAGES, count // STAGES % 2
         bar = kv_full.index(stage)
         mbarrier.wait(kv_empty.index(stage), phase ^ 1)
         load((k,), at, head, lanes, bar, (k_tiles,), stage, K)
-        load((v,), at, head, lanes, bar, (v_tiles,), stage, K)
+        load_values(v, at, head, bar, v_tiles, stage, K)
+        start = after
         count += 1
     return count
 
@@ -114,67 +124,64 @@ def _producer(
 
 
 @gluon.jit
+def _scores(q, k_tiles, kv_full, count, STAGES: gl.constexpr):
+    """[64 queries, 64 keys], of the key tile behind `count` others, once it is there."""
+    consumer_wait(kv_full, count, STAGES)
+    return warpgroup_mma_wait(0, [product(q, k_tiles, count % STAGES)])
+
+
+@gluon.jit
 def _mainloop(
     q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2,
     DTYPE: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """O, not yet divided, of 64 queries over all keys of the segment; the rows' maxima and sums; the tiles' count."""
+    """O, not yet divided, of 64 queries over all keys of the segment; m of `hopper_softmax`; the tiles' count."""
     kv_full, kv_empty = kv_pipeline
-    o = zeros(K)  # [64, 64] and [64, 16]
-    m = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, ACC[0]))
-    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, ACC[0]))
-    for start in range(0, length, 64):
-        stage, phase = count % STAGES, count // STAGES % 2
-        mbarrier.wait(kv_full.index(stage), phase)
-        s = warpgroup_mma_wait(0, [product(q, k_tiles, stage)])  # [64 queries, 64 keys]
-        if start + 64 > length:  # keys of the tile before, or behind the segment
-            keys = within(start, length) + gl.arange(0, 64, gl.SliceLayout(0, ACC[0]))
-            s = gl.where(((keys >= start) & (keys < length))[None, :], s, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-        p = gl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = gl.exp2(m - m_new)
-        total = total * alpha + gl.sum(p, 1)
-        m = m_new
-        sums, operands = (), ()
-        for i in gl.static_range(len(o)):
-            rescaled = o[i] * gl.convert_layout(alpha, gl.SliceLayout(1, ACC[i]))[:, None]
-            operand = gl.convert_layout(p.to(DTYPE), gl.DotOperandLayout(0, ACC[i], 2))
-            sums += (warpgroup_mma(operand, part(v_tiles, stage, i), rescaled, is_async=True),)
-            operands += (operand,)
-        o = finished(sums, operands)
-        mbarrier.arrive(kv_empty.index(stage), count=1)
+    s = _scores(q, k_tiles, kv_full, count, STAGES)
+    if length % 64 != 0:  # keys of the tile before, or behind the segment
+        start = length // 64 * 64
+        keys = within(start, length) + gl.arange(0, 64, gl.SliceLayout(0, ACC[0]))
+        s = gl.where(((keys >= start) & (keys < length))[None, :], s, float("-inf"))
+    m = row_max(s) * scale_log2
+    p = gl.exp2(s * scale_log2 - m[:, None])
+    o = add_values(p.to(DTYPE), v_tiles, count % STAGES, no_values(K), K, FIRST=True)  # [64, 64] and its side
+    consumer_release(kv_empty, count, STAGES)
+    count += 1
+    for _ in range(64, length, 64):
+        s = _scores(q, k_tiles, kv_full, count, STAGES)
+        p, m, alpha = softmax(s, m, scale_log2)
+        o = add_values(p.to(DTYPE), v_tiles, count % STAGES, rescaled(o, alpha), K, FIRST=False)
+        consumer_release(kv_empty, count, STAGES)
         count += 1
-    return o, m, total, count
+    return o, m, count
 
 
 @gluon.jit
 def _epilogue(
-    o, m, total, q, q_empty, q_stage, index, out, low, lse, T, row, head, left,
+    o, m, q_tiles, place, out_tiles, out, low, lse, T, row, head, left,
     H: gl.constexpr, K: gl.constexpr, LOW: gl.constexpr,
 ):  # fmt: skip
-    """Stores `left` rows from `row` on, through Q's place in shared memory, in 16-byte pieces."""
+    """Stores `left` rows from `row` on, through Q's place in shared memory."""
     DTYPE: gl.constexpr = out.dtype.element_ty
+    sums = row_sums(o, K)
     rows = gl.arange(0, 64, gl.SliceLayout(1, ACC[0]))
-    gl.store(lse + head.to(gl.int64) * T + row + rows, m + gl.log2(total), mask=rows < left)
-    inverse = 1.0 / total
-    pieces, low_pieces = (), ()
-    for i in gl.static_range(len(o)):
-        x = o[i] * gl.convert_layout(inverse, gl.SliceLayout(1, ACC[i]))[:, None]
-        rounded = x.to(DTYPE)
-        q[i].store(rounded)
-        pieces += (q[i].load(ROWS[i]),)
-        if LOW > 0:
-            q[i].store(low_part(x, rounded, LOW).to(DTYPE, bitcast=True))
-            low_pieces += (q[i].load(ROWS[i]).to(gl.int16, bitcast=True),)
-    fence_async_shared()
-    mbarrier.arrive(q_empty.index(q_stage), count=1)
-    lanes = first_lanes(head, K)
-    at = (row * H + head) * K
-    for i in gl.static_range(len(o)):
-        offsets, real = elements(i, index, at, H * K, lanes[i], left, K)
-        gl.store(out + offsets, pieces[i], mask=real)
-        if LOW > 0:
-            gl.store(low + offsets, low_pieces[i].to(gl.int8), mask=real)
+    gl.store(lse + head.to(gl.int64) * T + row + rows, m + gl.log2(sums), mask=rows < left)
+    inverse = 1.0 / sums
+    at = row.to(gl.int64) * (H * K) + head * K
+    through = own_parts(q_tiles, place, K)  # [64, 64] and [64, 16]
+    x = ()
+    for i in gl.static_range(len(through)):
+        x += (o[i] * gl.convert_layout(inverse, gl.SliceLayout(1, o[i].type.layout))[:, None],)
+        through[i].store(x[i].to(DTYPE))
+    if LOW > 0:
+        store_rows(q_tiles, place, out + at, H * K, head, left, K)
+        for i in gl.static_range(len(through)):
+            through[i].store(low_part(x[i], x[i].to(DTYPE), LOW).to(DTYPE, bitcast=True))
+        store_rows(q_tiles, place, low + at, H * K, head, left, K)
+    elif left >= 64:
+        store_tile(q_tiles, place, out_tiles, row, head, K)
+    else:
+        store_rows(q_tiles, place, out + at, H * K, head, left, K)
 
 
 @gluon.jit
@@ -183,44 +190,37 @@ def _consumer(
     LOW: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 W to 64 W + 63 of every item."""
-    out, low, lse, cu_seqlens, scale_log2, T, S = pack
+    out_tiles, out, low, lse, cu_seqlens, scale_log2, T, S = pack
     DTYPE: gl.constexpr = out.dtype.element_ty
     q_tiles, k_tiles, v_tiles, message = tiles
     q_pipeline, kv_pipeline = pipelines
     q_full, q_empty = q_pipeline
     kv_full, kv_empty = kv_pipeline
-    index = indices(K)  # of what is stored
     turn = 0
     count = 0
-    mbarrier.wait(q_full.index(0), 0)
-    length = announced_length(message, turn)
+    length = next_length(message, q_full, turn)
     while length > 0:
         q_stage = turn % 2
+        tma.store_wait(0)  # of the item before: its place is free
+        mbarrier.arrive(q_empty.index(q_stage ^ 1), count=1, pred=turn > 0)
         first, head, row = announced(message, turn)
         row += 64 * W
         if row < length:
-            q = tile(q_tiles, WGS * q_stage + W)  # [64, 64] and [64, 16]
+            place = WGS * q_stage + W
+            q = tile(q_tiles, place)  # [64, 64] and [64, 16]
             if length < 64:
-                mbarrier.wait(kv_full.index(count % STAGES), count // STAGES % 2)
-                zero_rows((v_tiles,), count % STAGES, length)
-                fence_async_shared()
-                barrier()
-            o, m, total, count = _mainloop(
-                q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2, DTYPE, K, STAGES
-            )
-            _epilogue(
-                o, m, total, q, q_empty, q_stage, index, out, low, lse, T,
-                (first + row).to(gl.int64), head, length - row, H, K, LOW,
-            )  # fmt: skip
+                consumer_wait(kv_full, count, STAGES)
+                zero_values(v_tiles, count % STAGES, length, K)
+            o, m, count = _mainloop(q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2, DTYPE, K, STAGES)
+            _epilogue(o, m, q_tiles, place, out_tiles, out, low, lse, T, first + row, head, length - row, H, K, LOW)
         else:  # the item ends before
             for _ in range(0, length, 64):
-                mbarrier.wait(kv_full.index(count % STAGES), count // STAGES % 2)
-                mbarrier.arrive(kv_empty.index(count % STAGES), count=1)
+                consumer_wait(kv_full, count, STAGES)
+                consumer_release(kv_empty, count, STAGES)
                 count += 1
-            mbarrier.arrive(q_empty.index(q_stage), count=1)
         turn += 1
-        mbarrier.wait(q_full.index(turn % 2), turn // 2 % 2)
-        length = announced_length(message, turn)
+        length = next_length(message, q_full, turn)
+    tma.store_wait(0)
 
     # rows beyond the last segment, in pieces of 8 lanes
     begin = gl.load(cu_seqlens + S).to(gl.int64) * (H * K // 8)
@@ -233,24 +233,25 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["T", "S", "blocks", "slot"], do_not_specialize_on_alignment=["cu_seqlens"])
 def forward_kernel(
-    q, q_tail, k, k_tail, v, v_tail, out, low, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot,
+    q, q_tail, k, k_tail, v, v_tail, o, o_tail, out, low, lse, cu_seqlens, counters, scale_log2, T, S, blocks, slot,
     H: gl.constexpr, K: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     LOW: gl.constexpr,
 ):  # fmt: skip
     """out = softmax(q kT) v, contiguous, and lse; the work counter `counters[slot]` is zero before and after.
 
-    q, k, v are descriptors of [T, H, K] with boxes [64, 1, 64], their tails with [64, 1, 16], or None at K = 64.
+    q, k, v, o are descriptors of [T, H, K] with boxes [64, 1, 64], o of `out`; tails of q and k have [64, 1, 16], of v
+    and o [64, 1, 8], or are None at K = 64.
     LOW: the shift of `low_order`, whose bytes are kept in `low`, contiguous; or 0, and none are. blocks: those of
     max_seqlen rows.
     """
     DTYPE: gl.constexpr = out.dtype.element_ty
     q_tiles = allocate(DTYPE, 2 * WGS, K)  # [2 * WGS, 64, 1, 64] and [2 * WGS, 64, 1, 16]
     k_tiles = allocate(DTYPE, STAGES, K)  # [STAGES, 64, 1, 64] and [STAGES, 64, 1, 16]
-    v_tiles = allocate(DTYPE, STAGES, K)  # the same
+    v_tiles = allocate_values(DTYPE, STAGES, K)  # [STAGES, 64, 1, 64], and sides
     tiles = (q_tiles, k_tiles, v_tiles, messages())
     pipelines = (pipeline(2, WGS, WGS), pipeline(STAGES, 2, WGS))
     fence_async_shared()
-    pack = (out, low, lse, cu_seqlens, scale_log2, T, S)
+    pack = (parts(o, o_tail, K), out, low, lse, cu_seqlens, scale_log2, T, S)
     source = (parts(q, q_tail, K), parts(k, k_tail, K), parts(v, v_tail, K))
     work = (cu_seqlens, counters + slot, S, blocks)
     if WGS == 2:
@@ -297,11 +298,12 @@ def forward(
     S, blocks, (counters, slot) = len(cu_seqlens) - 1, ceil_div(max_seqlen, 64 * WGS), work_counter(q.device)
     (stages, registers, of_launch, resident), shift = RESOURCES[WGS], low_order.shift(out, low)
     numbers = scale * LOG2_E, T, S, blocks, slot, H, K, WGS, stages + (K == 64), registers, shift
-    arguments = *with_tails(q, k, v), out, low, lse, cu_seqlens, counters, *numbers
+    arguments = *with_tails(q, k, v, out), out, low, lse, cu_seqlens, counters, *numbers
     key = q.device, q.dtype, H, K, WGS, shift
     launcher = _launchers.get(key)
     if launcher is None:
-        launcher = Launcher(forward_kernel, arguments, TILES * 3, num_warps=4, maxnreg=of_launch)
+        tiles = *TILES, *TILES, *VALUES, *VALUES
+        launcher = Launcher(forward_kernel, arguments, tiles, num_warps=4, maxnreg=of_launch)
         _launchers[key] = launcher
     items = H * (T // (64 * WGS) + S)  # at most
     launcher((max(1, min(items, resident * multiprocessors(q.device))), 1, 1), arguments)
