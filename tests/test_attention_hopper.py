@@ -320,6 +320,46 @@ def test_forward(on_hopper, lengths, K, dtype):
     assert on_hopper == ["forward"] * 4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("top", [3.0, 6.0, 60.0, 1e4])
+def test_scores_that_grow_or_fall(on_hopper, top, K, dtype):
+    """From tile to tile, by less than it takes for O to be rescaled and by more, in some rows of a warp alone."""
+    lengths, H = [300, 64, 130, 700], 3
+    rows, cu = sum(lengths), offsets(lengths)
+    qkv = random_qkv(rows, H, K, dtype)
+    without_gradients(qkv, cu, 700)  # compiled, checked
+    on_hopper.clear()
+    ramp = torch.cat([torch.linspace(-top, top, n, device=DEVICE) for n in lengths])
+    steep = torch.arange(rows, device=DEVICE) % 3 - 1.0  # falling, even and growing
+    qkv[:, 0, :, 0], qkv[:, 1, :, 0] = steep[:, None] * 8, ramp[:, None] * K**0.5 / 8
+    actual = without_gradients(qkv, cu, 700)
+    assert_close([actual], [loop(*qkv.unbind(1), lengths)], 5e-3 if dtype == torch.bfloat16 else 1e-3)
+    for n, first in zip(lengths, cu.tolist()):
+        alone = without_gradients(qkv[first : first + n].clone(), offsets([n]), 700)
+        assert torch.equal(alone, actual[first : first + n])
+    assert on_hopper == ["forward"] * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [64, 72])
+@pytest.mark.parametrize("keeps", [True, False], ids=["low", ""])
+@pytest.mark.parametrize("WGS", [2, 3])
+def test_values_that_are_all_alike_come_out_as_they_are(on_hopper, WGS, keeps, K, dtype):
+    """Rows are divided by the sum of their weights as these are rounded."""
+    lengths, H = [300, 1, 64, 130, 5], 3
+    rows, cu = sum(lengths), offsets(lengths)
+    q, k, v = random_qkv(rows, H, K, dtype).unbind(1)
+    v = v[:1].expand(rows, H, K).contiguous()
+    out, lse = torch.full_like(v, float("nan")), torch.full((H, rows), float("nan"), device=DEVICE)
+    low = low_order.empty_like(out) if keeps else None
+    hopper_forward.forward(WGS, q, k, v, out, low, lse, cu, 300, K**-0.5)
+    assert torch.equal(out, v) and lse.isfinite().all()
+    assert low is None or low.abs().max() <= 4
+
+
 BACKWARD_PACKS = [
     [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 257, 1024],
     [129, 0, 192, 1, 63, 144],
