@@ -20,7 +20,7 @@ if DRY:
 KERNELS = (
     "forward_kernel", "backward_", "product_kernel", "mlp_kernel", "pool_kernel", "positions_kernel",
     "table_gradient_kernel", "across_kernel", "down_kernel", "fold_kernel", "quantize_kernel", "partial_sums_kernel",
-    "transpose_kernel", "planted_kernel",
+    "transpose_kernel", "begin_kernel", "store_kernel", "planted_kernel",
 )  # fmt: skip
 LENGTHS = [1, 5, 64, 65, 200, 300]
 GROUPS = ("hopper64f", "hopper64b", "hopper72f", "hopper72b", "triton64", "triton72", "products", "rest")
@@ -114,8 +114,8 @@ def say(name, verdict):
 
 def few_blocks():
     """Few thread blocks stay resident, so that each takes many items: pipelines go round."""
-    for name in ("attention.hopper_forward", "attention.hopper_backward", "linear.hopper", "mlp.hopper", "norm.triton",
-                 "mlp.triton", "columns.triton"):  # fmt: skip
+    for name in ("attention.hopper_forward", "attention.hopper_backward", "attention.hopper_one_pass", "linear.hopper",
+                 "mlp.hopper", "norm.triton", "mlp.triton", "columns.triton"):  # fmt: skip
         try:
             module = importlib.import_module(f"siglip2_packed.ops.{name}")
         except Exception as error:
@@ -245,8 +245,9 @@ def main():
     with choice.forced(card=card):
         if group.startswith("hopper"):
             K, direction = int(group[6:8]), {"f": "forward", "b": "backward"}[group[8]]
-            for warpgroups in (2, 3):
-                attention(direction, ("hopper", warpgroups), K, (True, False))
+            launches = [("hopper", 2), ("hopper", 3), *[("hopper_one_pass", 2)] * (direction == "backward")]
+            for launch in launches:
+                attention(direction, launch, K, (True, False))
         elif group.startswith("triton"):
             K, hopper = int(group[6:]), choice.Card("cuda", 90, 132)
             seen = {}
@@ -254,7 +255,7 @@ def main():
                 for direction in ("forward", "backward"):
                     rule = (T, 16, K, longest) if direction == "forward" else (T, 8, 16, K, longest)
                     for launches in getattr(choice, f"attention_{direction}")(hopper, DTYPE, *rule):
-                        if launches[0] != "hopper":
+                        if not launches[0].startswith("hopper"):
                             seen[direction, launches] = None
             for direction, launches in list(seen)[: 2 if DRY else None]:
                 attention(direction, launches, K, (True, False) if launches[0] == "triton" else (False,))

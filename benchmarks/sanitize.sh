@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # compute-sanitizer over own kernels on small shapes; from the repository's root on the GPU machine:
 #   LIMIT=60 AT_ONCE=12 bash benchmarks/sanitize.sh     logs in $OUT/sanitize.tgz; the summary is printed
+#   ONLY="hopper72f hopper72b" ...                      those groups
 # Kernels are compiled by plain runs before, whose cache the tools' runs find. About three minutes at most.
 set -u
 OUT=${OUT:-/tmp/out}; LIMIT=${LIMIT:-60}; AT_ONCE=${AT_ONCE:-12}
@@ -15,7 +16,7 @@ FILTER=--kernel-regex; grep -q -- '--kernel-name ' <<<"$HELP" && FILTER=--kernel
 KERNELS=""; for k in $(python benchmarks/sanitize.py --kernels); do KERNELS="$KERNELS $FILTER kns=$k"; done
 MEM=""; grep -q -- '--padding' <<<"$HELP" && MEM="--padding 4096"
 grep -iE -A1 -- 'warpgroup|wgmma|mbarrier|racecheck-' <<<"$HELP" | head -20
-GROUPS_=$(python benchmarks/sanitize.py --groups)
+GROUPS_=${ONLY:-$(python benchmarks/sanitize.py --groups)}
 start=$SECONDS
 for g in $GROUPS_; do timeout 90 python benchmarks/sanitize.py $g > $LOGS/plain.$g.log 2>&1 & done; wait
 echo "plain runs, compiled: $((SECONDS-start)) s"; grep -hE "^(WRONG|END|NOT HERE|.*Error)" $LOGS/plain.*.log | cut -c1-200 | sort | uniq -c | head -40
