@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # compute-sanitizer over own kernels on small shapes; from the repository's root on the GPU machine:
 #   LIMIT=60 AT_ONCE=12 bash benchmarks/sanitize.sh     logs in $OUT/sanitize.tgz; the summary is printed
-#   ONLY="hopper72f hopper72b" ...                      those groups
+#   ONLY="hopper72f hopper72b" TOOLS=memcheck ...       those groups, by that tool
 # Kernels are compiled by plain runs before, whose cache the tools' runs find. About three minutes at most.
 set -u
 OUT=${OUT:-/tmp/out}; LIMIT=${LIMIT:-60}; AT_ONCE=${AT_ONCE:-12}
@@ -27,7 +27,7 @@ one() {
   echo "rc $? $tool $group" >> $LOGS/rc
 }
 export -f one; export SAN MEM KERNELS LIMIT LOGS
-for t in racecheck memcheck synccheck; do for g in planted $GROUPS_; do echo $t $g; done; done |
+for t in ${TOOLS:-racecheck memcheck synccheck}; do for g in planted $GROUPS_; do echo $t $g; done; done |
   xargs -P $AT_ONCE -L 1 bash -c 'one $0 $1'
 echo "tools: $((SECONDS-start)) s in all"
 python benchmarks/sanitize.py --summary $LOGS 2>&1 | tee $OUT/sanitize.txt
