@@ -1,6 +1,6 @@
 """The softmax of the forward for Hopper, of scores that come tile by tile.
 
-P = exp2(S * scale_log2 - m). The results do not depend on m, which is there for P not to overflow: after the first
+P = exp2(S * scale_log2 - m). But for rounding, results do not depend on m, which keeps P from overflow: after the first
 tile it is raised to a row's maximum only where that is more than GROWTH above it, and O rescaled. P stays within
 2 ** GROWTH, which float16 holds, and is never smaller than with the maximum itself. Each row decides for itself; a warp
 that raises none skips the products.
