@@ -122,6 +122,7 @@ def test_which_packs_are_gone_through_once():
 
     assert [once(T, 4) for T in (0, 3071, 3072, 16384)] == [False, False, True, True]
     assert [once(T, 4, 64) for T in (3072, 6143, 6144)] == [False, False, True]
+    assert [backward(n, T=2000, S=1)[0][0] == "hopper_one_pass" for n in (256, 767, 768)] == [False, False, True]
     assert once(8192, 1, dtype=torch.float16)
     assert backward(128, T=128, S=1)[0][0] == "triton_short"
     assert [name for name, _ in backward(4096, T=4096, S=1, card=Card("cuda", 100, 1))] == ["triton"]

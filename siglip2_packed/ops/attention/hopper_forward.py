@@ -6,7 +6,8 @@ A work item is a block of WGS * 64 query rows of one head of one segment. Thread
 from the tile scheduler (`hopper_items`). In each, one warp (the producer) brings tiles of 64 rows (`hopper_tiles`),
 running ahead into the next item, and WGS warpgroups (the consumers) have 64 query rows each: S = Q kT, softmax
 (`hopper_softmax`), O += P V, one key tile after another. While one waits for its products, others compute. V has lanes
-of ones, for which O has the row sums of P (`hopper_values`).
+of ones, for which O has the row sums of P (`hopper_values`), of P as it is rounded: those of lse are the exact ones
+where backward reads it with `low`, and these where nothing or whole rows of P are read.
 
 A segment's last key tile comes first: it is moved back to end with the segment, and its rows of the tile before are
 masked, ahead of the mainloop, which masks nothing. No row of another segment enters a product. In segments shorter than
@@ -133,9 +134,12 @@ def _scores(q, k_tiles, kv_full, count, STAGES: gl.constexpr):
 @gluon.jit
 def _mainloop(
     q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2,
-    DTYPE: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr,
+    DTYPE: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, EXACT: gl.constexpr,
 ):  # fmt: skip
-    """O, not yet divided, of 64 queries over all keys of the segment; m of `hopper_softmax`; the tiles' count."""
+    """O, not yet divided, of 64 queries over all keys of the segment; m of `hopper_softmax`; the tiles' count.
+
+    And the row sums of P before it is rounded, if EXACT.
+    """
     kv_full, kv_empty = kv_pipeline
     s = _scores(q, k_tiles, kv_full, count, STAGES)
     if length % 64 != 0:  # keys of the tile before, or behind the segment
@@ -144,28 +148,32 @@ def _mainloop(
         s = gl.where(((keys >= start) & (keys < length))[None, :], s, float("-inf"))
     m = row_max(s) * scale_log2
     p = gl.exp2(s * scale_log2 - m[:, None])
+    total = gl.sum(p, 1) if EXACT else m
     o = add_values(p.to(DTYPE), v_tiles, count % STAGES, no_values(K), K, FIRST=True)  # [64, 64] and its side
     consumer_release(kv_empty, count, STAGES)
     count += 1
     for _ in range(64, length, 64):
         s = _scores(q, k_tiles, kv_full, count, STAGES)
         p, m, alpha = softmax(s, m, scale_log2)
+        if EXACT:
+            total = total * alpha + gl.sum(p, 1)
         o = add_values(p.to(DTYPE), v_tiles, count % STAGES, rescaled(o, alpha), K, FIRST=False)
         consumer_release(kv_empty, count, STAGES)
         count += 1
-    return o, m, count
+    return o, m, total, count
 
 
 @gluon.jit
 def _epilogue(
-    o, m, q_tiles, place, out_tiles, out, low, lse, T, row, head, left,
+    o, m, total, q_tiles, place, out_tiles, out, low, lse, T, row, head, left,
     H: gl.constexpr, K: gl.constexpr, LOW: gl.constexpr,
 ):  # fmt: skip
     """Stores `left` rows from `row` on, through Q's place in shared memory."""
     DTYPE: gl.constexpr = out.dtype.element_ty
     sums = row_sums(o, K)
     rows = gl.arange(0, 64, gl.SliceLayout(1, ACC[0]))
-    gl.store(lse + head.to(gl.int64) * T + row + rows, m + gl.log2(sums), mask=rows < left)
+    exact = total if LOW > 0 else sums
+    gl.store(lse + head.to(gl.int64) * T + row + rows, m + gl.log2(exact), mask=rows < left)
     inverse = 1.0 / sums
     at = row.to(gl.int64) * (H * K) + head * K
     through = own_parts(q_tiles, place, K)  # [64, 64] and [64, 16]
@@ -211,8 +219,12 @@ def _consumer(
             if length < 64:
                 consumer_wait(kv_full, count, STAGES)
                 zero_values(v_tiles, count % STAGES, length, K)
-            o, m, count = _mainloop(q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2, DTYPE, K, STAGES)
-            _epilogue(o, m, q_tiles, place, out_tiles, out, low, lse, T, first + row, head, length - row, H, K, LOW)
+            o, m, total, count = _mainloop(
+                q, k_tiles, v_tiles, kv_pipeline, count, length, scale_log2, DTYPE, K, STAGES, LOW > 0
+            )
+            _epilogue(
+                o, m, total, q_tiles, place, out_tiles, out, low, lse, T, first + row, head, length - row, H, K, LOW
+            )
         else:  # the item ends before
             for _ in range(0, length, 64):
                 consumer_wait(kv_full, count, STAGES)

@@ -46,7 +46,7 @@ def begin_kernel(
     H, skt, skh, sot, soh, sgt, sgh,
     K: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """lse and delta of a tile, inf and 0 for rows that are another tile's; zero blocks added; a segment's mean key."""
+    """lse and delta of tiles, inf and 0 for rows that are another tile's; zero blocks added; a segment's mean key."""
     WIDTH: tl.constexpr = min(K, MAIN)
     skt, skh, sot, soh, sgt, sgh = skt * 8, skh * 8, sot * 8, soh * 8, sgt * 8, sgh * 8
     segment, head, block = _place(blocks, H)
@@ -54,26 +54,26 @@ def begin_kernel(
         return
     first = tl.load(cu_seqlens + segment)
     length = tl.load(cu_seqlens + segment + 1) - first
-    start = block * 64
-    if start >= length:
-        return
-    moved = tl.maximum(tl.minimum(start, length - 64), 0)
-    row = (first + moved).to(tl.int64)
-    rows = tl.arange(0, 64)
-    left = length - moved
     main, tail = _cut(head, K, MAIN, TAIL)
-    out += main + head * soh + row * sot
-    low += main + (row * H + head) * K
-    grad += main + head * sgh + row * sgt
-    delta = _row_sums(out, low, grad, sot, H * K, sgt, rows, left, MAIN, WIDTH, LOW)
-    if TAIL > 0:
-        delta += _row_sums(out + tail, low + tail, grad + tail, sot, H * K, sgt, rows, left, TAIL, K - MAIN, LOW)
-    number = head * tiles_of_head + first // 64 + segment + block
-    own = (rows >= start - moved) & (rows < left)
-    e = tl.load(lse + head * T + row + rows, mask=own, other=float("inf"))
-    tl.store(statistics + number * 128 + rows, e)
-    tl.store(statistics + number * 128 + 64 + rows, tl.where(own, delta, 0.0))
-    tl.store(added + number, 0)
+    out += main + head * soh
+    low += main + head * K
+    grad += main + head * sgh
+    number = head * tiles_of_head + first // 64 + segment
+    rows = tl.arange(0, 64)
+    for start in range(block * 64, length, blocks * 64):
+        moved = tl.maximum(tl.minimum(start, length - 64), 0)
+        row = (first + moved).to(tl.int64)
+        left = length - moved
+        o, lo, g = out + row * sot, low + row * (H * K), grad + row * sgt
+        delta = _row_sums(o, lo, g, sot, H * K, sgt, rows, left, MAIN, WIDTH, LOW)
+        if TAIL > 0:
+            delta += _row_sums(o + tail, lo + tail, g + tail, sot, H * K, sgt, rows, left, TAIL, K - MAIN, LOW)
+        own = (rows >= start - moved) & (rows < left)
+        e = tl.load(lse + head * T + row + rows, mask=own, other=float("inf"))
+        tile = number + start // 64
+        tl.store(statistics + tile * 128 + rows, e)
+        tl.store(statistics + tile * 128 + 64 + rows, tl.where(own, delta, 0.0))
+        tl.store(added + tile, 0)
     if block == 0:
         k += main + head * skh + first.to(tl.int64) * skt
         means += (segment * H + head) * K + main
@@ -98,7 +98,7 @@ def store_kernel(
     sums, means, dq, cu_seqlens, scale, T, S, blocks, tiles_of_head,
     H, sdt, sdh, K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile, or zeros beyond the last segment."""
+    """dq of tiles, or zeros beyond the last segment."""
     sdt, sdh = sdt * 8, sdh * 8
     segment, head, block = _place(blocks, H)
     first = tl.load(cu_seqlens + segment)
@@ -107,24 +107,27 @@ def store_kernel(
         _zero(dq + head * sdh, sdt, first + start, T, blocks * 64, K, 128, 64)
         return
     length = tl.load(cu_seqlens + segment + 1) - first
-    if start >= length:
-        return
-    moved = tl.maximum(tl.minimum(start, length - 64), 0)
     rows = tl.arange(0, 64)
-    own = (rows >= start - moved) & (rows < length - moved)
     main = tl.arange(0, 64) + head % 2 * (K - 64)  # lanes, as `hopper_tiles` cuts them
     tail = tl.arange(0, 16) + (64 - head % 2 * ((K - 64) // 8 * K))
     in_head = (tail >= 0) & (tail < K)
-    sums += (head * tiles_of_head + first // 64 + segment + block) * (ROWS * 32)
-    of_tail = _sums(sums + 128 * 32, 16)
-    r = tl.sum(tl.where(in_head[None, :], 0.0, of_tail), 1) / (80 - K)
+    sums += (head * tiles_of_head + first // 64 + segment) * (ROWS * 32)
     means += (segment * H + head) * K
-    of_main = _sums(sums, 64) - r[:, None] * tl.load(means + main)[None, :]
-    dq += head * sdh + (first + moved + rows[:, None]).to(tl.int64) * sdt
-    tl.store(dq + main[None, :], (of_main * scale).to(dq.dtype.element_ty), mask=own[:, None])
-    if K > 64:
-        of_tail -= r[:, None] * tl.load(means + tail, mask=in_head, other=0.0)[None, :]
-        tl.store(dq + tail[None, :], (of_tail * scale).to(dq.dtype.element_ty), mask=own[:, None] & in_head[None, :])
+    dq += head * sdh
+    for start in range(block * 64, length, blocks * 64):
+        moved = tl.maximum(tl.minimum(start, length - 64), 0)
+        own = (rows >= start - moved) & (rows < length - moved)
+        here = sums + tl.cast(start // 64, tl.int64) * (ROWS * 32)
+        of_tail = _sums(here + 128 * 32, 16)
+        r = tl.sum(tl.where(in_head[None, :], 0.0, of_tail), 1) / (80 - K)
+        of_main = _sums(here, 64) - r[:, None] * tl.load(means + main)[None, :]
+        at = dq + (first + moved + rows[:, None]).to(tl.int64) * sdt
+        tl.store(at + main[None, :], (of_main * scale).to(dq.dtype.element_ty), mask=own[:, None])
+        if K > 64:
+            of_tail -= r[:, None] * tl.load(means + tail, mask=in_head, other=0.0)[None, :]
+            tl.store(
+                at + tail[None, :], (of_tail * scale).to(dq.dtype.element_ty), mask=own[:, None] & in_head[None, :]
+            )
 
 
 class Sums(NamedTuple):

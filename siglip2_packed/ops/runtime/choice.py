@@ -308,7 +308,8 @@ def attention_backward(
     counted = max(H * (T // 64 + S), T) <= 2**31 - 2**16  # items and rows, in 32 bits
     if _hopper(card, dtype, K) and max_seqlen > 128 and counted and not _few_rows(card, T, H, max_seqlen):
         two = ("hopper", 3 if max_seqlen <= 192 else 2)
-        return (("hopper_one_pass", 2), two, tiles) if ONE_PASS_LENGTH[K] * S <= T else (two, tiles)
+        long = ONE_PASS_LENGTH[K] <= max_seqlen and ONE_PASS_LENGTH[K] * S <= T
+        return (("hopper_one_pass", 2), two, tiles) if long else (two, tiles)
     return (tiles,)
 
 
