@@ -81,11 +81,12 @@ def attention() -> str:
             f"torch {first.torch}, triton {first.triton}, {first.date}"
         )
         for head_dim in (72, 64):
-            times = attention_times(head_dim, path)
-            lines = [f"| head_dim {head_dim} | {' | '.join(PROVIDERS.values())} |", "|---" * (len(PROVIDERS) + 1) + "|"]
+            times = attention_times(head_dim, path).dropna(axis=1, how="all")
+            names = [PROVIDERS[provider] for provider in times]
+            lines = [f"| head_dim {head_dim} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
             for workload in times.index.unique(level=0):
                 cells = []
-                for provider in PROVIDERS:
+                for provider in times:
                     pair = times.loc[workload][provider].reindex(["forward", "backward"])
                     cells.append("" if pair.isna().any() else " / ".join(f"{x:.0f}" for x in pair))
                 name = workload.removesuffix(f"_k{head_dim}").removeprefix("len")
@@ -239,6 +240,28 @@ def small_packs_times(path: Path) -> pd.DataFrame:
     return times.loc[
         [key for key in itertools.product(rows.workload.unique(), ("forward", "train")) if key in times.index]
     ]
+
+
+def long_segments() -> str:
+    """Training, of ours and of transformers."""
+    lines = []
+    for path in sorted(RESULTS.glob("long_segments_*.csv")):
+        rows = pd.read_csv(path)
+        first = rows.iloc[0]
+        lines.append(
+            f"{first.card}, so400m, {first['dtype']}, training, medians; torch {first.torch}, triton {first.triton}, "
+            f"transformers {first.transformers}, {first.date}\n\n"
+            "| workload | packed | transformers, padded | over transformers | packed GiB | transformers GiB |\n"
+            "|---|---|---|---|---|---|"
+        )
+        rows = rows[rows["mode"] == "train"].pivot(index="workload", columns=["metric", "provider"], values="p50")
+        for workload in (name for name in WORKLOADS if name in rows.index):
+            (ours, theirs), (own, other) = (
+                [rows.loc[workload][metric][name] for name in ("siglip2_packed", "transformers_sdpa_padded")]
+                for metric in ("time", "peak_memory")
+            )
+            lines.append(f"| {workload} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f}x | {own:.1f} | {other:.1f} |")
+    return "\n".join(lines)
 
 
 def small_packs() -> str:
@@ -584,6 +607,7 @@ TABLES = {
     "summary": summary,
     "attention": attention,
     "encoder": encoder,
+    "long_segments": long_segments,
     "small_packs": small_packs,
     "vlm": vlm,
     "cpu_encoder": cpu_encoder,
