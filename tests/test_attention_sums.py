@@ -58,7 +58,7 @@ def inputs(lengths, K, mean=3.0):
 @pytest.mark.parametrize("K", [64, 72])
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
 def test_statistics_of_tiles(lengths, K, longest):
-    """Each row is one tile's own, others are switched off. Whatever max_seqlen: a count left out would be waited for."""
+    """Each row is one tile's own, others are switched off. Whatever max_seqlen: a count left out would be waited on."""
     qkv, grad, out, low, lse = inputs(lengths, K)
     T, cu = len(qkv), offsets(lengths)
     tiles_of_head = T // 64 + len(lengths) + 1
