@@ -77,7 +77,7 @@ def begin_kernel(
     if block == 0:
         k += main + head * skh + first.to(tl.int64) * skt
         means += (segment * H + head) * K + main
-        sample = tl.arange(0, SAMPLE) * length // SAMPLE
+        sample = tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE
         mean = tl.sum(_load(k, skt, sample, length, MAIN, WIDTH).to(tl.float32), 0) / SAMPLE
         tl.store(means + tl.arange(0, MAIN), mean, mask=tl.arange(0, MAIN) < WIDTH)
         if TAIL > 0:
