@@ -3,6 +3,11 @@
 import importlib.util
 import inspect
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +216,24 @@ def test_one_pass_gets_all_its_arguments(launched, monkeypatch, K, keeps):
         first = [sum(lengths[:i]) // 64 + i for i in range(len(lengths))]
         taken = [f + i for f, n in zip(first, lengths) for i in range(-(-n // 64))]
         assert len({*taken}) == len(taken) and max(taken) < 500 // 64 + len(lengths) + 1
+
+
+@pytest.mark.parametrize("K", [pytest.param(64, marks=pytest.mark.slow), 72])
+def test_they_compile_and_fit(K):
+    """For a card that need not be here: by as many thread blocks a multiprocessor as there are to be."""
+    script = Path(__file__).parent / "compiled_attention.py"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, script, str(K)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    forward, _, of_q, of_kv, one_pass = rows = json.loads(run.stdout.splitlines()[-1])
+    assert [name for name, *_ in rows] == ["forward_kernel"] * 2 + ["backward_q", "backward_kv", "backward_kernel"]
+    resident = [hopper_forward.RESOURCES[2][-1]] * 2 + [1, hopper_backward.RESOURCES_KV[-1], 1]
+    for (_, shared, threads, registers, instructions), blocks in zip(rows, resident, strict=True):
+        assert blocks * (shared + 1024) <= 228 << 10 and blocks * threads * registers <= 1 << 16
+        assert {"cp.async.bulk", "m64n64k16"} <= {*instructions}
+    assert ("m64n16k16" if K == 72 else "m64n8k16") in forward[-1]  # where the row sums are
+    assert ("m64n16k16" in of_q[-1]) == ("m64n16k16" in of_kv[-1]) == (K == 72)
+    assert {"m64n16k16", "cp.reduce.async.bulk"} <= {*one_pass[-1]}
 
 
 def test_rows_are_read_where_they_lie_if_the_copy_engine_can():
