@@ -138,7 +138,7 @@ def ours(files, ckpt, device, dtype, decode="exact"):
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
-    on_card = processor.on_card(model.device) if decode == "gpu" else None
+    on_card = processor.on_card(model.device)
     inputs = find_inputs(files)
     settings = {"shard_size": shard_size(False, len(files), 1), "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}

@@ -1,13 +1,15 @@
-"""JPEG files decoded, resized and cut into patches on a GPU (`decode="gpu"`), for a processor or a collection.
+"""Images resized and cut into patches on a GPU, with Pillow's arithmetic, and JPEG files decoded there, too
+(`decode="gpu"`), for a processor or a collection.
 
-    file  ->  its header, on the host  ->  nvJPEG  ->  antialiased resize, rounded to 8 bits (ops.patches)  ->  patches
+    file  ->  its header, on the host  ->  nvJPEG  \
+    pixels on the host  ->  in page-locked memory  ->  pixels on the card  ->  resized (ops.patches)  ->  patches
 
-nvJPEG has a stream of its own. What it decodes is in memory of another, so that no memory comes back to it before all
-who read that memory are done, and nobody waits for them.
+nvJPEG has a stream of its own. What is decoded or copied is in memory of another, so that no memory comes back to it
+before all who read that memory are done, and nobody waits for them.
 
-Only what nvJPEG and libjpeg read alike goes this way, and only whole files: `plain_jpeg` judges that by the header.
-Everything else, and every file of which the card does not give as many pixels as the header says, is its caller's to
-read the exact way. T patches of all files, P patch_dim.
+Only what nvJPEG and libjpeg read alike goes the first way, and only whole files: `plain_jpeg` judges that by the
+header. Everything else, and every file of which the card does not give as many pixels as the header says, is its
+caller's to read the exact way. T patches of all files, P patch_dim.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from siglip2_packed.images import Size, Source, opened, seekable, transposition, turned
-from siglip2_packed.ops.patches import Turn, cutter
+from siglip2_packed.images import Source, Stored, opened, seekable, transposition
+from siglip2_packed.ops.patches import ORDERS, Turn, cutter
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]
 """Files, `[bytes]` uint8 on the host -> their pixels, `[3, height, width]` uint8 on the device."""
 MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
-"""Of Pillow -> of torch, whose antialiasing has the same filters."""
+"""Of Pillow -> of `ops.patches`."""
 PIXELS_AT_ONCE = 28 * 4032 * 3024
 """Of the files of a batch, three bytes each on the card: 0.95 GiB, four photos of 12 megapixels for each of an H100's
 seven decoders. One file of more is a batch of its own."""
@@ -53,24 +55,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class Jpeg(NamedTuple):
-    """A file for the card."""
-
-    data: bytearray | bytes | np.ndarray
-    stored: Size
-    turn: Image.Transpose | None
-
-    @property
-    def size(self) -> Size:
-        """Upright."""
-        return turned(self.stored, self.turn)
-
-    @property
-    def pixels(self) -> int:
-        return self.stored[0] * self.stored[1]
-
-
-def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Jpeg | None:
+def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Stored | None:
     """The file, if it is a JPEG for the card: grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not cut short.
 
     Args:
@@ -92,7 +77,7 @@ def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Jpeg | Non
         file.seek(0)
         del data[file.readinto(data) :]
         whole = data.rfind(END_OF_IMAGE, scan) >= 0  # any before that is a thumbnail's
-        return Jpeg(data, (image.height, image.width), turn) if whole else None
+        return Stored(data, (image.height, image.width), turn) if whole else None
 
 
 def _known(image: Any) -> bool:
@@ -104,9 +89,9 @@ def _known(image: Any) -> bool:
 
 
 class Decoded(NamedTuple):
-    """A batch of files on the card."""
+    """A batch of images on the card."""
 
-    files: list[Jpeg]
+    files: list[Stored]
     grids: list[tuple[int, int]]
     """(h, w) patches of each."""
     pixels: list[Tensor | None]
@@ -116,15 +101,12 @@ class Decoded(NamedTuple):
 
 
 class Card:
-    """Decodes, resizes and cuts JPEG files on a device.
+    """Resizes and cuts images on a device, and decodes JPEG files there.
 
     Args:
         device: where.
         patch_size, resample: the processor's.
-        decode_jpegs: nvJPEG when left out.
-
-    Raises:
-        ValueError: there is no nvJPEG on this device, and why.
+        decode_jpegs: `nvjpeg(device)`; None where images are decoded already.
     """
 
     def __init__(
@@ -135,26 +117,28 @@ class Card:
         decode_jpegs: DecodeJpegs | None = None,
     ):
         self.device, self.patch_size = device, patch_size
-        self.decode_jpegs = decode_jpegs or nvjpeg(device)
-        self.resized = cutter(device, patch_size, MODES[resample])
+        self.decode_jpegs = decode_jpegs
+        self.resized = cutter(device, patch_size, MODES[resample], pillow_order(resample) or ORDERS[0])
         self.stream = _stream(index_of(device)) if device.type == "cuda" else None
         """Whose memory the decoded pixels are."""
         self.decoded = self.refused = 0
         """Files so far."""
         self.said = False
 
-    def patches(self, files: list[Jpeg], grids: list[tuple[int, int]]) -> list[Tensor | None]:
-        """A batch of files and the (h, w) patches of each -> `[h·w, P]` uint8 on the device.
+    def patches(self, files: list[Stored], grids: list[tuple[int, int]]) -> list[Tensor | None]:
+        """A batch of images and the (h, w) patches of each -> `[h·w, P]` uint8 on the device.
 
         None is for one that is to be read the exact way: the card refused it, or has no memory for it.
         """
         return self.cut(self.decode(files, grids))
 
     @torch.no_grad()
-    def decode(self, files: list[Jpeg], grids: list[tuple[int, int]]) -> Decoded:
+    def decode(self, files: list[Stored], grids: list[tuple[int, int]]) -> Decoded:
         """The first half of `patches`, for a thread of its own."""
         with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            pixels = self._decode(files)
+            by_card = iter(self._decode([file for file in files if not file.decoded]))
+            copied = iter(self._copied([file.data for file in files if file.decoded]))
+            pixels = [next(copied if file.decoded else by_card) for file in files]
             ready = None if self.stream is None else self.stream.record_event()
         return Decoded(files, grids, pixels, ready)
 
@@ -170,7 +154,7 @@ class Card:
         there = [i for i, pixels in enumerate(batch.pixels) if pixels is not None]
         found = dict(zip(there, self._cut(batch, there)))
         self.refused += sum(found.get(i) is None for i in range(len(batch.files)))
-        self.decoded += sum(patches is not None for patches in found.values())
+        self.decoded += sum(found.get(i) is not None for i, file in enumerate(batch.files) if not file.decoded)
         return [found.get(i) for i in range(len(batch.files))]
 
     def joined(self, patches: Sequence[np.ndarray | Tensor]) -> Tensor:
@@ -183,10 +167,25 @@ class Card:
     def here(self, patches: np.ndarray | Tensor) -> Tensor:
         return patches if isinstance(patches, Tensor) else torch.tensor(patches, device=self.device)
 
-    def _decode(self, files: list[Jpeg]) -> list[Tensor | None]:
+    def _copied(self, images: list[Any]) -> list[Tensor | None]:
+        """`[height, width, 3]` uint8 on the host -> `[3, height, width]`, on its way to the device, or None."""
+        if not images:
+            return []
+        sizes = [image.size for image in images]
+        try:
+            together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            np.concatenate([image.reshape(-1) for image in images], out=together.numpy())
+            found = together.to(self.device, non_blocking=True).split(sizes)
+        except RuntimeError as error:
+            self._say(error)
+            return [None] * len(images)
+        return [pixels.view(image.shape).permute(2, 0, 1) for pixels, image in zip(found, images)]
+
+    def _decode(self, files: list[Stored]) -> list[Tensor | None]:
         """`[3, height, width]` uint8, as stored, or None."""
         if not files:
             return []
+        assert self.decode_jpegs is not None, "a card that decodes nothing was given a file"
         try:
             found = self.decode_jpegs([torch.frombuffer(file.data, dtype=torch.uint8) for file in files])
         except RuntimeError as error:  # it does not say of which
@@ -217,6 +216,30 @@ class Card:
         if not self.said:  # the first is enough
             self.said = True
             logger.warning("read the exact way, as all that %s refuses: %s", self.device, str(error).splitlines()[0])
+
+
+@lru_cache
+def pillow_order(resample: Image.Resampling) -> str | None:
+    """The order (`ops.patches.pillow`) in which the Pillow that is installed resizes, known by its pixels; None if no
+    order gives them, and the host resizes."""
+    generator = np.random.default_rng(0)
+    sizes = [((61, 27), (20, 14)), ((203, 2), (5, 3)), ((40, 50), (13, 19)), ((5, 7), (16, 16)), ((301, 299), (16, 15))]
+    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size, _ in sizes]
+    theirs = [
+        np.asarray(Image.fromarray(image).resize(resized[::-1], resample)).reshape(-1, 3)
+        for image, (_, resized) in zip(images, sizes)
+    ]
+    given = [torch.from_numpy(image).permute(2, 0, 1) for image in images], [Turn()] * len(sizes)
+    for order in ORDERS:
+        ours = cutter(torch.device("cpu"), 1, MODES[resample], order)(*given, [resized for _, resized in sizes])
+        if np.array_equal(ours.numpy(), np.concatenate(theirs)):
+            return order
+    return None
+
+
+def resizes_exactly(device: torch.device, resample: Image.Resampling) -> bool:
+    """Whether a card of this device gives Pillow's pixels."""
+    return device.type == "cuda" and resample in MODES and pillow_order(resample) is not None
 
 
 def nvjpeg(device: torch.device) -> DecodeJpegs:

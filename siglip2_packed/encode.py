@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from siglip2_packed.card import PIXELS_AT_ONCE, Card
 from siglip2_packed.collection import FORMATS
-from siglip2_packed.collection.decode import cores, decoding_pool, most_ahead
+from siglip2_packed.collection.decode import MOST_SHARED, cores, decoding_pool, most_ahead
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.kept import check_names
@@ -134,7 +134,7 @@ def encode_inputs(
         if ranks.rank == 0:
             say_lacking(inputs)
             say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
-            say_ahead(processor, workers, args.patch_budget)
+            say_ahead(processor, workers, args.patch_budget, card is not None)
             if default:
                 say_faster(device)
         with tqdm(
@@ -194,27 +194,25 @@ def run_before(out: Path) -> dict[str, Any]:
 
 
 def card_of(processor: Siglip2PackedImageProcessor, device: str | None) -> Card | None:
-    """What decodes on the card. Without nvJPEG it is the exact way for all, and said.
+    """What resizes on the card, and decodes there with --decode gpu; if any. Without nvJPEG that is exact, and said.
 
     Raises:
-        ValueError: there is no card.
+        ValueError: it is to decode, and there is none.
     """
-    if processor.decode != "gpu":
-        return None
     where = local_device(device)
-    if where.type != "cuda":
+    if processor.decode == "gpu" and where.type != "cuda":
         raise ValueError(f"--decode gpu needs a CUDA device, this is {where}")
     try:
         return processor.on_card(where)
     except ValueError as error:
         print(f"{error}. All images are decoded the exact way (--decode exact)", file=sys.stderr)
         processor.decode = "exact"
-        return None
+        return processor.on_card(where)
 
 
 def decoded_by(processor: Siglip2PackedImageProcessor, card: Card | None) -> str:
-    if card is None:
-        return f"{processor.decode} (JPEG by {decoder()})"
+    if card is None or processor.decode != "gpu":
+        return f"{processor.decode} (JPEG by {decoder()}{', resized on the card' * (card is not None)})"
     return f"gpu ({card.decoded} on the card, {card.refused} refused by it)"
 
 
@@ -307,12 +305,13 @@ def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], arg
     print(f"to write: up to {size(need)} of {dtype}{why}; free there: {size(free)}{warn}", file=sys.stderr)
 
 
-def say_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int) -> None:
+def say_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int, by_card: bool) -> None:
     """What memory decoding takes at most."""
-    files, patches = most_ahead(processor, workers, patch_budget)
-    if processor.decode == "gpu":
+    images, patches = most_ahead(processor, workers, patch_budget, by_card)
+    if by_card:
+        what = "files" if processor.decode == "gpu" else f"images, {size(MOST_SHARED)} of pixels"
         pixels = f"{size(2 * 3 * PIXELS_AT_ONCE)} of pixels and {size(patches)} of patches on the card"
-        print(f"ahead of the model: up to {files} files; {pixels}", file=sys.stderr)
+        print(f"ahead of the model: up to {images} {what}; {pixels}", file=sys.stderr)
     else:
         print(
             f"ahead of the model: up to {size(patches)} of patches, and {workers} images being decoded", file=sys.stderr

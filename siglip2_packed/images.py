@@ -78,6 +78,29 @@ class Scaled(NamedTuple):
         return upright(image.resize((width, height), resample, self.box), self.turn)
 
 
+class Stored(NamedTuple):
+    """An image as its file stores it, for a card."""
+
+    data: bytearray | bytes | np.ndarray
+    """A JPEG file; or pixels, `[height, width, 3]` uint8."""
+    stored: Size
+    turn: Image.Transpose | None
+    decoded: bool = False
+
+    @property
+    def size(self) -> Size:
+        """Upright."""
+        return turned(self.stored, self.turn)
+
+    @property
+    def pixels(self) -> int:
+        return self.stored[0] * self.stored[1]
+
+
+Allocate = Callable[[int], "np.ndarray | None"]
+"""So many bytes of memory, uint8, or None if there is no room."""
+
+
 def image_items(images: Any) -> list[list[Frame]]:
     """What a caller passes as `images` -> the frames of each: one, or several for a video."""
     if images is None:
@@ -238,6 +261,18 @@ def decode(source: Source, resized: Callable[[int, int], Size] | None = None) ->
             image.load()
             pixels = image
         return (pixels if scaled else upright(pixels, transposition(image))), scaled
+
+
+def plain_pixels(source: Source, resized: Callable[[int, int], Size] | None, allocate: Allocate) -> Stored | None:
+    """An RGB image in a JPEG file, decoded straight into the memory; or None: `read_rgb` can do it."""
+    with opened(source) as image:
+        if image is source or image.mode != "RGB" or (resized and _draft(image, resized)):
+            return None
+        size = image.height, image.width
+        room = allocate(3 * size[0] * size[1])
+        if room is None or not jpeg.decode_rgb(image, room.reshape(*size, 3)):
+            return None
+        return Stored(room.reshape(*size, 3), size, transposition(image), decoded=True)
 
 
 def _draft(image: Image.Image, resized: Callable[[int, int], Size]) -> Scaled | None:

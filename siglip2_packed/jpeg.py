@@ -30,12 +30,27 @@ def decode(image: Image.Image) -> Image.Image | None:
     Args:
         image: just opened from a file, perhaps with a draft, and not loaded.
     """
-    compared = image.mode == "L" or (image.mode == "RGB" and JpegImagePlugin.get_sampling(image) >= 0)
-    if image.format not in FORMATS or not compared or decoder() != "simplejpeg":
+    if image.mode not in LAYOUTS or not _compared(image):
         return None
+    pixels = _decode(_file(image), LAYOUTS[image.mode], image.size)
+    return None if pixels is None else _as_image(pixels, image.mode)
+
+
+def decode_rgb(image: Image.Image, out: np.ndarray) -> bool:
+    """`image.load()` of an RGB image into `[height, width, 3]` uint8; False if only that can tell its pixels."""
+    return image.mode == "RGB" and _compared(image) and _decode(_file(image), "RGB", image.size, out) is not None
+
+
+def _compared(image: Image.Image) -> bool:
+    """Whether it is of the kinds of files that were compared."""
+    sampled = image.mode == "L" or JpegImagePlugin.get_sampling(image) >= 0
+    return image.format in FORMATS and sampled and decoder() == "simplejpeg"
+
+
+def _file(image: Image.Image) -> bytes:
     file: Any = image.fp  # type: ignore[attr-defined]
     file.seek(0)
-    return _decode(file.read(), image.mode, image.size)
+    return file.read()
 
 
 @lru_cache
@@ -57,24 +72,25 @@ def decoder() -> str:
     return "Pillow" if difference else "simplejpeg"
 
 
-def _decode(data: bytes, mode: str, size: tuple[int, int]) -> Image.Image | None:
+def _decode(data: bytes, layout: str, size: tuple[int, int], out: np.ndarray | None = None) -> np.ndarray | None:
+    """`[height, width, c]` uint8, or None."""
     import simplejpeg
 
     width, height = size
     try:  # the smallest of the file's scales that gives this size is the one that has it, if a draft chose it
-        pixels = simplejpeg.decode_jpeg(data, LAYOUTS[mode], min_height=height, min_width=width)
+        pixels = simplejpeg.decode_jpeg(data, layout, min_height=height, min_width=width, buffer=out)
     except ValueError:  # damaged, cut short, of a kind that it does not know
         return None
-    if pixels.shape[:2] != (height, width):
-        return None
-    return Image.frombuffer("L", size, pixels, "raw", "L", 0, 1) if mode == "L" else _handed_over(pixels)
+    return pixels if pixels.shape[:2] == (height, width) else None
 
 
-def _handed_over(pixels: np.ndarray) -> Image.Image:
-    """`[h, w, 4]` uint8 -> an RGB image in the same memory."""
+def _as_image(pixels: np.ndarray, mode: str) -> Image.Image:
+    """`[h, w, 4]` or `[h, w, 1]` uint8 -> an image of mode RGB or L, in the same memory."""
+    height, width, _ = pixels.shape
+    if mode == "L":
+        return Image.frombuffer("L", (width, height), pixels, "raw", "L", 0, 1)
     import pyarrow as pa
 
-    height, width, _ = pixels.shape
     array = pa.Array.from_buffers(pa.uint32(), height * width, [None, pa.py_buffer(pixels)])
     return Image.fromarrow(array, "RGB", (width, height))
 
@@ -98,10 +114,13 @@ def _differences() -> dict[str, int]:
         for scale in (1, 2, 4, 8):
             theirs = JpegImagePlugin.JpegImageFile(io.BytesIO(buffer.getvalue()))  # whatever Image.MAX_IMAGE_PIXELS is
             theirs.draft(None, (drawn.width // scale, drawn.height // scale))
-            ours = _decode(buffer.getvalue(), theirs.mode, theirs.size)
-            found[f"{kind}, 1/{scale}"] = 255 if ours is None else _difference(ours, theirs)
+            ours = _decode(buffer.getvalue(), LAYOUTS[theirs.mode], theirs.size)
+            found[f"{kind}, 1/{scale}"] = 255 if ours is None else _difference(_as_image(ours, theirs.mode), theirs)
+            if theirs.mode == "RGB":
+                three = _decode(buffer.getvalue(), "RGB", theirs.size)
+                found[f"{kind}, 1/{scale}, three bytes"] = 255 if three is None else _difference(three, theirs)
     return found
 
 
-def _difference(a: Image.Image, b: Image.Image) -> int:
+def _difference(a: Any, b: Any) -> int:
     return int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max())

@@ -21,7 +21,19 @@ from einops import rearrange
 from PIL import Image
 
 from siglip2_packed import card
-from siglip2_packed.images import Frame, Size, Source, image_items, read_rgb, source_name, video_items
+from siglip2_packed.images import (
+    Allocate,
+    Frame,
+    Scaled,
+    Size,
+    Source,
+    Stored,
+    image_items,
+    plain_pixels,
+    read_rgb,
+    source_name,
+    video_items,
+)
 from siglip2_packed.packing import PackedPatches
 from siglip2_packed.processor_files import (
     SETTINGS,
@@ -205,7 +217,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         threads = self._threads(len(jobs))
         gpu = self.on_card(torch.device("cuda")) if self.decode == "gpu" else None
 
-        def read(frame: Frame, whole: bool = gpu is None) -> _Patches | card.Jpeg | ValueError:
+        def read(frame: Frame, whole: bool = gpu is None) -> _Patches | Stored | ValueError:
             try:
                 file = None if whole else card.plain_jpeg(frame.source, self.do_convert_rgb)
                 return self._read(frame, input_data_format) if file is None else file
@@ -271,6 +283,30 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         assert frame.patches.dtype == np.uint8, "read() is for processors that resize and rescale"
         return frame.patches, frame.grid
 
+    def read_for_card(
+        self, source: Source, allocate: Allocate
+    ) -> tuple[np.ndarray | torch.Tensor | Stored, tuple[int, int]]:
+        """One image, a path or bytes -> (it as it is stored, for `on_card`, (h, w)), or what `read` gives.
+
+        Args:
+            allocate: gives memory for its pixels; where there is none they are resized here.
+
+        Raises:
+            ValueError: with the reason why it cannot be used.
+        """
+        stored = card.plain_jpeg(source, self.do_convert_rgb) if self.decode == "gpu" else None
+        stored = stored or plain_pixels(source, self._draft, allocate)
+        if stored is None:
+            image, factor, scaled = self._decoded(Frame(source, ""), None)
+            room = None if scaled else allocate(3 * image.height * image.width)
+            if room is None:
+                frame = self._cut(image, factor, scaled)
+                return frame.patches, frame.grid
+            pixels = room.reshape(image.height, image.width, 3)
+            np.copyto(pixels, np.asarray(image))
+            stored = Stored(pixels, pixels.shape[:2], None, decoded=True)
+        return stored, self.grid(*stored.size)
+
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """`[T, P]` uint8 patches of `read` -> float32 on their device, bit for bit what calling the processor gives."""
         scaled = (patches.double() * self.rescale_factor).float()
@@ -279,13 +315,20 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         mean, std = (_constant(x, patches.device) for x in (self.image_mean, self.image_std))
         return scaled.view(len(patches), patches.shape[1] // 3, 3).sub_(mean).div_(std).view_as(patches)
 
-    def on_card(self, device: torch.device) -> card.Card:
-        """What decodes JPEG files on this device. Raises ValueError where there is no nvJPEG, and says why."""
-        return card.Card(device, self.patch_size, self.resample)
+    def on_card(self, device: torch.device) -> card.Card | None:
+        """What resizes and cuts images on this device, and with `decode="gpu"` decodes them; None if the host does.
+
+        Raises:
+            ValueError: there is no nvJPEG, and why.
+        """
+        if self.decode == "gpu":
+            return card.Card(device, self.patch_size, self.resample, card.nvjpeg(device))
+        exactly = card.resizes_exactly(device, self.resample)
+        return card.Card(device, self.patch_size, self.resample) if exactly else None
 
     def _cut_jpegs(self, gpu: card.Card, results: dict[Any, Any], exactly: Callable[[Any], Any]) -> None:
         """Puts patches in the place of files for the card; by `exactly` of those that it does not take."""
-        files = [(key, file, self.grid(*file.size)) for key, file in results.items() if isinstance(file, card.Jpeg)]
+        files = [(key, file, self.grid(*file.size)) for key, file in results.items() if isinstance(file, Stored)]
         for batch in card.batches(files, lambda job: job[1].pixels):
             cut = gpu.patches([file for _, file, _ in batch], [grid for _, _, grid in batch])
             for (key, file, grid), patches in zip(batch, cut):
@@ -293,21 +336,26 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
                 results[key] = exactly(key) if patches is None else _Patches(patches, *scaled)
 
     def _read(self, frame: Frame, input_data_format: str | None) -> _Patches:
-        image, factor, scaled = read_rgb(
+        return self._cut(*self._decoded(frame, input_data_format))
+
+    def _decoded(self, frame: Frame, input_data_format: str | None) -> tuple[Any, float, Scaled | None]:
+        """See `read_rgb`."""
+        return read_rgb(
             frame.source,
             input_data_format=input_data_format,
             do_convert_rgb=self.do_convert_rgb,
             value_range=frame.value_range,
             keep_float=not self.do_resize,
             unit_only=not self.do_rescale,
-            resized=self._resized if self.decode == "scaled" else None,
+            resized=self._draft,
         )
+
+    def _cut(self, image: Any, factor: float, scaled: Scaled | None) -> _Patches:
         stored = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
         height, width = scaled.size if scaled else stored
 
         p, (h, w) = self.patch_size, self.grid(height, width)
         if self.do_resize:
-            assert isinstance(image, Image.Image)
             size = (h * p, w * p)
             image = scaled.resize(image, size, self.resample) if scaled else image.resize(size[::-1], self.resample)
 
@@ -315,9 +363,15 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         scale = factor * (self.rescale_factor if self.do_rescale else 1 / 255)
         return _Patches(patches, scale, (h, w), (height, width))
 
-    def _resized(self, height: int, width: int) -> Size:
-        h, w = self.grid(height, width)
-        return h * self.patch_size, w * self.patch_size
+    @property
+    def _draft(self) -> Callable[[int, int], Size] | None:
+        """(height, width) -> what they are resized to, where a file may be decoded at a scale of its own."""
+
+        def resized(height: int, width: int) -> Size:
+            h, w = self.grid(height, width)
+            return h * self.patch_size, w * self.patch_size
+
+        return resized if self.decode == "scaled" else None
 
     def _normalize(self, frame: _Patches, out: np.ndarray) -> None:
         # Bit for bit transformers' arithmetic: scaled in float64, rounded to float32, normalised in float32.

@@ -84,7 +84,7 @@ class Siglip2PackedEncoder:
         if pooled and not hasattr(model, "head"):
             raise ValueError(f"pooled=True: {str(ckpt)!r} has no pooling head")
         self.model = replayed(model.to(pick_device(device)).eval(), patch_budget)
-        self.card = self.processor.on_card(self.model.device) if decode == "gpu" else None
+        self.card = self.processor.on_card(self.model.device)
         self.width = model.config.hidden_size
         self.column, self.pooled, self.patches, self.patch_budget = column, pooled, patches, patch_budget
         self.pool = decoding_pool(self.model.device, self.processor, workers, decode_in, patch_budget)

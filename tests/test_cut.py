@@ -22,7 +22,7 @@ from siglip2_packed.card import Card
 from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import DecodingProcesses, Shelf, decode, decoding_pool
+from siglip2_packed.collection.decode import DecodingProcesses, Shelf, decode, decoded, decoding_pool
 from siglip2_packed.formats import DECODE
 from siglip2_packed.inspection.decoding import jpegs
 from siglip2_packed.ray_data import Siglip2PackedEncoder
@@ -45,12 +45,12 @@ def test_images_are_cut_in_their_order(monkeypatch, decode_in, at_once):
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
     found_card = Card(CPU, 4, processor.resample, refuse_progressive)
     with decoding_pool(CPU, processor, 2, decode_in) as pool:
-        found = list(cut(decode(inputs(FILES), processor, pool, 2), processor, found_card))
+        found = list(cut(decode(inputs(FILES), processor, pool, 2, by_card=True), processor, found_card))
     assert [(image.ordinal, image.name) for image in found] == list(enumerate(FILES))
     exact = Siglip2PackedImageProcessor(**SETTINGS)
     by_card = 0
     for image, data in zip(found, FILES.values()):
-        assert image.jpeg is None
+        assert image.stored is None
         if image.name in BROKEN:
             assert image.patches is None and image.error
             continue
@@ -65,6 +65,53 @@ def test_images_are_cut_in_their_order(monkeypatch, decode_in, at_once):
     assert found_card.refused == 1
 
 
+@pytest.mark.parametrize("room", [4 << 20, 100_000, 1])
+@pytest.mark.parametrize("decode_in", DECODE_IN)
+@pytest.mark.parametrize("how", ["exact", "scaled"])
+def test_pixels_are_resized_by_the_card_to_what_the_host_makes(how, decode_in, room):
+    """Those for which there is room; patches of the others come as they did."""
+    files = {**FILES, "large": jpeg(photograph((640, 480))), "tall": jpeg(photograph((30, 700)))}
+    processor = Siglip2PackedImageProcessor(**SETTINGS, decode=how)
+    found_card = Card(CPU, 4, processor.resample)
+    cuts, resized = [], found_card.resized
+    found_card.resized = lambda images, *rest: cuts.extend(images) or resized(images, *rest)
+    pool = DecodingProcesses(2, Shelf(9, room)) if decode_in == "processes" else decoding_pool(CPU, processor, 2)
+    with pool:
+        found = list(cut(decode(inputs(files), processor, pool, 2, by_card=True), processor, found_card))
+        if decode_in == "processes":
+            assert sorted(pool.shelf.free) == list(range(9))
+    assert [(image.ordinal, image.name) for image in found] == list(enumerate(files))
+    for image, data in zip(found, files.values()):
+        if image.name in BROKEN:
+            assert image.patches is None and image.error == decoded(processor, 0, "", data).error != ""
+            continue
+        patches, grid = processor.read(data)
+        assert image.error == "" and image.grid == grid
+        assert isinstance(image.patches, torch.Tensor) and np.array_equal(image.patches.numpy(), patches)
+    roomy = decode_in == "threads" or room > 1e6
+    assert (len(cuts) == len(files) - len(BROKEN)) == (roomy and how == "exact")  # `scaled` leaves drafts to the host
+    assert (len(cuts) > 0) == (roomy or room > 1)
+    assert (found_card.decoded, found_card.refused) == (0, 0)
+
+
+def test_pixels_that_the_card_has_no_room_for_are_resized_on_the_host(caplog):
+    processor = Siglip2PackedImageProcessor(**SETTINGS)
+    found_card = Card(CPU, 4, processor.resample)
+    resized = found_card.resized
+
+    def no_large(images, *rest):
+        if any(image.shape[1] > 100 for image in images):
+            raise torch.OutOfMemoryError("out of memory")
+        return resized(images, *rest)
+
+    found_card.resized = no_large
+    with decoding_pool(CPU, processor, 2) as pool:
+        found = list(cut(decode(inputs(PLAIN), processor, pool, 2, by_card=True), processor, found_card))
+    assert all(np.array_equal(image.patches, processor.read(PLAIN[image.name])[0]) for image in found)
+    assert found_card.refused == len(PLAIN) - 1  # "small"
+    assert caplog.text.count("read the exact way") == 1
+
+
 def test_files_keep_the_state_that_was_read(tmp_path):
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
     paths = []
@@ -73,7 +120,7 @@ def test_files_keep_the_state_that_was_read(tmp_path):
         paths[-1].write_bytes(FILES[kind])
     some = [item._replace(entry=str(path)) for item, path in zip(inputs(dict.fromkeys(map(str, paths))), paths)]
     with decoding_pool(CPU, processor, 2) as pool:
-        found = list(cut(decode(some, processor, pool, 2), processor, Card(CPU, 4, 2, refuse_progressive)))
+        found = list(cut(decode(some, processor, pool, 2, True), processor, Card(CPU, 4, 2, refuse_progressive)))
     for image, path in zip(found, paths):
         assert image.stamp == f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
     assert [bool(image.error) for image in found] == [False, False, True]
@@ -92,10 +139,14 @@ def test_files_for_the_card_come_by_shared_memory(tmp_path, how):
     for job in (1 << 20, sum(sizes[:3])):
         with DecodingProcesses(2, Shelf(9, job)) as pool:
             memory = np.frombuffer(pool.shelf.memory, np.uint8)
-            found = [image for image in decode(given, processor, pool, 2) if image.jpeg]
+            found = [
+                image
+                for image in decode(given, processor, pool, 2, by_card=True)
+                if image.stored and not image.stored.decoded
+            ]
             assert [image.name for image in found] == [name for name in FILES if name in ("hole", *PLAIN)]
-            assert all(bytes(image.jpeg.data) == FILES[image.name] for image in found)
-            shared = [np.shares_memory(image.jpeg.data, memory) for image in found]
+            assert all(bytes(image.stored.data) == FILES[image.name] for image in found)
+            shared = [np.shares_memory(image.stored.data, memory) for image in found]
             assert all(shared) if job > sum(sizes) else shared[:4] == [True] * 3 + [False]
             del found
             assert sorted(pool.shelf.free) == list(range(9))
@@ -110,7 +161,7 @@ def test_beside_a_gpu_processes_read(how):
 def test_a_card_goes_with_its_processor(checkpoint):
     model = Siglip2PackedVisionModel.from_pretrained(checkpoint()).eval()
     processor = Siglip2PackedImageProcessor.from_pretrained(checkpoint(), decode="gpu")
-    with decoding_pool(CPU, processor, 2) as pool, pytest.raises(ValueError, match="goes with decode='gpu'"):
+    with decoding_pool(CPU, processor, 2) as pool, pytest.raises(ValueError, match="decode='gpu' needs a card"):
         next(features.encode(model, processor, inputs(PLAIN), pool))
 
 
@@ -258,6 +309,7 @@ def test_a_card_that_is_not_there(checkpoint, photos, tmp_path, capsys, monkeypa
     assert not (tmp_path / "out" / "run.json").exists()
     monkeypatch.setattr(encode, "local_device", lambda name: torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setattr(card, "resizes_exactly", lambda *_: False)
     processor = Siglip2PackedImageProcessor(decode="gpu")
     assert encode.card_of(processor, None) is None
     assert processor.decode == "exact"

@@ -1,11 +1,20 @@
-"""Images resized and cut by the kernel: those of one by one."""
+"""Images resized and cut on a device: to the pixels of Pillow, bit for bit."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
+from PIL import Image
 
-from siglip2_packed.ops.patches import CUT, Turn, cutter
+from siglip2_packed import card
+from siglip2_packed.ops.patches import CUT, ORDERS, Turn
+from siglip2_packed.ops.patches.pillow import height_first
 
 CPU = torch.device("cpu")
+MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+PATCH = 4
 
 
 def noise(*size, seed=0):
@@ -13,38 +22,111 @@ def noise(*size, seed=0):
     return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_patches_of_many_images_are_those_of_each(mode):
-    """Smaller, larger, of the same size, of one pixel a side; read in place whatever their strides; turned."""
+def by_pillow(image, grid, mode, patch=PATCH):
+    h, w = grid
+    resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((w * patch, h * patch), MODES[mode])
+    return rearrange(np.asarray(resized), "(h py) (w px) c -> (h w) (py px c)", py=patch, px=patch)
+
+
+SIZES = [(13, 19), (8, 32), (1, 256), (256, 1), (1, 1), (37, 20), (20, 37), (211, 2), (2, 211), (199, 101), (101, 199)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("levels", ["noise", "black and white"])
+def test_pixels_are_pillow_s(mode, levels):
+    """Smaller, larger, of the same size, of one side alone."""
+    rng = random.Random(0)
+    cases = [(size, (h, w)) for size in SIZES for h, w in ((2, 3), (5, 1), (1, 9), (13, 8))]
+    cases += [((rng.randint(1, 90), rng.randint(1, 90)), (rng.randint(1, 9), rng.randint(1, 9))) for _ in range(100)]
+    images, grids = [noise(*size, seed=i) for i, (size, _) in enumerate(cases)], [grid for _, grid in cases]
+    if levels == "black and white":  # bicubic goes beyond both
+        images = [(image > 127).to(torch.uint8) * 255 for image in images]
+    found = CUT.of("eager")(images, [Turn()] * len(cases), grids, PATCH, mode, card.pillow_order(MODES[mode]))
+    expected = np.concatenate([by_pillow(image, grid, mode) for image, grid in zip(images, grids)])
+    assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), expected)
+
+
+def test_the_order_is_the_installed_pillow_s(monkeypatch):
+    """Another Pillow is known by its pixels; one of pixels that no order gives resizes on the host."""
+    installed = tuple(map(int, Image.__version__.split(".")[:2]))
+    expected = ORDERS[(installed >= (12, 2)) + (installed >= (13, 0))]
+    assert {card.pillow_order(resample) for resample in MODES.values()} == {expected}
+    resize = Image.Image.resize
+
+    def width_first(self, size, resample):
+        return resize(resize(self, (size[0], self.height), resample), size, resample)
+
+    def tall_by_height(self, size, resample):
+        one = (self.width, size[1]) if self.height > 100 * self.width else (size[0], self.height)
+        return resize(resize(self, one, resample), size, resample)
+
+    def another(self, size, resample):
+        return resize(self, size, resample).point(lambda level: level ^ 1)
+
+    for pillow, order in ((width_first, ORDERS[0]), (tall_by_height, ORDERS[1]), (another, None)):
+        monkeypatch.setattr(Image.Image, "resize", pillow)
+        card.pillow_order.cache_clear()
+        assert card.pillow_order(MODES["bilinear"]) == order
+        assert card.resizes_exactly(torch.device("cuda"), MODES["bilinear"]) == (order is not None)
+    card.pillow_order.cache_clear()
+    assert not card.resizes_exactly(CPU, MODES["bilinear"])
+    assert not card.resizes_exactly(torch.device("cuda"), Image.Resampling.LANCZOS)
+
+
+def test_orders():
+    _, tall, shrinks = ORDERS
+    cases = {((500, 20), (5, 2)): (shrinks,), ((501, 20), (5, 2)): (tall, shrinks), ((501, 600), (5, 2)): ()}
+    cases |= {((40, 20), (20, 10)): (), ((41, 20), (20, 10)): (shrinks,), ((40, 41), (5, 9)): ()}
+    for (height, width), expected in cases.items():
+        assert tuple(order for order in ORDERS if height_first(order, height, width)) == expected, (height, width)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_kernel_s_patches_are_those_of_each_image(mode, order):
+    """Read in place whatever their strides; turned; planes or pixels apart."""
     whole = noise(13, 40)
     images = [whole, whole[:, 2:, 3:22], noise(5, 3, seed=1), noise(1, 9, seed=2), noise(1, 1, seed=3), noise(8, 12)]
-    turns = [Turn(), Turn(down=True), Turn(sideways=True, across=True), Turn(True, True, True), Turn(), Turn(True)]
-    grids = [(2, 3), (1, 4), (3, 1), (1, 2), (2, 2), (3, 2)]
-    found = CUT.of("triton")(images, turns, grids, 4, mode)
-    expected = torch.cat([cutter(CPU, 4, mode)(*([x] for x in one)) for one in zip(images, turns, grids)])
-    difference = (found.int() - expected.int()).abs()
-    assert found.dtype == torch.uint8 and found.shape == expected.shape == (25, 48)
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02  # where one is a half
-    assert len(found.unique(dim=0)) > 20
+    images += [noise(31, 23, seed=4).permute(1, 2, 0).contiguous().permute(2, 0, 1), noise(203, 2, seed=5)]
+    turns = [Turn(i & 1 == 1, i & 2 == 2, i & 4 == 4) for i in range(len(images))]
+    grids = [(2, 3), (1, 4), (3, 1), (1, 2), (2, 2), (3, 2), (2, 4), (1, 2)]
+    arguments = PATCH, mode, order
+    found = CUT.of("triton")(images, turns, grids, *arguments)
+    each = [CUT.of("eager")([x], [turn], [grid], *arguments) for x, turn, grid in zip(images, turns, grids)]
+    assert found.dtype == torch.uint8 and torch.equal(found, torch.cat(each))
+    assert len(found.unique(dim=0)) > 30
+
+
+def test_a_kernel_one_level_off_is_found_wrong(monkeypatch):
+    from siglip2_packed.ops.patches import triton
+
+    right = triton.cut
+
+    def nearly(*arguments):
+        patches = right(*arguments)
+        patches[-1, -1] ^= 1
+        return patches
+
+    assert CUT.verdict("triton", CPU, torch.uint8, (PATCH, "bilinear")).right
+    monkeypatch.setattr(triton, "cut", nearly)
+    assert not CUT.verdict("triton", CPU, torch.uint8, (PATCH + 1, "bilinear")).right
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_kernel_is_found_right(mode):
     verdict = CUT.verdict("triton", torch.device("cuda"), torch.uint8, (16, mode))
     assert verdict.right, verdict
 
 
 @pytest.mark.gpu
-def test_large_and_small_images_at_once():
-    """Of sizes that leave no half between two levels."""
-    images = [noise(3023, 4031), noise(41, 1201, seed=1), noise(3023, 4031, seed=2), noise(17, 19, seed=3)]
-    turns, grids = (
-        [Turn(), Turn(), Turn(sideways=True, down=True), Turn(across=True)],
-        [(14, 18), (3, 80), (18, 14), (16, 16)],
-    )
-    found, expected = (
-        CUT.of(name)([x.cuda() for x in images], turns, grids, 16, "bilinear").int() for name in ("triton", "eager")
-    )
-    difference = (found - expected).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.005
+@pytest.mark.parametrize("mode", MODES)
+def test_large_and_small_images_at_once(mode):
+    sizes = [(3024, 4032), (41, 1201), (4032, 3024), (17, 19), (13, 19), (8, 32), (1, 256), (1000, 7), (768, 1024)]
+    grids = [(14, 18), (3, 80), (18, 14), (16, 16), (13, 19), (8, 32), (1, 256), (64, 1), (14, 18)]
+    images = [noise(*size, seed=i) for i, size in enumerate(sizes)]
+    order = card.pillow_order(MODES[mode])
+    given = [x.cuda().permute(1, 2, 0).contiguous().permute(2, 0, 1) for x in images]
+    found = CUT.of("triton")(given, [Turn()] * len(sizes), grids, 16, mode, order)
+    expected = np.concatenate([by_pillow(image, grid, mode, 16) for image, grid in zip(images, grids)])
+    assert np.array_equal(found.cpu().numpy(), expected)

@@ -1,15 +1,19 @@
-"""Files for the card -> patches there, a batch at a time and in order; what the card refuses is read the exact way.
+"""Files and pixels -> patches on the card, a batch at a time and in order; what the card refuses is left to the host.
 
-A batch is decoded by a thread of its own while the one before is cut, in the thread that makes packs and on a stream of
-that thread's own: neither the model's nor the default one waits.
+A batch is decoded, or copied, by a thread of its own while the one before is cut, in the thread that makes packs and on
+a stream of that thread's own: neither the model's nor the default one waits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+from PIL import Image
 
 from siglip2_packed.card import Card, Decoded, batches
 from siglip2_packed.collection.decode import DecodedImage, decoded, prefetch
+from siglip2_packed.images import Stored, upright
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 
@@ -19,18 +23,24 @@ def cut(images: Iterable[DecodedImage], processor: Siglip2PackedImageProcessor, 
         found = iter(card.cut(pixels))
         del pixels
         for image in batch:
-            if image.jpeg is not None:
+            if image.stored is not None:
                 patches = next(found)
                 if patches is not None:
-                    yield image._replace(jpeg=None, patches=patches)
+                    yield image._replace(stored=None, patches=patches)
                     continue
-                exact = decoded(processor, image.ordinal, image.name, bytes(image.jpeg.data), exactly=True)
-                image = exact._replace(stamp=image.stamp)
+                image = read_on_host(processor, image, image.stored)
             yield image if image.patches is None else image._replace(patches=card.here(image.patches))
 
 
 def on_card(images: Iterable[DecodedImage], card: Card) -> Iterator[tuple[list[DecodedImage], Decoded]]:
     """Batches, and the pixels of those of them that are files for the card."""
-    for batch in batches(images, lambda image: image.jpeg.pixels if image.jpeg else 0):
-        files = [image for image in batch if image.jpeg]
-        yield batch, card.decode([image.jpeg for image in files if image.jpeg], [image.grid for image in files])
+    for batch in batches(images, lambda image: image.stored.pixels if image.stored else 0):
+        stored = [image for image in batch if image.stored]
+        yield batch, card.decode([image.stored for image in stored if image.stored], [image.grid for image in stored])
+
+
+def read_on_host(processor: Siglip2PackedImageProcessor, image: DecodedImage, stored: Stored) -> DecodedImage:
+    """What the card gave back."""
+    data: Any = stored.data
+    source = upright(Image.fromarray(data), stored.turn) if stored.decoded else bytes(data)
+    return decoded(processor, image.ordinal, image.name, source)._replace(stamp=image.stamp)

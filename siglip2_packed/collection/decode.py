@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.card import FILES_AT_ONCE, Jpeg, plain_jpeg
+from siglip2_packed.card import FILES_AT_ONCE
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
 from siglip2_packed.formats import decoders
+from siglip2_packed.images import Allocate, Stored
 from siglip2_packed.jpeg import decoder
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
@@ -44,7 +45,7 @@ READS = 3
 MOST_SHARED = 4 << 30
 """Bytes. What there is no room for goes through the pipe."""
 FILE_SHARED = 4 << 20
-"""Bytes that a file for the card has room for, of those of a job on the average."""
+"""Bytes that a file or pixels for the card have room for, of those of a job on the average."""
 T = TypeVar("T")
 U = TypeVar("U")
 END = object()
@@ -55,13 +56,13 @@ class DecodedImage(NamedTuple):
     name: str
     grid: tuple[int, int] = (0, 0)
     patches: np.ndarray | Tensor | None = None
-    """`[h·w, P]` uint8 on the host or the card, or None where there is a file for the card or an error."""
+    """`[h·w, P]` uint8 on the host or the card, or None where there is something for the card or an error."""
     error: str = ""
     stamp: str = ""
     """Which state of its file this is, see `identity.stamp`."""
     place: slice | None = None
-    """Where its job's memory has the patches, or the file for the card, on the way from a process."""
-    jpeg: Jpeg | None = None
+    """Where its job's memory has the patches, or what is for the card, on the way from a process."""
+    stored: Stored | None = None
     """What the card makes the patches of."""
 
     @property
@@ -99,7 +100,7 @@ def decoding_pool(
         return ThreadPoolExecutor(workers)
     decoder(), decoders()  # compared with Pillow and imported here, once for all of them
     image = processor.max_num_patches * 3 * processor.patch_size**2
-    if processor.decode == "gpu":
+    if device.type == "cuda":
         image = max(image, FILE_SHARED)
     waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
     return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, IMAGES_PER_JOB * image))
@@ -174,17 +175,21 @@ def follow_parent() -> None:
 
 
 def decode(
-    inputs: Iterable[Input], processor: Siglip2PackedImageProcessor, pool: Executor, workers: int
+    inputs: Iterable[Input],
+    processor: Siglip2PackedImageProcessor,
+    pool: Executor,
+    workers: int,
+    by_card: bool = False,
 ) -> Iterator[DecodedImage]:
     """In the order of the inputs, a few images a worker ahead. What lies in tar files and tables is read by a thread of
-    its own.
+    its own. `by_card`: what a card can make the patches of is left to it.
     """
     jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
     def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], np.ndarray | None]]:
         for some, place, memory in prefetch(by_job(inputs, shelf), 2):
-            yield partial(read_images, processor, some, place), memory
+            yield partial(read_images, processor, some, place, by_card), memory
 
     for images, memory in ahead(jobs(), pool, jobs_ahead):
         yield from images if memory is None else from_place(images, memory)
@@ -199,32 +204,47 @@ def by_job(inputs: Iterable[Input], shelf: Shelf) -> Iterator[tuple[list[Input],
         place = shelf.take()
         memory = None if place is None else shelf.lend(place)
         if memory is not None:
-            slices = put([x.entry if isinstance(x.entry, bytes) else None for x in some], memory)
+            room = Room(memory)
+            slices = [room.put(x.entry if isinstance(x.entry, bytes) else None) for x in some]
             some = [x if where is None else x._replace(entry=where) for x, where in zip(some, slices)]  # type: ignore[arg-type]
         yield some, place, memory
 
 
-def put(data: Iterable[Any], memory: np.ndarray) -> list[slice | None]:
-    """Where in the memory the data is now, one after the other; None where there is no room, or no data."""
-    slices: list[slice | None] = []
-    end = 0
-    for some in data:
-        size = 0 if some is None else memoryview(some).nbytes
-        if 0 < size <= memory.size - end:
-            slices.append(where := slice(end, end := end + size))
-            memory[where] = np.frombuffer(some, np.uint8)
-        else:
-            slices.append(None)
-    return slices
+class Room:
+    """A job's memory, filled from its beginning."""
+
+    def __init__(self, memory: np.ndarray):
+        self.memory, self.end = memory, 0
+
+    def take(self, size: int) -> np.ndarray | None:
+        """`[size]` bytes, if there are so many left."""
+        if size > self.memory.size - self.end:
+            return None
+        self.end += size
+        return self.memory[self.end - size : self.end]
+
+    def put(self, data: Any) -> slice | None:
+        """Where in the memory the data is, or is now; None where there is no room, or no data."""
+        flat = np.frombuffer(b"" if data is None else data, np.uint8)
+        if not flat.size:
+            return None
+        start = flat.ctypes.data - self.memory.ctypes.data
+        if not 0 <= start < self.memory.size:
+            room, start = self.take(flat.size), self.end - flat.size
+            if room is None:
+                return None
+            room[:] = flat
+        return slice(start, start + flat.size)
 
 
-def most_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int) -> tuple[int, int]:
-    """(files, bytes of patches) that there are at most ahead of the model, of images as long as may be.
+def most_ahead(
+    processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int, by_card: bool
+) -> tuple[int, int]:
+    """(images, bytes of patches) that there are at most ahead of the model, of images as long as may be.
 
     What is being decoded comes to it: an image a worker, or two batches on the card.
     """
     waiting = IMAGES_PER_JOB * ((1 if processor.decode == "gpu" else JOBS_PER_WORKER) * workers + 2)
-    by_card = processor.decode == "gpu"
     cut = window(processor, patch_budget) + (FILES_AT_ONCE if by_card else waiting)
     patches = PACKS_AHEAD * patch_budget + cut * processor.max_num_patches
     return waiting + 2 * FILES_AT_ONCE * by_card, patches * 3 * processor.patch_size**2
@@ -235,66 +255,73 @@ def window(processor: Siglip2PackedImageProcessor, patch_budget: int) -> int:
     return max(64, patch_budget // processor.max_num_patches)
 
 
-def read_images(processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None) -> list[DecodedImage]:
-    if place is None or _shelf is None:
-        return [read_image(processor, *item) for item in inputs]
-    memory = _shelf.at(place)
+def read_images(
+    processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None, by_card: bool = False
+) -> list[DecodedImage]:
+    if _shelf is None:  # a thread
+        own = partial(np.empty, dtype=np.uint8) if by_card else None
+        return [read_image(processor, *item, allocate=own) for item in inputs]
+    memory = np.empty(0, np.uint8) if place is None else _shelf.at(place)
     entries = [memory[x.entry].tobytes() if isinstance(x.entry, slice) else x.entry for x in inputs]
-    return to_place([read_image(processor, *x._replace(entry=entry)) for x, entry in zip(inputs, entries)], memory)
+    room = Room(memory)
+    allocate = room.take if by_card else None  # no pixels through the pipe: where there is no room patches are made
+    images = [read_image(processor, *x._replace(entry=e), allocate=allocate) for x, e in zip(inputs, entries)]
+    return [to_place(image, room) for image in images]
 
 
-def to_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
-    """The images without those patches and files that are in the memory now."""
-    places = put([image.patches if image.jpeg is None else image.jpeg.data for image in images], memory)
-    return [
-        image
-        if place is None
-        else image._replace(patches=None, jpeg=image.jpeg and image.jpeg._replace(data=b""), place=place)
-        for image, place in zip(images, places)
-    ]
+def to_place(image: DecodedImage, room: Room) -> DecodedImage:
+    """The image without the patches, or what is for the card, if there is room for them."""
+    place = room.put(image.patches if image.stored is None else image.stored.data)
+    if place is None:
+        return image
+    return image._replace(patches=None, stored=image.stored and image.stored._replace(data=b""), place=place)
 
 
 def from_place(images: list[DecodedImage], memory: np.ndarray) -> list[DecodedImage]:
     def moved(image: DecodedImage) -> DecodedImage:
         if image.place is None:
             return image
-        data, image = memory[image.place], image._replace(place=None)
-        if image.jpeg is None:
-            return image._replace(patches=data.reshape(image.length, -1))
-        return image._replace(jpeg=image.jpeg._replace(data=data))
+        data, stored = memory[image.place], image.stored
+        if stored is None:
+            return image._replace(patches=data.reshape(image.length, -1), place=None)
+        data = data.reshape(*stored.stored, 3) if stored.decoded else data
+        return image._replace(stored=stored._replace(data=data), place=None)
 
     return list(map(moved, images))
 
 
 def read_image(
-    processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry, container: str = ""
+    processor: Siglip2PackedImageProcessor,
+    ordinal: int,
+    name: str,
+    entry: Entry,
+    container: str = "",
+    allocate: Allocate | None = None,
 ) -> DecodedImage:
     """A file that somebody writes to meanwhile is read again, and then given up."""
     if not isinstance(entry, str):
-        return decoded(processor, ordinal, name, entry)._replace(stamp=container)
+        return decoded(processor, ordinal, name, entry, allocate)._replace(stamp=container)
     for _ in range(READS):
         before = stamp(entry)
-        image = decoded(processor, ordinal, name, entry)
+        image = decoded(processor, ordinal, name, entry, allocate)
         if stamp(entry) == before:
             return image._replace(stamp=joint(container, before, entry))
     return DecodedImage(ordinal, name, error="it changed while it was read", stamp=UNSTEADY)
 
 
 def decoded(
-    processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Entry, exactly: bool = False
+    processor: Siglip2PackedImageProcessor, ordinal: int, name: str, entry: Any, allocate: Allocate | None = None
 ) -> DecodedImage:
-    """`exactly`: whatever it is, it is no file for the card."""
+    """`allocate`: memory for pixels that a card resizes; without it all is done here."""
     if isinstance(entry, ValueError):
         return DecodedImage(ordinal, name, error=one_line(entry))
     try:
-        by_card = processor.decode == "gpu" and not exactly
-        jpeg = plain_jpeg(entry, processor.do_convert_rgb) if by_card else None
-        if jpeg is not None:
-            return DecodedImage(ordinal, name, processor.grid(*jpeg.size), jpeg=jpeg)
-        patches, grid = processor.read(entry)
+        found, grid = processor.read(entry) if allocate is None else processor.read_for_card(entry, allocate)
     except Exception as error:  # whatever an image provokes, it must not end the run
         return DecodedImage(ordinal, name, error=one_line(error) or type(error).__name__)
-    return DecodedImage(ordinal, name, grid, patches)
+    if isinstance(found, Stored):
+        return DecodedImage(ordinal, name, grid, stored=found)
+    return DecodedImage(ordinal, name, grid, found)
 
 
 def packs(images: Iterable[DecodedImage], budget: int, window: int, pin_memory: bool = False) -> Iterator[Pack]:

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from siglip2_packed.card import Card
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import PACKS_READY, DecodedImage, Pack, cores, decode, packs, prefetch, window
+from siglip2_packed.collection.decode import (
+    PACKS_READY,
+    DecodedImage,
+    Pack,
+    cores,
+    decode,
+    packs,
+    prefetch,
+    window,
+)
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.graphs import CUDAGraphs
 from siglip2_packed.modeling import Siglip2PackedVisionModel
@@ -97,16 +106,16 @@ def encode(
         workers: those of the pool, which has enough to do; one a core when left out.
         strict: raise StrictError at the first input that cannot be used.
         meter: counts what passes.
-        card: decodes JPEG files, for a processor with `decode="gpu"`: its `on_card(model.device)`.
+        card: resizes, and decodes with `decode="gpu"`: the processor's `on_card(model.device)`, or None but with that.
     """
     if not (processor.do_resize and processor.do_rescale):
         raise ValueError(
             "encode resizes and rescales; this checkpoint's preprocessor_config.json turns one of them off"
         )
-    if (processor.decode == "gpu") != (card is not None):
-        raise ValueError(f"a card goes with decode='gpu', and the processor's is {processor.decode!r}")
+    if processor.decode == "gpu" and card is None:
+        raise ValueError("decode='gpu' needs a card, the processor's on_card(model.device)")
     checked: Callable[[Iterable], Iterator] = halted if strict else iter
-    images = decode(inputs, processor, pool, workers or cores())
+    images = decode(inputs, processor, pool, workers or cores(), by_card=card is not None)
     images = checked(images if card is None else cut(images, processor, card))
     ready = packs(images, patch_budget, window(processor, patch_budget), pin_memory=model.device.type == "cuda")
     meter = meter or Meter(patch_budget)

@@ -1,5 +1,5 @@
-"""Decoded images -> patches: turned upright, resized with antialiasing, cut. `eager` is the contract; `triton` takes
-two launches for any number of images of any sizes.
+"""Decoded images -> patches: turned upright, resized to Pillow's pixels bit for bit, cut. `eager` is the contract;
+`triton` takes three launches for any number of images of any sizes.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from siglip2_packed.ops.patches.pillow import ORDERS
 from siglip2_packed.ops.runtime import choice
 from siglip2_packed.ops.runtime.check import Results
 from siglip2_packed.ops.runtime.choice import Function
 
-__all__ = ["CUT", "Turn", "cutter"]
+__all__ = ["CUT", "ORDERS", "Turn", "cutter"]
 
 MODULES = {"eager": "siglip2_packed.ops.patches.eager", "triton": "siglip2_packed.ops.patches.triton"}
 
@@ -32,12 +33,13 @@ class Turn(NamedTuple):
 def _cases(device: torch.device, dtype: torch.dtype, patch_size: int, mode: str) -> Iterator[tuple]:
     """Smaller and larger, of one pixel, turned; not all of them contiguous."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    sizes = [(23, 37), (5, 3), (1, 1), (1, 30), (41, 9), (31, 27)]
+    sizes = [(23, 37), (5, 3), (1, 1), (1, 30), (101, 1), (61, 27)]
     noise = [torch.randint(0, 256, (3, *size), dtype=dtype, generator=generator).to(device) for size in sizes]
     images = [noise[0], noise[0][:, 1:, 2:31], *noise[1:], *[noise[-1]] * 3]
     turns = [Turn(i & 1 == 1, i & 2 == 2, i & 4 == 4) for i in range(len(images))]
     grids = [(1 + i % 3, 1 + i % 2) for i in range(len(images))]
-    yield images, turns, grids, patch_size, mode
+    for order in ORDERS:
+        yield images, turns, grids, patch_size, mode, order
 
 
 def _cut(function: Callable, *case) -> Results:
@@ -51,7 +53,6 @@ Cut = Callable[[list[Tensor], list[Turn], list[tuple[int, int]]], Tensor]
 """Pixels as stored, `[3, height, width]` uint8 each, and (h, w) -> `[T, P]` uint8 patches of all: `patches.eager`."""
 
 
-def cutter(device: torch.device, patch_size: int, mode: str) -> Cut:
-    order = choice.rows(choice.card(device), torch.uint8)
-    function = choice.take(CUT, order, device, torch.uint8, patch_size, mode)
-    return partial(function, patch_size=patch_size, mode=mode)
+def cutter(device: torch.device, patch_size: int, mode: str, order: str = ORDERS[0]) -> Cut:
+    function = choice.take(CUT, choice.rows(choice.card(device), torch.uint8), device, torch.uint8, patch_size, mode)
+    return partial(function, patch_size=patch_size, mode=mode, order=order)

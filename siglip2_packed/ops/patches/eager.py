@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from siglip2_packed.ops.patches.pillow import height_first
 
-def cut(images: list[Tensor], turns: list, grids: list[tuple[int, int]], patch_size: int, mode: str) -> Tensor:
+PRECISION = 22
+"""Bits behind the point of a weight: a sum of them times 8-bit levels fits 32."""
+SUPPORTS = {"bilinear": 1, "bicubic": 2}
+
+
+def cut(
+    images: list[Tensor], turns: list, grids: list[tuple[int, int]], patch_size: int, mode: str, order: str
+) -> Tensor:
     """`[T, P]` uint8, each patch `(py, px, c)`, of images `[3, height, width]` uint8 as stored.
 
-    Each is turned upright (`Turn`) and resized as Pillow does: antialiased, by `mode` (bilinear or bicubic), the width
-    first; both times computed in float32 and rounded to 8 bits.
+    Each is turned upright (`Turn`) and resized as Pillow does (Resample.c), bit for bit: antialiased, by `mode`
+    (bilinear or bicubic), one side after the other, each time with weights of 22 bits and rounded to 8.
 
     Args:
         grids: (h, w) patches of each, upright.
+        order: which side comes first, of `pillow.ORDERS`.
     """
     p = patch_size
     found = []
     for image, turn, (h, w) in zip(images, turns, grids):
-        levels = upright(image, turn)
-        levels = _resize(_resize(levels, (levels.shape[1], w * p), mode), (h * p, w * p), mode)
+        levels, (height, width) = upright(image, turn), (h * p, w * p)
+        if height_first(order, (levels.shape[1], height), (levels.shape[2], width)):
+            levels = resized(resized(levels.mT, height, mode).mT, width, mode)  # [3, h·p, w·p]
+        else:
+            levels = resized(resized(levels, width, mode).mT, height, mode).mT
         found.append(rearrange(levels, "c (h py) (w px) -> (h w) (py px c)", py=p, px=p))
     return torch.cat(found)
 
@@ -33,6 +46,45 @@ def upright(image: Tensor, turn) -> Tensor:
     return image.flip(mirrored) if mirrored else image
 
 
-def _resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    found = F.interpolate(pixels[None].float(), size, mode=mode, antialias=True, align_corners=False)[0]
-    return found.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+def resized(levels: Tensor, size: int, mode: str) -> Tensor:
+    """`[..., length]` uint8 -> `[..., size]`."""
+    length = levels.shape[-1]
+    first, weights = filters(length, size, mode, levels.device)
+    total = torch.full((*levels.shape[:-1], size), 1 << PRECISION - 1, dtype=torch.int32, device=levels.device)
+    for k, weight in enumerate(weights):
+        total += levels[..., (first + k).clamp(max=length - 1)] * weight
+    return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+def filters(length: int, size: int, mode: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of each of `size` pixels made of `length`: the first that counts `[size]`, and the weights of those from there on
+    `[taps, size]` int32, beyond the last that counts 0. In float64 and in Pillow's order, as a weight may be a half.
+    """
+    ratio = length / size
+    stretched = max(ratio, 1.0)
+    support = SUPPORTS[mode] * stretched
+    middle = (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * ratio
+    first = (middle - support + 0.5).long().clamp(min=0)
+    end = (middle + support + 0.5).long().clamp(max=length)
+    place = first + torch.arange(taps(length, size, mode), device=device)[:, None]
+    weights = torch.where(place < end, weight((place - middle + 0.5) * (1 / stretched), mode), 0.0)
+    total = torch.zeros_like(middle)
+    for some in weights:
+        total += some
+    weights = weights / total * (1 << PRECISION)
+    return first, (weights + torch.where(weights < 0, -0.5, 0.5)).int()
+
+
+def taps(length: int, size: int, mode: str) -> int:
+    """How many pixels count at most."""
+    return 2 * math.ceil(SUPPORTS[mode] * max(length / size, 1.0)) + 1
+
+
+def weight(x: Tensor, mode: str) -> Tensor:
+    """The filter, bilinear or bicubic with a = -0.5."""
+    x = x.abs()
+    if mode == "bilinear":
+        return torch.where(x < 1, 1 - x, 0.0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * -0.5
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

@@ -1,45 +1,75 @@
-"""All images of a batch resized and cut in two launches: their widths, to memory between; their heights, to patches.
+"""All images of a batch resized and cut in three launches: the weights of all sides; of each image the side that comes
+first, to memory between; the other, to patches.
 
 An image is read where its decoder left it, turned by the strides with which it is read.
 
 Shapes: N images, T patches, P patch_dim.
 """
 
-import itertools
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from siglip2_packed.ops.patches.eager import PRECISION, SUPPORTS, taps
+from siglip2_packed.ops.patches.pillow import height_first
 from siglip2_packed.ops.runtime.launch import ceil_div, launch
 from siglip2_packed.ops.runtime.transfer import to_device
 
-ROWS, COLUMNS = 16, 64
-SUPPORTS = {"bilinear": 1, "bicubic": 2}
+ROWS, COLUMNS, WEIGHTS = 16, 64, 128
+FIRST, SECOND, COLUMNS_OF_TABLE = tl.constexpr(6), tl.constexpr(11), tl.constexpr(16)
+"""Where a row of the table has its sides: stride, length, resized, taps, and where their weights begin."""
+BITS, ONE, HALF = tl.constexpr(PRECISION), tl.constexpr(1.0 * (1 << PRECISION)), tl.constexpr(1 << PRECISION - 1)
 
 
-def cut(images: list[Tensor], turns: list, grids: list[tuple[int, int]], patch_size: int, mode: str) -> Tensor:
+class Side(NamedTuple):
+    """Height or width of an image, upright."""
+
+    stride: int
+    """Bytes from a pixel to the next."""
+    length: int
+    resized: int
+    taps: int
+
+
+def cut(
+    images: list[Tensor], turns: list, grids: list[tuple[int, int]], patch_size: int, mode: str, order: str
+) -> Tensor:
     """See `patches.eager`."""
     device, p = images[0].device, patch_size
-    heights, widths = zip(*(image.shape[1:][:: -1 if turn.sideways else 1] for image, turn in zip(images, turns)))
-    between = [0, *itertools.accumulate(3 * height * w * p for height, (_, w) in zip(heights, grids))]
-    patches = [0, *itertools.accumulate(h * w for h, w in grids)]
-    rows = zip(map(place, images, turns), heights, widths, grids, between, patches)
-    table = [(*where, height, width, h * p, w * p, at, first) for where, height, width, (h, w), at, first in rows]
-    about = to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)  # [N, 10]
-    levels = torch.empty(between[-1], dtype=torch.uint8, device=device)
-    out = torch.empty(patches[-1], p * p * 3, dtype=torch.uint8, device=device)
-    columns = ceil_div(max(w for _, w in grids) * p, COLUMNS)
-    options = ROWS, COLUMNS, SUPPORTS[mode], p
-    launch(across_kernel, (ceil_div(3 * max(heights), ROWS), columns, len(images)), (about, levels, out), (), options)
-    down = ceil_div(3 * max(h for h, _ in grids) * p, ROWS), columns, len(images)
-    launch(down_kernel, down, (about, levels, out), (), options)
+    table, pixels, weights, patches = [], 0, 0, 0
+    columns = lines = rows = 0  # at most, of the first side when resized, the second before and after
+    for image, turn, (h, w) in zip(images, turns, grids):
+        corner, plane, *sides = place(image, turn)
+        height, width = (Side(*side, n * p, taps(side[1], n * p, mode)) for side, n in zip(sides, (h, w)))
+        by_height = height_first(order, (height.length, height.resized), (width.length, width.resized))
+        first, second = (height, width) if by_height else (width, height)
+        starts = weights, weights + (1 + first.taps) * first.resized
+        table.append((corner, plane, pixels, patches, w, by_height, *first, starts[0], *second, starts[1]))
+        pixels += 3 * second.length * first.resized
+        weights = starts[1] + (1 + second.taps) * second.resized
+        patches += h * w
+        columns, lines, rows = max(columns, first.resized), max(lines, second.length), max(rows, second.resized)
+    about = to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)  # [N, 16]
+    between = torch.empty(pixels, dtype=torch.uint8, device=device)  # of each image [3, second.length, first.resized]
+    filters = torch.empty(weights, dtype=torch.int32, device=device)  # of each side [1 + taps, resized]
+    out = torch.empty(patches, p * p * 3, dtype=torch.uint8, device=device)
+
+    all_sides = ceil_div(max(columns, rows), WEIGHTS), 2, len(images)
+    launch(weights_kernel, all_sides, (about, filters), (), (WEIGHTS, SUPPORTS[mode]), enable_fp_fusion=False)
+    across, tile = (ceil_div(columns, COLUMNS), len(images)), (ROWS, COLUMNS)
+    launch(first_kernel, (ceil_div(3 * lines, ROWS), *across), (about, filters, between), (), tile)
+    launch(second_kernel, (ceil_div(3 * rows, ROWS), *across), (about, filters, between, out), (), (*tile, p))
     return out
 
 
-def place(image: Tensor, turn) -> tuple[int, int, int, int]:
-    """Of its upper left corner when it is upright; from there to the next plane, row and column."""
+def place(image: Tensor, turn) -> tuple[int, int, tuple[int, int], tuple[int, int]]:
+    """Where its upper left corner is when it is upright; from there to the next plane; (to the next, how many) of its
+    rows and of its columns."""
     plane, down, across = image.stride()
     height, width = image.shape[1:]
     if turn.sideways:
@@ -49,86 +79,103 @@ def place(image: Tensor, turn) -> tuple[int, int, int, int]:
         corner, down = corner + (height - 1) * down, -down
     if turn.across:
         corner, across = corner + (width - 1) * across, -across
-    return corner, plane, down, across
-
-
-@triton.jit
-def span(at, length, resized, SUPPORT: tl.constexpr):
-    """Of places in a resized line: the middle of each among the `length` pixels, the first and the end of those that
-    count, and the filter's scale."""
-    ratio = length.to(tl.float32) / resized.to(tl.float32)
-    scale = tl.maximum(ratio, 1.0)
-    middle = (at.to(tl.float32) + 0.5) * ratio
-    first = tl.maximum((middle - SUPPORT * scale + 0.5).to(tl.int32), 0)
-    end = tl.minimum((middle + SUPPORT * scale + 0.5).to(tl.int32), length.to(tl.int32))
-    return middle, first, end, scale
+    return corner, plane, (down, height), (across, width)
 
 
 @triton.jit
 def weight(x, SUPPORT: tl.constexpr):
-    """The filter, bilinear or bicubic with a = -0.5."""
+    """The filter in float64, bilinear or bicubic with a = -0.5."""
     x = tl.abs(x)
     if SUPPORT == 1:
         return tl.maximum(1.0 - x, 0.0)
     near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
     return tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
 
 
 @triton.jit
-def rounded(x):
-    return tl.minimum(tl.maximum(tl.floor(x + 0.5), 0.0), 255.0).to(tl.uint8)
+def weights_kernel(table, filters, WEIGHTS: tl.constexpr, SUPPORT: tl.constexpr):
+    """`eager.filters` of a side, operation by operation: a fused one would round otherwise. `[1 + taps, resized]`."""
+    side = table + tl.program_id(2) * COLUMNS_OF_TABLE + tl.where(tl.program_id(1) == 0, FIRST, SECOND)
+    length, resized = tl.load(side + 1).to(tl.int32), tl.load(side + 2).to(tl.int32)
+    taps, to = tl.load(side + 3).to(tl.int32), filters + tl.load(side + 4)
+    at = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
+    inside = at < resized
+    ratio = length.to(tl.float64) / resized.to(tl.float64)
+    stretched = tl.maximum(ratio, 1.0)
+    support, shrink = SUPPORT * stretched, 1.0 / stretched
+    middle = (at.to(tl.float64) + 0.5) * ratio
+    first = tl.maximum((middle - support + 0.5).to(tl.int32), 0)
+    end = tl.minimum((middle + support + 0.5).to(tl.int32), length)
+    tl.store(to + at, first, mask=inside)
+    total = tl.zeros([WEIGHTS], tl.float64)
+    for k in range(taps):
+        w = weight(((first + k).to(tl.float64) - middle + 0.5) * shrink, SUPPORT)
+        total += tl.where(first + k < end, w, 0.0)
+    total = tl.where(total == 0.0, 1.0, total)
+    for k in range(taps):
+        w = weight(((first + k).to(tl.float64) - middle + 0.5) * shrink, SUPPORT)
+        scaled = tl.where(first + k < end, w, 0.0) / total * ONE
+        rounded = (scaled + tl.where(scaled < 0.0, -0.5, 0.5)).to(tl.int32)
+        tl.store(to + (1 + k) * resized + at, rounded, mask=inside)
 
 
 @triton.jit
-def across_kernel(
-    table, levels, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, P: tl.constexpr
-):
-    """`[3, height, width]` -> `[3, height, w·p]`, of an image."""
-    about = table + tl.program_id(2) * 10
-    source = tl.load(about).to(tl.pointer_type(tl.uint8))
-    plane, down, across = tl.load(about + 1), tl.load(about + 2), tl.load(about + 3)
-    height, width, resized = tl.load(about + 4), tl.load(about + 5), tl.load(about + 7)
+def levels(summed):
+    """Sums of weighted levels -> levels."""
+    return tl.minimum(tl.maximum((summed + HALF) >> BITS, 0), 255).to(tl.uint8)
+
+
+@triton.jit
+def first_kernel(table, filters, between, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`[3, lines, length]` -> `[3, lines, resized]`, of an image."""
+    about = table + tl.program_id(2) * COLUMNS_OF_TABLE
+    source, plane = tl.load(about).to(tl.pointer_type(tl.uint8)), tl.load(about + 1)
+    stride, length = tl.load(about + FIRST), tl.load(about + FIRST + 1)
+    resized, taps = tl.load(about + FIRST + 2), tl.load(about + FIRST + 3).to(tl.int32)
+    weights = filters + tl.load(about + FIRST + 4)
+    down, lines = tl.load(about + SECOND), tl.load(about + SECOND + 1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of three planes
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < 3 * height)[:, None] & (column < resized)[None, :]
-    middle, first, end, scale = span(column, width, resized, SUPPORT)
-    line = source + row // height * plane + row % height * down
-    total = tl.zeros([COLUMNS], tl.float32)
-    summed = tl.zeros([ROWS, COLUMNS], tl.float32)  # [ROWS, COLUMNS]
-    busy = (tl.program_id(0) * ROWS < 3 * height) & (tl.program_id(1) * COLUMNS < resized)
-    for k in range(tl.where(busy, tl.ceil(2 * SUPPORT * scale).to(tl.int32) + 1, 0)):
+    inside = (row < 3 * lines)[:, None] & (column < resized)[None, :]
+    busy = (tl.program_id(0) * ROWS < 3 * lines) & (tl.program_id(1) * COLUMNS < resized)
+    first = tl.load(weights + column, mask=column < resized, other=0)
+    line = source + row // lines * plane + row % lines * down
+    summed = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for k in range(tl.where(busy, taps, 0)):
+        w = tl.load(weights + (1 + k) * resized + column, mask=column < resized, other=0)  # [COLUMNS]
         x = first + k
-        w = tl.where(x < end, weight((x - middle + 0.5) / scale, SUPPORT), 0.0)
-        pixels = tl.load(line[:, None] + (x * across)[None, :], mask=inside & (x < end)[None, :], other=0)
-        summed += pixels.to(tl.float32) * w[None, :]
-        total += w
-    at = tl.load(about + 8) + row[:, None] * resized + column[None, :]
-    tl.store(levels + at, rounded(summed / total[None, :]), mask=inside)
+        pixels = tl.load(line[:, None] + (x * stride)[None, :], mask=inside & (x < length)[None, :], other=0)
+        summed += pixels.to(tl.int32) * w[None, :]
+    to = tl.load(about + 2) + row[:, None] * resized + column[None, :]
+    tl.store(between + to, levels(summed), mask=inside)
 
 
 @triton.jit
-def down_kernel(table, levels, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUPPORT: tl.constexpr, P: tl.constexpr):
-    """`[3, height, w·p]` -> `[h·w, (p, p, 3)]`, of an image."""
-    about = table + tl.program_id(2) * 10
-    height, resized, width = tl.load(about + 4), tl.load(about + 6), tl.load(about + 7)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def second_kernel(table, filters, between, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr):
+    """`[3, length, columns]` -> `[3, resized, columns]`, as patches `[h·w, (p, p, 3)]`, of an image."""
+    about = table + tl.program_id(2) * COLUMNS_OF_TABLE
+    columns, length = tl.load(about + FIRST + 2), tl.load(about + SECOND + 1)
+    resized, taps = tl.load(about + SECOND + 2), tl.load(about + SECOND + 3).to(tl.int32)
+    weights = filters + tl.load(about + SECOND + 4)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of three planes
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    plane, y = row // resized, row % resized
-    inside = (row < 3 * resized)[:, None] & (column < width)[None, :]
-    middle, first, end, scale = span(y, height, resized, SUPPORT)
-    line = levels + tl.load(about + 8) + plane * height * width
-    total = tl.zeros([ROWS], tl.float32)
-    summed = tl.zeros([ROWS, COLUMNS], tl.float32)  # [ROWS, COLUMNS]
-    busy = (tl.program_id(0) * ROWS < 3 * resized) & (tl.program_id(1) * COLUMNS < width)
-    for k in range(tl.where(busy, tl.ceil(2 * SUPPORT * scale).to(tl.int32) + 1, 0)):
-        place = first + k
-        w = tl.where(place < end, weight((place - middle + 0.5) / scale, SUPPORT), 0.0)
-        at = line[:, None] + (place * width)[:, None] + column[None, :]
-        pixels = tl.load(at, mask=inside & (place < end)[:, None], other=0)
-        summed += pixels.to(tl.float32) * w[:, None]
-        total += w
-    patch = tl.load(about + 9) + (y // P * (width // P))[:, None] + (column // P)[None, :]
-    within = (y % P * P)[:, None] + (column % P)[None, :]
-    to = out + patch * (P * P * 3) + within * 3 + plane[:, None]
-    tl.store(to, rounded(summed / total[:, None]), mask=inside)
+    within = row < 3 * resized
+    inside = within[:, None] & (column < columns)[None, :]
+    busy = (tl.program_id(0) * ROWS < 3 * resized) & (tl.program_id(1) * COLUMNS < columns)
+    plane, place = row // resized, row % resized
+    first = tl.load(weights + place, mask=within, other=0)
+    line = between + tl.load(about + 2) + plane * length * columns
+    summed = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for k in range(tl.where(busy, taps, 0)):
+        w = tl.load(weights + (1 + k) * resized + place, mask=within, other=0)  # [ROWS]
+        y = first + k
+        from_ = (line + y * columns)[:, None] + column[None, :]
+        pixels = tl.load(from_, mask=inside & (y < length)[:, None], other=0)
+        summed += pixels.to(tl.int32) * w[:, None]
+    by_height = tl.load(about + 5) != 0  # then what was resized second are the columns of the upright image
+    y, x = place[:, None], column[None, :]
+    y, x = tl.where(by_height, x, y), tl.where(by_height, y, x)
+    patch = tl.load(about + 3) + y // P * tl.load(about + 4) + x // P
+    to = out + patch * (P * P * 3) + (y % P * P + x % P) * 3 + plane[:, None]
+    tl.store(to, levels(summed), mask=inside)
