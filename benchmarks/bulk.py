@@ -47,7 +47,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
-from siglip2_packed.collection.decode import cores, decoding_pool
+from siglip2_packed.collection.decode import cores, decoding_pool, lock_pages
 from siglip2_packed.collection.features import Meter, clock, encode
 from siglip2_packed.collection.run import to_folder
 from siglip2_packed.collection.sources import find_inputs
@@ -139,6 +139,7 @@ def ours(files, ckpt, device, dtype, decode="exact"):
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
     on_card = processor.on_card(model.device)
+    lock_pages(pool, model.device)
     inputs = find_inputs(files)
     settings = {"shard_size": shard_size(False, len(files), 1), "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}

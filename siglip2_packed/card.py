@@ -2,7 +2,7 @@
 (`decode="gpu"`), for a processor or a collection.
 
     file  ->  its header, on the host  ->  nvJPEG  \
-    pixels on the host  ->  in page-locked memory  ->  pixels on the card  ->  resized (ops.patches)  ->  patches
+    pixels on the host, in page-locked memory  ->  pixels on the card  ->  resized (ops.patches)  ->  patches
 
 nvJPEG has a stream of its own. What is decoded or copied is in memory of another, so that no memory comes back to it
 before all who read that memory are done, and nobody waits for them.
@@ -139,12 +139,12 @@ class Card:
             by_card = iter(self._decode([file for file in files if not file.decoded]))
             copied = iter(self._copied([file.data for file in files if file.decoded]))
             pixels = [next(copied if file.decoded else by_card) for file in files]
-            ready = None if self.stream is None else self.stream.record_event()
+            ready = None if self.stream is None else self.stream.record_event(torch.cuda.Event(blocking=True))
         return Decoded(files, grids, pixels, ready)
 
     @torch.no_grad()
     def cut(self, batch: Decoded) -> list[Tensor | None]:
-        """The second half, on the current stream."""
+        """The second half, on the current stream. What was copied may be written to again afterwards."""
         if batch.ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(batch.ready)
@@ -153,6 +153,8 @@ class Card:
                     pixels.record_stream(current)
         there = [i for i, pixels in enumerate(batch.pixels) if pixels is not None]
         found = dict(zip(there, self._cut(batch, there)))
+        if batch.ready is not None and any(file.decoded for file in batch.files):
+            batch.ready.synchronize()
         self.refused += sum(found.get(i) is None for i in range(len(batch.files)))
         self.decoded += sum(found.get(i) is not None for i, file in enumerate(batch.files) if not file.decoded)
         return [found.get(i) for i in range(len(batch.files))]
@@ -173,13 +175,13 @@ class Card:
             return []
         sizes = [image.size for image in images]
         try:
-            together = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            np.concatenate([image.reshape(-1) for image in images], out=together.numpy())
-            found = together.to(self.device, non_blocking=True).split(sizes)
+            places = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device).split(sizes)
         except RuntimeError as error:
             self._say(error)
             return [None] * len(images)
-        return [pixels.view(image.shape).permute(2, 0, 1) for pixels, image in zip(found, images)]
+        for place, image in zip(places, images):
+            place.copy_(torch.from_numpy(image).view(-1), non_blocking=True)
+        return [place.view(image.shape).permute(2, 0, 1) for place, image in zip(places, images)]
 
     def _decode(self, files: list[Stored]) -> list[Tensor | None]:
         """`[3, height, width]` uint8, as stored, or None."""

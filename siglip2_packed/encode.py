@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from siglip2_packed.card import PIXELS_AT_ONCE, Card
 from siglip2_packed.collection import FORMATS
-from siglip2_packed.collection.decode import MOST_SHARED, cores, decoding_pool, most_ahead
+from siglip2_packed.collection.decode import MOST_SHARED, cores, decoding_pool, lock_pages, most_ahead
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.kept import check_names
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         # forks before there is a card or a model, while that is quick
         with decoding_pool(device, processor, workers, args.decode_in, args.patch_budget) as pool:
             card = card_of(processor, args.device)
+            if card is not None:
+                lock_pages(pool, card.device)
             return encode_inputs(args, out, inputs, processor, card, pool, workers, ranks, lock)
 
 

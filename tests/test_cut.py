@@ -21,6 +21,7 @@ from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
 from siglip2_packed.card import Card
 from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
+from siglip2_packed.collection import decode as decoding
 from siglip2_packed.collection.cut import cut
 from siglip2_packed.collection.decode import DecodingProcesses, Shelf, decode, decoded, decoding_pool
 from siglip2_packed.formats import DECODE
@@ -68,8 +69,9 @@ def test_images_are_cut_in_their_order(monkeypatch, decode_in, at_once):
 @pytest.mark.parametrize("room", [4 << 20, 100_000, 1])
 @pytest.mark.parametrize("decode_in", DECODE_IN)
 @pytest.mark.parametrize("how", ["exact", "scaled"])
-def test_pixels_are_resized_by_the_card_to_what_the_host_makes(how, decode_in, room):
+def test_pixels_are_resized_by_the_card_to_what_the_host_makes(monkeypatch, how, decode_in, room):
     """Those for which there is room; patches of the others come as they did."""
+    monkeypatch.setattr(decoding, "job_sizes", lambda workers: itertools.repeat(8))
     files = {**FILES, "large": jpeg(photograph((640, 480))), "tall": jpeg(photograph((30, 700)))}
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode=how)
     found_card = Card(CPU, 4, processor.resample)
@@ -127,8 +129,9 @@ def test_files_keep_the_state_that_was_read(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["paths", "bytes"])
-def test_files_for_the_card_come_by_shared_memory(tmp_path, how):
+def test_files_for_the_card_come_by_shared_memory(monkeypatch, tmp_path, how):
     """Those for which there is room; the others come all the same."""
+    monkeypatch.setattr(decoding, "job_sizes", lambda workers: itertools.repeat(8))
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
     given = inputs(FILES)
     if how == "paths":
@@ -150,6 +153,10 @@ def test_files_for_the_card_come_by_shared_memory(tmp_path, how):
             assert all(shared) if job > sum(sizes) else shared[:4] == [True] * 3 + [False]
             del found
             assert sorted(pool.shelf.free) == list(range(9))
+
+
+def test_the_first_jobs_for_a_card_are_small():
+    assert list(itertools.islice(decoding.job_sizes(2), 20)) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, *[8] * 6]
 
 
 @pytest.mark.parametrize("how", DECODE)

@@ -91,7 +91,7 @@ def test_inputs_are_read_by_a_thread_of_their_own_and_not_far_ahead(processor):
             images = decode(reading(), processor, pool, 2)
             next(images)
             time.sleep(0.2)
-            files, _ = most_ahead(processor, 2, 2048)
+            files, _ = most_ahead(processor, 2, 2048, how == "gpu")
             assert len(threads) <= (jobs + 3) * IMAGES_PER_JOB <= files + IMAGES_PER_JOB
             images.close()
         assert threads and threading.get_ident() not in threads

@@ -17,14 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.card import FILES_AT_ONCE
+from siglip2_packed.card import FILES_AT_ONCE, MODES
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
@@ -44,6 +44,8 @@ READS = 3
 """Of a file that changes under the reader's hands."""
 MOST_SHARED = 4 << 30
 """Bytes. What there is no room for goes through the pipe."""
+PORTABLE = 1
+"""cudaHostRegisterPortable: for every device."""
 FILE_SHARED = 4 << 20
 """Bytes that a file or pixels for the card have room for, of those of a job on the average."""
 T = TypeVar("T")
@@ -100,9 +102,11 @@ def decoding_pool(
         return ThreadPoolExecutor(workers)
     decoder(), decoders()  # compared with Pillow and imported here, once for all of them
     image = processor.max_num_patches * 3 * processor.patch_size**2
-    if device.type == "cuda":
+    if device.type == "cuda" and processor.resample in MODES:  # for a card
         image = max(image, FILE_SHARED)
-    waiting = max(64, patch_budget // processor.max_num_patches)  # jobs of whose images some are in no pack yet
+        waiting = 3 * FILES_AT_ONCE // IMAGES_PER_JOB  # jobs of whose images some are not on the card yet
+    else:
+        waiting = max(64, patch_budget // processor.max_num_patches)  # or in no pack
     return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, IMAGES_PER_JOB * image))
 
 
@@ -143,7 +147,34 @@ class DecodingProcesses(ProcessPoolExecutor):
     def __init__(self, workers: int, shelf: Shelf):
         super().__init__(workers, multiprocessing.get_context("fork"), start_worker, (shelf,))
         self.shelf = shelf
+        self.locked: torch.device | None = None
+        self.locking = ThreadPoolExecutor(1)
         self.submit(os.getpid)
+
+    def lock_pages(self, device: torch.device) -> None:
+        """Of the shared memory, so that the card copies from there by itself. In a thread: it takes half a second a
+        GiB, and an error would be the next call's otherwise. Where they cannot be locked the host copies.
+        """
+        self.locked = device
+        self.locking.submit(self._call, device, "cudaHostRegister", len(self.shelf.memory), PORTABLE)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if self.locked is not None:
+            self.locking.submit(self._call, self.locked, "cudaHostUnregister")
+        self.locked = None
+        self.locking.shutdown()
+
+    def _call(self, device: torch.device, function: str, *arguments: int) -> None:
+        """Of the CUDA runtime, about the shared memory."""
+        with torch.cuda.device(device):
+            getattr(torch.cuda.cudart(), function)(np.frombuffer(self.shelf.memory, np.uint8).ctypes.data, *arguments)
+
+
+def lock_pages(pool: Executor, device: torch.device) -> None:
+    """Where there are any, and a card."""
+    if isinstance(pool, DecodingProcesses) and device.type == "cuda":
+        pool.lock_pages(device)
 
 
 _shelf: Shelf | None = None
@@ -188,19 +219,23 @@ def decode(
     shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
 
     def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], np.ndarray | None]]:
-        for some, place, memory in prefetch(by_job(inputs, shelf), 2):
+        for some, place, memory in prefetch(
+            by_job(inputs, shelf, job_sizes(workers) if by_card else repeat(IMAGES_PER_JOB)), 2
+        ):
             yield partial(read_images, processor, some, place, by_card), memory
 
     for images, memory in ahead(jobs(), pool, jobs_ahead):
         yield from images if memory is None else from_place(images, memory)
 
 
-def by_job(inputs: Iterable[Input], shelf: Shelf) -> Iterator[tuple[list[Input], int | None, np.ndarray | None]]:
+def by_job(
+    inputs: Iterable[Input], shelf: Shelf, sizes: Iterator[int]
+) -> Iterator[tuple[list[Input], int | None, np.ndarray | None]]:
     """(inputs, place on the shelf, memory there) of each job. Of images that are bytes the entry is where they are in
     the memory, as far as there is room.
     """
     inputs = iter(inputs)
-    while some := list(islice(inputs, IMAGES_PER_JOB)):
+    while some := list(islice(inputs, next(sizes))):
         place = shelf.take()
         memory = None if place is None else shelf.lend(place)
         if memory is not None:
@@ -208,6 +243,11 @@ def by_job(inputs: Iterable[Input], shelf: Shelf) -> Iterator[tuple[list[Input],
             slices = [room.put(x.entry if isinstance(x.entry, bytes) else None) for x in some]
             some = [x if where is None else x._replace(entry=where) for x, where in zip(some, slices)]  # type: ignore[arg-type]
         yield some, place, memory
+
+
+def job_sizes(workers: int) -> Iterator[int]:
+    """Images of each job, few at first: a card that waits for them has some soon."""
+    return (min(IMAGES_PER_JOB, 1 + job // workers) for job in count())
 
 
 class Room:

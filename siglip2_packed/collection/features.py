@@ -224,7 +224,7 @@ def download(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
     for tensor in tensors.values():
         tensor.record_stream(side)
-    copied = side.record_event()
+    copied = side.record_event(torch.cuda.Event(blocking=True))  # a core that waits decodes
 
     def wait() -> dict[str, Tensor]:
         copied.synchronize()
