@@ -4,7 +4,7 @@
 #   ONLY="hopper72f hopper72b" TOOLS=memcheck ...       those groups, by that tool
 # Kernels are compiled by plain runs before, whose cache the tools' runs find. About three minutes at most.
 set -u
-OUT=${OUT:-/tmp/out}; LIMIT=${LIMIT:-60}; AT_ONCE=${AT_ONCE:-12}
+OUT=${OUT:-/tmp/out}; LIMIT=${LIMIT:-60}; PRINT=${PRINT:-20}; AT_ONCE=${AT_ONCE:-12}
 export PYTHONPATH=. PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 TRITON_CACHE_DIR=/tmp/sanitize_cache CUDA_MODULE_LOADING=LAZY
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1   # every tensor an allocation of its own
 LOGS=/tmp/sanitize_logs; rm -rf $LOGS; mkdir -p $LOGS $OUT
@@ -23,10 +23,10 @@ echo "plain runs, compiled: $((SECONDS-start)) s"; grep -hE "^(WRONG|END|NOT HER
 
 one() {
   tool=$1 group=$2 more=""; [ $tool = memcheck ] && more="$MEM"
-  timeout -s INT -k 5 $LIMIT $SAN --tool $tool $more $KERNELS --print-limit 20 python benchmarks/sanitize.py $group > $LOGS/$tool.$group.log 2>&1
+  timeout -s INT -k 5 $LIMIT $SAN --tool $tool $more $KERNELS --print-limit $PRINT python benchmarks/sanitize.py $group > $LOGS/$tool.$group.log 2>&1
   echo "rc $? $tool $group" >> $LOGS/rc
 }
-export -f one; export SAN MEM KERNELS LIMIT LOGS
+export -f one; export SAN MEM KERNELS LIMIT LOGS PRINT
 for t in ${TOOLS:-racecheck memcheck synccheck}; do for g in planted $GROUPS_; do echo $t $g; done; done |
   xargs -P $AT_ONCE -L 1 bash -c 'one $0 $1'
 echo "tools: $((SECONDS-start)) s in all"

@@ -7,8 +7,8 @@
 nvJPEG has a stream of its own. What is decoded or copied is in memory of another, so that no memory comes back to it
 before all who read that memory are done, and nobody waits for them.
 
-Only what nvJPEG and libjpeg read alike goes the first way, and only whole files: `plain_jpeg` judges that by the
-header. Everything else, and every file of which the card does not give as many pixels as the header says, is its
+Only what nvJPEG and libjpeg read alike goes the first way, and only large and whole files: `plain_jpeg` judges that by
+the header. Everything else, and every file of which the card does not give as many pixels as the header says, is its
 caller's to read the exact way. T patches of all files, P patch_dim.
 """
 
@@ -27,7 +27,7 @@ import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from siglip2_packed.images import Source, Stored, opened, seekable, transposition
+from siglip2_packed.images import Source, Stored, opened, readable_again, transposition
 from siglip2_packed.ops.patches import ORDERS, Turn, cutter
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]
@@ -38,6 +38,9 @@ PIXELS_AT_ONCE = 28 * 4032 * 3024
 """Of the files of a batch, three bytes each on the card: 0.95 GiB, four photos of 12 megapixels for each of an H100's
 seven decoders. One file of more is a batch of its own."""
 FILES_AT_ONCE = 64
+LARGE = 1 << 20
+"""Pixels of a file from which on nvJPEG decodes it. A smaller one takes a core 3 ms at most, and nvJPEG, whose kernels
+wait for those of a model that computes, as long as a large one."""
 END_OF_IMAGE = b"\xff\xd9"
 TURNS = {
     None: Turn(),
@@ -56,7 +59,8 @@ logger = logging.getLogger(__name__)
 
 
 def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Stored | None:
-    """The file, if it is a JPEG for the card: grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not cut short.
+    """The file, if it is a JPEG for the card: of a megapixel or more, grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not
+    cut short.
 
     Args:
         do_convert_rgb: the processor's; False leaves a grey file to the exact way, which refuses it.
@@ -64,12 +68,12 @@ def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Stored | N
     Raises:
         ValueError: it is no image that can be read.
     """
-    again = isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or seekable(source)
-    if not again:  # an image that is decoded already, pixels, a stream that can be read once
+    if not readable_again(source):
         return None
     with opened(source) as image:
         refused = image.mode != "RGB" and do_convert_rgb is False
-        if image.format != "JPEG" or refused or not _known(image):
+        small = image.width * image.height < LARGE
+        if image.format != "JPEG" or small or refused or not _known(image):
             return None
         turn, file = transposition(image), image.fp  # type: ignore[attr-defined]
         scan = file.tell()  # Pillow has read up to here

@@ -265,8 +265,10 @@ def decode(source: Source, resized: Callable[[int, int], Size] | None = None) ->
 
 def plain_pixels(source: Source, resized: Callable[[int, int], Size] | None, allocate: Allocate) -> Stored | None:
     """An RGB image in a JPEG file, decoded straight into the memory; or None: `read_rgb` can do it."""
+    if not readable_again(source):
+        return None
     with opened(source) as image:
-        if image is source or image.mode != "RGB" or (resized and _draft(image, resized)):
+        if image.mode != "RGB" or (resized and _draft(image, resized)):
             return None
         size = image.height, image.width
         room = allocate(3 * size[0] * size[1])
@@ -363,6 +365,11 @@ def _openable(source: Source) -> Any:
             source.seek(0)  # from its beginning, like every other form of the same image
         return io.BytesIO(source.read())
     raise ValueError(f"expected a PIL image, path, bytes, file object, array or tensor, got {type(source).__name__}")
+
+
+def readable_again(source: Source) -> bool:
+    """Not an image that is decoded already, pixels, a stream that can be read once."""
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or seekable(source)
 
 
 def seekable(source: Source) -> bool:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,8 +219,8 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
 
         def read(frame: Frame, whole: bool = gpu is None) -> _Patches | Stored | ValueError:
             try:
-                file = None if whole else card.plain_jpeg(frame.source, self.do_convert_rgb)
-                return self._read(frame, input_data_format) if file is None else file
+                stored = None if whole else self._stored(frame.source, partial(np.empty, dtype=np.uint8))
+                return self._read(frame, input_data_format) if stored is None else stored
             except ValueError as error:
                 if on_error == "skip":
                     return error
@@ -230,7 +230,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
             run = map if threads == 1 else pool.map
             results: Any = dict(zip(jobs, run(read, jobs.values())))
             if gpu is not None:
-                self._cut_jpegs(gpu, results, lambda key: read(jobs[key], whole=True))
+                self._cut_stored(gpu, results, lambda key: read(jobs[key], whole=True))
             kept, skipped = _sort_out(items, results, on_error)
             frames = [frame for item in kept.values() for frame in item]
 
@@ -294,11 +294,11 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         Raises:
             ValueError: with the reason why it cannot be used.
         """
-        stored = card.plain_jpeg(source, self.do_convert_rgb) if self.decode == "gpu" else None
-        stored = stored or plain_pixels(source, self._draft, allocate)
+        stored = self._stored(source, allocate)
         if stored is None:
             image, factor, scaled = self._decoded(Frame(source, ""), None)
-            room = None if scaled else allocate(3 * image.height * image.width)
+            exactly = not scaled and card.pillow_order(self.resample) is not None
+            room = allocate(3 * image.height * image.width) if exactly else None
             if room is None:
                 frame = self._cut(image, factor, scaled)
                 return frame.patches, frame.grid
@@ -326,8 +326,15 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         exactly = card.resizes_exactly(device, self.resample)
         return card.Card(device, self.patch_size, self.resample) if exactly else None
 
-    def _cut_jpegs(self, gpu: card.Card, results: dict[Any, Any], exactly: Callable[[Any], Any]) -> None:
-        """Puts patches in the place of files for the card; by `exactly` of those that it does not take."""
+    def _stored(self, source: Source, allocate: Allocate) -> Stored | None:
+        """A JPEG file for `on_card`, or the pixels of one; None for everything else."""
+        file = card.plain_jpeg(source, self.do_convert_rgb) if self.decode == "gpu" else None
+        if file is not None or card.pillow_order(self.resample) is None:
+            return file
+        return plain_pixels(source, self._draft, allocate)
+
+    def _cut_stored(self, gpu: card.Card, results: dict[Any, Any], exactly: Callable[[Any], Any]) -> None:
+        """Puts patches in the place of what is for the card; by `exactly` of what it does not take."""
         files = [(key, file, self.grid(*file.size)) for key, file in results.items() if isinstance(file, Stored)]
         for batch in card.batches(files, lambda job: job[1].pixels):
             cut = gpu.patches([file for _, file, _ in batch], [grid for _, _, grid in batch])

@@ -20,6 +20,11 @@ from siglip2_packed.collection.decode import decode, decoded, decoding_pool
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _small_files_by_nvjpeg(monkeypatch):
+    monkeypatch.setattr(card, "LARGE", 0)
+
+
 def decode_jpegs(files):
     """As nvJPEG does, which knows neither orientation nor which of the files it was that it refused."""
     images = [Image.open(io.BytesIO(file.numpy().tobytes())) for file in files]
@@ -52,6 +57,36 @@ def on_cpu(decoder=decode_jpegs, **settings):
 def test_plain_files_are_the_card_s_and_no_others(files, plain):
     found = {kind for kind, data in files.items() if card.plain_jpeg(data) is not None}
     assert found == (set(files) if plain else {"hole"})
+
+
+def test_small_files_are_decoded_on_the_host(monkeypatch):
+    """And resized on the card, with all others."""
+    monkeypatch.undo()
+    small, large = jpeg(photograph((1023, 1024))), jpeg(photograph((1024, 1024)))
+    assert card.plain_jpeg(small) is None and card.plain_jpeg(large) is not None
+    processor, on_card = on_cpu(lambda files: [255 - pixels for pixels in decode_jpegs(files)], max_num_patches=40)
+    found, exact = (
+        some([small, large])["pixel_values"] for some in (processor, Siglip2PackedImageProcessor(max_num_patches=40))
+    )
+    half = len(found) // 2
+    assert torch.equal(found[:half], exact[:half]) and not torch.equal(found[half:], exact[half:])
+    assert on_card.decoded == 1
+
+    stored, grid = processor.read_for_card(small, lambda size: np.empty(size, np.uint8))
+    assert stored.decoded and grid == processor.grid(1024, 1023)
+    patches, grid = processor.read_for_card(small, lambda size: None)
+    assert np.array_equal(patches, Siglip2PackedImageProcessor(max_num_patches=40).read(small)[0])
+    assert not processor.read_for_card(large, None)[0].decoded
+
+
+def test_a_pillow_of_other_pixels_resizes_on_the_host(monkeypatch):
+    monkeypatch.setattr(card, "pillow_order", lambda resample: None)
+    processor, on_card = on_cpu(max_num_patches=40)
+    monkeypatch.setattr(card, "LARGE", 1 << 20)
+    for kind in ("grey", "progressive"):
+        patches, _ = processor.read_for_card(PLAIN[kind], lambda size: np.empty(size, np.uint8))
+        assert np.array_equal(patches, Siglip2PackedImageProcessor(max_num_patches=40).read(PLAIN[kind])[0])
+    assert processor([PLAIN["progressive"]]) is not None and on_card.decoded == 0
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -32,6 +32,11 @@ FILES = {**PLAIN, **BROKEN, **OTHER, **ODD}
 SETTINGS = {"patch_size": 4, "max_num_patches": 20}
 
 
+@pytest.fixture(autouse=True)
+def _small_files_by_nvjpeg(monkeypatch):
+    monkeypatch.setattr(card, "LARGE", 0)
+
+
 def refuse_progressive(files):
     """Its pixels are inverted: what came by the card is told apart."""
     if any(file.numpy().tobytes() == PLAIN["progressive"] for file in files):

@@ -98,18 +98,17 @@ def test_the_kernel_s_patches_are_those_of_each_image(mode, order):
 
 
 def test_a_kernel_one_level_off_is_found_wrong(monkeypatch):
-    from siglip2_packed.ops.patches import triton
-
-    right = triton.cut
+    from siglip2_packed.ops.patches import eager, triton
 
     def nearly(*arguments):
-        patches = right(*arguments)
+        patches = eager.cut(*arguments)
         patches[-1, -1] ^= 1
         return patches
 
-    assert CUT.verdict("triton", CPU, torch.uint8, (PATCH, "bilinear")).right
-    monkeypatch.setattr(triton, "cut", nearly)
-    assert not CUT.verdict("triton", CPU, torch.uint8, (PATCH + 1, "bilinear")).right
+    for patch_size, function in enumerate((eager.cut, nearly), start=PATCH):
+        monkeypatch.setattr(triton, "cut", function)
+        verdict = CUT.verdict("triton", CPU, torch.uint8, (patch_size, "bilinear"))
+        assert verdict.right == (function is eager.cut), verdict
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.card import FILES_AT_ONCE, MODES
+from siglip2_packed.card import FILES_AT_ONCE, MODES, pillow_order
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
 from siglip2_packed.collection.sources import Input
@@ -101,8 +101,9 @@ def decoding_pool(
     if decode_in == "threads":
         return ThreadPoolExecutor(workers)
     decoder(), decoders()  # compared with Pillow and imported here, once for all of them
+    by_card = device.type == "cuda" and processor.resample in MODES and pillow_order(processor.resample) is not None
     image = processor.max_num_patches * 3 * processor.patch_size**2
-    if device.type == "cuda" and processor.resample in MODES:  # for a card
+    if by_card or processor.decode == "gpu":
         image = max(image, FILE_SHARED)
         waiting = 3 * FILES_AT_ONCE // IMAGES_PER_JOB  # jobs of whose images some are not on the card yet
     else:
