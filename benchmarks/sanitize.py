@@ -19,7 +19,7 @@ if DRY:
 
 KERNELS = (
     "forward_kernel", "backward_", "product_kernel", "mlp_kernel", "pool_kernel", "positions_kernel",
-    "table_gradient_kernel", "across_kernel", "down_kernel", "fold_kernel", "quantize_kernel", "partial_sums_kernel",
+    "table_gradient_kernel", "weights_kernel", "first_kernel", "second_kernel", "fold_kernel", "quantize_kernel", "partial_sums_kernel",
     "transpose_kernel", "begin_kernel", "store_kernel", "planted_kernel",
 )  # fmt: skip
 LENGTHS = [1, 5, 64, 65, 200, 300]
