@@ -18,7 +18,7 @@ is reported: float32 within 1e-4 and twice the error of the padded batches, half
     siglip2_packed             encode to shards of pooled vectors: the above, packs, model, index
     siglip2_packed:scaled, :gpu     the same with --decode; vectors within 2e-2 of encode's exact ones
     siglip2_packed:TREE        encode of the tree that --before names, as its own bulk.py runs it; vectors likewise
-    torchvision:nvjpeg         with --decode gpu, nvJPEG alone: files in memory -> pixels on the card
+    torchvision:nvjpeg         with --decode gpu, nvJPEG alone, of all files: in memory -> pixels on the card
     siglip2_packed:forward     the model alone, on a pack that is there already
     transformers_sdpa_padded   for each 64 files: Image.open, Siglip2ImageProcessor, Siglip2VisionModel
 """
@@ -123,6 +123,7 @@ def in_threads(function, files):
 
 def nvjpeg_only(files, ckpt, device, dtype):
     decode = card.nvjpeg(torch.device(device))
+    card.LARGE = 0  # small files, too
     read = [card.plain_jpeg(file) for file in files]
     start = time.perf_counter()
     for batch in card.batches(read, lambda file: file.pixels):
@@ -135,11 +136,11 @@ def ours(files, ckpt, device, dtype, decode="exact"):
     processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode)
     workers = cores()
     pool = decoding_pool(torch.device(device), processor, workers, patch_budget=BUDGET)
+    lock_pages(pool, torch.device(device))
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)
     on_card = processor.on_card(model.device)
-    lock_pages(pool, model.device)
     inputs = find_inputs(files)
     settings = {"shard_size": shard_size(False, len(files), 1), "format": "safetensors"}
     empty = {"pooled": torch.zeros(0, model.config.hidden_size, dtype=dtype)}

@@ -19,8 +19,8 @@ if DRY:
 
 KERNELS = (
     "forward_kernel", "backward_", "product_kernel", "mlp_kernel", "pool_kernel", "positions_kernel",
-    "table_gradient_kernel", "weights_kernel", "first_kernel", "second_kernel", "fold_kernel", "quantize_kernel", "partial_sums_kernel",
-    "transpose_kernel", "begin_kernel", "store_kernel", "planted_kernel",
+    "table_gradient_kernel", "weights_kernel", "first_kernel", "second_kernel", "fold_kernel", "quantize_kernel",
+    "partial_sums_kernel", "transpose_kernel", "begin_kernel", "store_kernel", "planted_kernel",
 )  # fmt: skip
 LENGTHS = [1, 5, 64, 65, 200, 300]
 GROUPS = ("hopper64f", "hopper64b", "hopper72f", "hopper72b", "triton64", "triton72", "products", "rest")
