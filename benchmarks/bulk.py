@@ -124,7 +124,8 @@ def in_threads(function, files):
 def nvjpeg_only(files, ckpt, device, dtype):
     decode = card.nvjpeg(torch.device(device))
     card.LARGE = 0  # small files, too
-    read = [card.plain_jpeg(file) for file in files]
+    with ThreadPoolExecutor(cores()) as pool:
+        read = list(pool.map(card.plain_jpeg, files))
     start = time.perf_counter()
     for batch in card.batches(read, lambda file: file.pixels):
         decode([torch.frombuffer(file.data, dtype=torch.uint8) for file in batch])
@@ -228,6 +229,7 @@ def transformers_processor(ckpt):
     return kind.from_pretrained(ckpt)
 
 
+@lru_cache
 def load(cls, ckpt, device, dtype, **kwargs):
     return cls.from_pretrained(ckpt, dtype=dtype, **kwargs).to(device).eval()
 
