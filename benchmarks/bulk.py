@@ -47,7 +47,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, card
-from siglip2_packed.collection.decode import cores, decoding_pool, lock_pages
+from siglip2_packed.collection.decode import cores, decoding_pool
 from siglip2_packed.collection.features import Meter, clock, encode
 from siglip2_packed.collection.run import to_folder
 from siglip2_packed.collection.sources import find_inputs
@@ -137,7 +137,8 @@ def ours(files, ckpt, device, dtype, decode="exact"):
     processor = Siglip2PackedImageProcessor.from_pretrained(ckpt, decode=decode)
     workers = cores()
     pool = decoding_pool(torch.device(device), processor, workers, patch_budget=BUDGET)
-    lock_pages(pool, torch.device(device))
+    if device == "cuda":
+        pool.shelf.lock_pages(torch.device(device))
     model = load(Siglip2PackedVisionModel, ckpt, device, dtype, attn_implementation="auto")
     forward = replayed(model, BUDGET)
     warm_up(forward, processor)

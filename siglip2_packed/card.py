@@ -148,7 +148,7 @@ class Card:
 
     @torch.no_grad()
     def cut(self, batch: Decoded) -> list[Tensor | None]:
-        """The second half, on the current stream. What was copied may be written to again afterwards."""
+        """The second half, on the current stream. Files and pixels may be written over afterwards."""
         if batch.ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(batch.ready)
@@ -157,7 +157,7 @@ class Card:
                     pixels.record_stream(current)
         there = [i for i, pixels in enumerate(batch.pixels) if pixels is not None]
         found = dict(zip(there, self._cut(batch, there)))
-        if batch.ready is not None and any(file.decoded for file in batch.files):
+        if batch.ready is not None:
             batch.ready.synchronize()
         self.refused += sum(found.get(i) is None for i in range(len(batch.files)))
         self.decoded += sum(found.get(i) is not None for i, file in enumerate(batch.files) if not file.decoded)

@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from siglip2_packed.card import PIXELS_AT_ONCE, Card
 from siglip2_packed.collection import FORMATS
-from siglip2_packed.collection.decode import MOST_SHARED, cores, decoding_pool, lock_pages, most_ahead
+from siglip2_packed.collection.decode import DecodingProcesses, DecodingThreads, cores, decoding_pool, most_ahead
 from siglip2_packed.collection.features import EncodedImage, Meter, StrictError, encode, of_unit_length
 from siglip2_packed.collection.identity import tower, versions, weights_digest
 from siglip2_packed.collection.kept import check_names
@@ -39,6 +39,7 @@ from siglip2_packed.collection.plan import Share
 from siglip2_packed.collection.ranks import Ranks
 from siglip2_packed.collection.run import check_run, complete, read_run, to_folder
 from siglip2_packed.collection.shards import TABLES, Counts, check_replaced, replacing, write_file
+from siglip2_packed.collection.shelf import Shelf
 from siglip2_packed.collection.sources import Inputs, as_path, find_inputs
 from siglip2_packed.collection.tar import Tar
 from siglip2_packed.collection.walk import Skipped
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         # forks before there is a card or a model, while that is quick
         with decoding_pool(device, processor, workers, args.decode_in, args.patch_budget) as pool:
             card = card_of(processor, args.device)
-            if card is not None:
-                lock_pages(pool, card.device)
+            if card is not None and card.device.type == "cuda":
+                pool.shelf.lock_pages(card.device)
             return encode_inputs(args, out, inputs, processor, card, pool, workers, ranks, lock)
 
 
@@ -103,7 +104,7 @@ def encode_inputs(
     inputs: Inputs,
     processor: Siglip2PackedImageProcessor,
     card: Card | None,
-    pool: Executor,
+    pool: DecodingThreads | DecodingProcesses,
     workers: int,
     ranks: Ranks,
     lock: Lock,
@@ -136,7 +137,7 @@ def encode_inputs(
         if ranks.rank == 0:
             say_lacking(inputs)
             say_size(out, count * ranks.world, processor.max_num_patches, empty, args)
-            say_ahead(processor, workers, args.patch_budget, card is not None)
+            say_ahead(processor, workers, args.patch_budget, pool.shelf if card else None)
             if default:
                 say_faster(device)
         with tqdm(
@@ -307,11 +308,11 @@ def say_size(out: Path, images: int, longest: int, empty: dict[str, Tensor], arg
     print(f"to write: up to {size(need)} of {dtype}{why}; free there: {size(free)}{warn}", file=sys.stderr)
 
 
-def say_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int, by_card: bool) -> None:
-    """What memory decoding takes at most."""
-    images, patches = most_ahead(processor, workers, patch_budget, by_card)
-    if by_card:
-        what = "files" if processor.decode == "gpu" else f"images, {size(MOST_SHARED)} of pixels"
+def say_ahead(processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int, shelf: Shelf | None) -> None:
+    """What memory decoding takes at most. `shelf`: where pixels wait for a card, if they do."""
+    images, patches = most_ahead(processor, workers, patch_budget, shelf is not None)
+    if shelf is not None:
+        what = f"images, {size(len(shelf.memory))} of files and pixels"
         pixels = f"{size(2 * 3 * PIXELS_AT_ONCE)} of pixels and {size(patches)} of patches on the card"
         print(f"ahead of the model: up to {images} {what}; {pixels}", file=sys.stderr)
     else:

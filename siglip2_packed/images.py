@@ -268,7 +268,7 @@ def plain_pixels(source: Source, resized: Callable[[int, int], Size] | None, all
     if not readable_again(source):
         return None
     with opened(source) as image:
-        if image.mode != "RGB" or (resized and _draft(image, resized)):
+        if image.mode != "RGB" or not jpeg.takes(image) or (resized and _draft(image, resized)):
             return None
         size = image.height, image.width
         room = allocate(3 * size[0] * size[1])

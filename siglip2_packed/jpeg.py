@@ -30,21 +30,22 @@ def decode(image: Image.Image) -> Image.Image | None:
     Args:
         image: just opened from a file, perhaps with a draft, and not loaded.
     """
-    if image.mode not in LAYOUTS or not _compared(image):
+    if not takes(image):
         return None
     pixels = _decode(_file(image), LAYOUTS[image.mode], image.size)
     return None if pixels is None else _as_image(pixels, image.mode)
 
 
 def decode_rgb(image: Image.Image, out: np.ndarray) -> bool:
-    """`image.load()` of an RGB image into `[height, width, 3]` uint8; False if only that can tell its pixels."""
-    return image.mode == "RGB" and _compared(image) and _decode(_file(image), "RGB", image.size, out) is not None
+    """`image.load()` of an RGB image that `takes` takes into `[height, width, 3]` uint8; False if it is damaged."""
+    return _decode(_file(image), "RGB", image.size, out) is not None
 
 
-def _compared(image: Image.Image) -> bool:
+def takes(image: Image.Image) -> bool:
     """Whether it is of the kinds of files that were compared."""
-    sampled = image.mode == "L" or JpegImagePlugin.get_sampling(image) >= 0
-    return image.format in FORMATS and sampled and decoder() == "simplejpeg"
+    if image.format not in FORMATS or image.mode not in LAYOUTS or decoder() != "simplejpeg":
+        return False
+    return image.mode == "L" or JpegImagePlugin.get_sampling(image) >= 0
 
 
 def _file(image: Image.Image) -> bytes:

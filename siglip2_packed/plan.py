@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import math
 import random
 import resource
 import sys
@@ -24,7 +25,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import Siglip2VisionConfig
 
-from siglip2_packed.collection.decode import cores
+from siglip2_packed.collection.decode import IMAGE_SHARED, IMAGES_PER_JOB, cores
+from siglip2_packed.collection.shelf import Room
 from siglip2_packed.collection.sources import image_files
 from siglip2_packed.doctor import device_name
 from siglip2_packed.encode import BUDGETS, default_dtype, size
@@ -125,9 +127,13 @@ def measure(
     """Reads the sources in random order, and encodes a pack of some of them, for half of the seconds each."""
     each = itertools.cycle(random.Random(0).sample(sources, len(sources)))
     lengths: list[int] = []
-    reading = mean_time(
-        lambda: lengths.append(len(read(processor, next(each))[0])), seconds / 2, min(len(sources), LEAST)
-    )
+    memory_of_a_job = np.empty(IMAGES_PER_JOB * IMAGE_SHARED, np.uint8) if processor.on_card(model.device) else None
+
+    def read_one() -> None:
+        room = None if memory_of_a_job is None else Room(memory_of_a_job)
+        lengths.append(math.prod(read(processor, next(each), room)[1]))
+
+    reading = mean_time(read_one, seconds / 2, min(len(sources), LEAST))
     packed = full_pack(processor, each, budget, model.dtype).to(model.device)
     forward, cuda = replayed(model, budget), model.device.type == "cuda"
 
@@ -144,10 +150,16 @@ def measure(
     return Measured(sum(lengths) / len(lengths), cores() / reading, packed.num_images / encoding, memory)
 
 
-def read(processor: Siglip2PackedImageProcessor, source: Source) -> tuple[np.ndarray, tuple[int, int]]:
-    """As the processor does. Raises ValueError with the name of what cannot be read."""
+def read(
+    processor: Siglip2PackedImageProcessor, source: Source, room: Room | None = None
+) -> tuple[Any, tuple[int, int]]:
+    """As the processor does, or where there is room for the pixels as it leaves them to a card, and (h, w).
+
+    Raises:
+        ValueError: with the name of what cannot be read.
+    """
     try:
-        return processor.read(source)
+        return processor.read(source) if room is None else processor.read_for_card(source, room.take)
     except ValueError as error:
         raise ValueError(f"--sample: {source_name(source)}: {error}") from error
 

@@ -102,8 +102,9 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         do_convert_rgb: None drops transparency, True lays it over white, False refuses images that are not RGB.
         decode: how JPEG files become pixels. "exact": Pillow's, bit for bit, by simplejpeg where that is installed and
             gives them. "scaled": at the smallest of the file's own scales (1/8, 1/4, 1/2) that is at least twice the
-            size it is resized to, which takes large photos a fraction of the time. "gpu": decoded by nvJPEG, resized
-            and cut on the current CUDA device, where the pack then is; what is no plain JPEG gets there the exact way.
+            size it is resized to, which takes large photos a fraction of the time. "gpu": those of a megapixel or more
+            are decoded by nvJPEG, all JPEG files resized and cut on the current CUDA device, where the pack then is;
+            what is no plain JPEG gets there the exact way.
         num_threads: images are read and resized by this many threads; None: up to 8, one in a DataLoader worker.
 
     What is accepted as an image and how its scale and orientation are told: see `siglip2_packed.images`.

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from siglip2_packed.collection.decode import decoding_pool, lock_pages
+from siglip2_packed.collection.decode import decoding_pool
 from siglip2_packed.collection.features import encode
 from siglip2_packed.collection.parquet import entry_of
 from siglip2_packed.collection.sources import Input
@@ -88,7 +88,8 @@ class Siglip2PackedEncoder:
         self.width = model.config.hidden_size
         self.column, self.pooled, self.patches, self.patch_budget = column, pooled, patches, patch_budget
         self.pool = decoding_pool(self.model.device, self.processor, workers, decode_in, patch_budget)
-        lock_pages(self.pool, self.model.device)
+        if self.card is not None:
+            self.pool.shelf.lock_pages(self.card.device)
         self.workers = workers
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -23,7 +23,14 @@ from siglip2_packed.cli import main
 from siglip2_packed.collection import DECODE_IN, features, identity
 from siglip2_packed.collection import decode as decoding
 from siglip2_packed.collection.cut import cut
-from siglip2_packed.collection.decode import DecodingProcesses, Shelf, decode, decoded, decoding_pool
+from siglip2_packed.collection.decode import (
+    DecodingProcesses,
+    DecodingThreads,
+    decode,
+    decoded,
+    decoding_pool,
+)
+from siglip2_packed.collection.shelf import Shelf
 from siglip2_packed.formats import DECODE
 from siglip2_packed.inspection.decoding import jpegs
 from siglip2_packed.ray_data import Siglip2PackedEncoder
@@ -82,11 +89,10 @@ def test_pixels_are_resized_by_the_card_to_what_the_host_makes(monkeypatch, how,
     found_card = Card(CPU, 4, processor.resample)
     cuts, resized = [], found_card.resized
     found_card.resized = lambda images, *rest: cuts.extend(images) or resized(images, *rest)
-    pool = DecodingProcesses(2, Shelf(9, room)) if decode_in == "processes" else decoding_pool(CPU, processor, 2)
-    with pool:
+    kind = DecodingProcesses if decode_in == "processes" else DecodingThreads
+    with kind(2, Shelf(9, room)) as pool:
         found = list(cut(decode(inputs(files), processor, pool, 2, by_card=True), processor, found_card))
-        if decode_in == "processes":
-            assert sorted(pool.shelf.free) == list(range(9))
+        assert sorted(pool.shelf.free) == list(range(9))
     assert [(image.ordinal, image.name) for image in found] == list(enumerate(files))
     for image, data in zip(found, files.values()):
         if image.name in BROKEN:
@@ -95,7 +101,7 @@ def test_pixels_are_resized_by_the_card_to_what_the_host_makes(monkeypatch, how,
         patches, grid = processor.read(data)
         assert image.error == "" and image.grid == grid
         assert isinstance(image.patches, torch.Tensor) and np.array_equal(image.patches.numpy(), patches)
-    roomy = decode_in == "threads" or room > 1e6
+    roomy = room > 1e6
     assert (len(cuts) == len(files) - len(BROKEN)) == (roomy and how == "exact")  # `scaled` leaves drafts to the host
     assert (len(cuts) > 0) == (roomy or room > 1)
     assert (found_card.decoded, found_card.refused) == (0, 0)
@@ -112,7 +118,7 @@ def test_pixels_that_the_card_has_no_room_for_are_resized_on_the_host(caplog):
         return resized(images, *rest)
 
     found_card.resized = no_large
-    with decoding_pool(CPU, processor, 2) as pool:
+    with DecodingThreads(2, Shelf(40, 1 << 20)) as pool:
         found = list(cut(decode(inputs(PLAIN), processor, pool, 2, by_card=True), processor, found_card))
     assert all(np.array_equal(image.patches, processor.read(PLAIN[image.name])[0]) for image in found)
     assert found_card.refused == len(PLAIN) - 1  # "small"

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import mmap
 import multiprocessing
 import os
 import threading
@@ -18,7 +17,6 @@ from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
     IMAGES_PER_JOB,
     JOBS_PER_WORKER,
-    MOST_SHARED,
     PACKS_READY,
     DecodedImage,
     DecodingProcesses,
@@ -162,22 +160,6 @@ def test_the_shelf_has_room_for_all_that_wait(processor):
         filled = packs(decode(inputs(*sources), processor, pool, 2), 640, 80)
         ends = [len(next(filled).images) for _ in range(5)]
         assert sum(ends) == 200 and len(pool.shelf.free) == len(memory) // pool.shelf.size
-
-
-def test_a_shelf_takes_no_more_than_is_to_be_had(monkeypatch):
-    def map_at_most(bytes_):
-        def mapped(_, size):
-            if size > bytes_:
-                raise OSError(12, "Cannot allocate memory")
-            return bytearray(1)
-
-        monkeypatch.setattr(mmap, "mmap", mapped)
-
-    map_at_most(MOST_SHARED)
-    assert len(Shelf(10**9, 3 << 20).free) == MOST_SHARED // (3 << 20)
-    map_at_most(999)
-    assert len(Shelf(9, 100).free) == 9
-    assert not Shelf(10, 100).free
 
 
 def test_decoding_processes_collect_no_garbage_of_their_parent():

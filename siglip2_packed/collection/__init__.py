@@ -3,7 +3,8 @@
     sources.py    files, folders (walk.py), lists, tar shards (tar.py), tables (parquet.py, arrow.py)  ->  Input
                   kept.py: columns that go along; samples.py: what lies beside the images of a tar
     decode.py     Input  ->  DecodedImage  ->  Pack, in threads or processes that run ahead of the model
-    cut.py        files for the card  ->  patches there, between the two, with decode="gpu"
+                  shelf.py: memory that its workers share with us
+    cut.py        pixels and files  ->  patches on the card, between the two, where there is one
     features.py   Pack  ->  EncodedImage: a forward, and the copies beside it
     shards.py     EncodedImage  ->  numbered shards; parts.py: what is known of each
     run.py        which shards a process writes, and what the files of a run vouch for: the rule is there

@@ -1,18 +1,17 @@
 """Inputs -> decoded images -> packs up to a patch budget, by threads or processes that run ahead of the model.
 
-Patches stay 8-bit until they are on the device, a quarter of what would have to be kept and copied otherwise. With
-`decode="gpu"` files are read here, and their headers; they go on to the card (cut.py), which makes patches of them.
+Patches stay 8-bit until they are on the device, a quarter of what would have to be kept and copied otherwise. Beside a
+card images are decoded here, or with `decode="gpu"` read, as far as there is room for them (shelf.py); they go on to it
+(cut.py), and it makes the patches.
 """
 
 from __future__ import annotations
 
 import gc
-import mmap
 import multiprocessing
 import os
 import signal
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -24,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siglip2_packed.card import FILES_AT_ONCE, MODES, pillow_order
+from siglip2_packed.card import FILES_AT_ONCE, resizes_exactly
 from siglip2_packed.collection.identity import UNSTEADY, joint, stamp
 from siglip2_packed.collection.parquet import Entry, one_line
+from siglip2_packed.collection.shelf import MOST_SHARED, Room, Shelf
 from siglip2_packed.collection.sources import Input
 from siglip2_packed.data import fill_packs
 from siglip2_packed.formats import decoders
@@ -42,12 +42,8 @@ PACKS_AHEAD = PACKS_READY + 2
 """And one that is being filled, one that the model has."""
 READS = 3
 """Of a file that changes under the reader's hands."""
-MOST_SHARED = 4 << 30
-"""Bytes. What there is no room for goes through the pipe."""
-PORTABLE = 1
-"""cudaHostRegisterPortable: for every device."""
-FILE_SHARED = 4 << 20
-"""Bytes that a file or pixels for the card have room for, of those of a job on the average."""
+IMAGE_SHARED = 4 << 20
+"""Bytes that a file or pixels for the card have room for, of those of a job on the average; less with many workers."""
 T = TypeVar("T")
 U = TypeVar("U")
 END = object()
@@ -88,7 +84,7 @@ def decoding_pool(
     workers: int | None = None,
     decode_in: str | None = None,
     patch_budget: int = 16384,
-) -> Executor:
+) -> DecodingThreads | DecodingProcesses:
     """`workers` (one a core when left out) threads, or processes beside a GPU, for packs of the processor's images.
 
     Pillow lets go of the GIL where the time goes. What remains, a quarter of a millisecond an image, or a tenth of one
@@ -98,48 +94,28 @@ def decoding_pool(
     if decode_in is None:
         decode_in = "processes" if device.type == "cuda" and hasattr(os, "fork") else "threads"
     workers = workers or cores()
-    if decode_in == "threads":
-        return ThreadPoolExecutor(workers)
     decoder(), decoders()  # compared with Pillow and imported here, once for all of them
-    by_card = device.type == "cuda" and processor.resample in MODES and pillow_order(processor.resample) is not None
-    image = processor.max_num_patches * 3 * processor.patch_size**2
-    if by_card or processor.decode == "gpu":
-        image = max(image, FILE_SHARED)
-        waiting = 3 * FILES_AT_ONCE // IMAGES_PER_JOB  # jobs of whose images some are not on the card yet
+    patches = IMAGES_PER_JOB * processor.max_num_patches * 3 * processor.patch_size**2
+    if resizes_exactly(device, processor.resample) or processor.decode == "gpu":
+        places = JOBS_PER_WORKER * workers + 3 * FILES_AT_ONCE // IMAGES_PER_JOB  # until it is on the card
+        shelf = Shelf(places, max(patches, min(IMAGES_PER_JOB * IMAGE_SHARED, MOST_SHARED // places)))
+    elif decode_in == "processes":
+        shelf = Shelf(JOBS_PER_WORKER * workers + window(processor, patch_budget), patches)  # until it is in a pack
     else:
-        waiting = max(64, patch_budget // processor.max_num_patches)  # or in no pack
-    return DecodingProcesses(workers, Shelf(JOBS_PER_WORKER * workers + waiting, IMAGES_PER_JOB * image))
+        shelf = Shelf(0, 1)
+    return DecodingThreads(workers, shelf) if decode_in == "threads" else DecodingProcesses(workers, shelf)
 
 
-class Shelf:
-    """Memory that processes share, with places for what a job takes and gives. A pipe, which holds 64 KiB and is read
-    by one thread, would take a millisecond an image.
-    """
+class DecodingThreads(ThreadPoolExecutor):
+    def __init__(self, workers: int, shelf: Shelf):
+        super().__init__(workers)
+        self.shelf = shelf
 
-    def __init__(self, places: int, size: int):
-        places = min(places, MOST_SHARED // size)
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         try:
-            self.memory = mmap.mmap(-1, max(1, places * size))
-        except OSError:  # so much is not to be had
-            places, self.memory = 0, mmap.mmap(-1, 1)
-        self.size, self.free = size, deque(range(places))
-
-    def take(self) -> int | None:
-        """A place that nobody uses, if there is one: the one given back last."""
-        try:
-            return self.free.pop()
-        except IndexError:
-            return None
-
-    def at(self, place: int) -> np.ndarray:
-        """`[size]` bytes."""
-        return np.frombuffer(self.memory, np.uint8, self.size, place * self.size)
-
-    def lend(self, place: int) -> np.ndarray:
-        """`[size]` bytes. The place is free again once the array and all views of it are gone."""
-        array = self.at(place)
-        weakref.finalize(array, self.free.append, place).atexit = False
-        return array
+            super().shutdown(wait, cancel_futures=cancel_futures)
+        finally:
+            self.shelf.unlock()
 
 
 class DecodingProcesses(ProcessPoolExecutor):
@@ -148,34 +124,13 @@ class DecodingProcesses(ProcessPoolExecutor):
     def __init__(self, workers: int, shelf: Shelf):
         super().__init__(workers, multiprocessing.get_context("fork"), start_worker, (shelf,))
         self.shelf = shelf
-        self.locked: torch.device | None = None
-        self.locking = ThreadPoolExecutor(1)
         self.submit(os.getpid)
 
-    def lock_pages(self, device: torch.device) -> None:
-        """Of the shared memory, so that the card copies from there by itself. In a thread: it takes half a second a
-        GiB, and an error would be the next call's otherwise. Where they cannot be locked the host copies.
-        """
-        self.locked = device
-        self.locking.submit(self._call, device, "cudaHostRegister", len(self.shelf.memory), PORTABLE)
-
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if self.locked is not None:
-            self.locking.submit(self._call, self.locked, "cudaHostUnregister")
-        self.locked = None
-        self.locking.shutdown()
-
-    def _call(self, device: torch.device, function: str, *arguments: int) -> None:
-        """Of the CUDA runtime, about the shared memory."""
-        with torch.cuda.device(device):
-            getattr(torch.cuda.cudart(), function)(np.frombuffer(self.shelf.memory, np.uint8).ctypes.data, *arguments)
-
-
-def lock_pages(pool: Executor, device: torch.device) -> None:
-    """Where there are any, and a card."""
-    if isinstance(pool, DecodingProcesses) and device.type == "cuda":
-        pool.lock_pages(device)
+        try:
+            super().shutdown(wait, cancel_futures=cancel_futures)
+        finally:
+            self.shelf.unlock()
 
 
 _shelf: Shelf | None = None
@@ -217,13 +172,13 @@ def decode(
     its own. `by_card`: what a card can make the patches of is left to it.
     """
     jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
-    shelf = pool.shelf if isinstance(pool, DecodingProcesses) else Shelf(0, 1)
+    shelf = pool.shelf if isinstance(pool, (DecodingProcesses, DecodingThreads)) else Shelf(0, 1)
+    forked = isinstance(pool, DecodingProcesses)
+    sizes = job_sizes(workers) if by_card else repeat(IMAGES_PER_JOB)
 
     def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], np.ndarray | None]]:
-        for some, place, memory in prefetch(
-            by_job(inputs, shelf, job_sizes(workers) if by_card else repeat(IMAGES_PER_JOB)), 2
-        ):
-            yield partial(read_images, processor, some, place, by_card), memory
+        for some, place, memory in prefetch(by_job(inputs, shelf, sizes), 2):
+            yield partial(read_images, processor, some, place if forked else memory, by_card), memory
 
     for images, memory in ahead(jobs(), pool, jobs_ahead):
         yield from images if memory is None else from_place(images, memory)
@@ -251,33 +206,6 @@ def job_sizes(workers: int) -> Iterator[int]:
     return (min(IMAGES_PER_JOB, 1 + job // workers) for job in count())
 
 
-class Room:
-    """A job's memory, filled from its beginning."""
-
-    def __init__(self, memory: np.ndarray):
-        self.memory, self.end = memory, 0
-
-    def take(self, size: int) -> np.ndarray | None:
-        """`[size]` bytes, if there are so many left."""
-        if size > self.memory.size - self.end:
-            return None
-        self.end += size
-        return self.memory[self.end - size : self.end]
-
-    def put(self, data: Any) -> slice | None:
-        """Where in the memory the data is, or is now; None where there is no room, or no data."""
-        flat = np.frombuffer(b"" if data is None else data, np.uint8)
-        if not flat.size:
-            return None
-        start = flat.ctypes.data - self.memory.ctypes.data
-        if not 0 <= start < self.memory.size:
-            room, start = self.take(flat.size), self.end - flat.size
-            if room is None:
-                return None
-            room[:] = flat
-        return slice(start, start + flat.size)
-
-
 def most_ahead(
     processor: Siglip2PackedImageProcessor, workers: int, patch_budget: int, by_card: bool
 ) -> tuple[int, int]:
@@ -297,15 +225,19 @@ def window(processor: Siglip2PackedImageProcessor, patch_budget: int) -> int:
 
 
 def read_images(
-    processor: Siglip2PackedImageProcessor, inputs: list[Input], place: int | None, by_card: bool = False
+    processor: Siglip2PackedImageProcessor,
+    inputs: list[Input],
+    where: int | np.ndarray | None,
+    by_card: bool = False,
 ) -> list[DecodedImage]:
-    if _shelf is None:  # a thread
-        own = partial(np.empty, dtype=np.uint8) if by_card else None
-        return [read_image(processor, *item, allocate=own) for item in inputs]
-    memory = np.empty(0, np.uint8) if place is None else _shelf.at(place)
+    """`where`: the job's memory, or which place of the shelf it is."""
+    if isinstance(where, int):
+        assert _shelf is not None
+        where = _shelf.at(where)
+    memory = np.empty(0, np.uint8) if where is None else where
     entries = [memory[x.entry].tobytes() if isinstance(x.entry, slice) else x.entry for x in inputs]
     room = Room(memory)
-    allocate = room.take if by_card else None  # no pixels through the pipe: where there is no room patches are made
+    allocate = room.take if by_card else None
     images = [read_image(processor, *x._replace(entry=e), allocate=allocate) for x, e in zip(inputs, entries)]
     return [to_place(image, room) for image in images]
 
