@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import mmap
+import time
 import weakref
 
 import numpy as np
@@ -91,27 +92,30 @@ def cudart(monkeypatch):
     assert set(devices) <= {CUDA}
 
 
-def locked_shelf(places=3, size=4096):
-    shelf = Shelf(places, size)
-    shelf.lock_pages(CUDA)
-    return shelf
+def settled(condition):
+    """Whether it comes true, once the thread that locks pages is through."""
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.01)
+    return condition()
 
 
 def test_pages_are_unlocked_before_they_are_unmapped(cudart):
     """A pool that nobody shuts down, as an actor's: what is mapped at its address afterwards is not its memory."""
-    shelf = locked_shelf()
+    shelf = Shelf(3, 4096)
     shelf.lock_pages(CUDA)
+    shelf.lock_pages(CUDA)
+    assert settled(lambda: cudart.locked)
     gone = weakref.ref(shelf.memory)
     unlock, mapped = cudart.cudaHostUnregister, []
     cudart.cudaHostUnregister = lambda place: mapped.append(gone() is not None) or unlock(place)
     view = shelf.lend(1)
     del shelf
-    gc.collect()
-    assert cudart.calls == 1 and not cudart.locked and mapped == [True]
+    assert settled(lambda: mapped == [True]) and cudart.calls == 1 and not cudart.locked
     view[:] = 1  # which its owner still has
     del view
-    gc.collect()
-    assert gone() is None
+    assert settled(lambda: gone() is None)
 
 
 @pytest.mark.parametrize("decode_in", DECODE_IN)
@@ -122,6 +126,7 @@ def test_a_pool_that_ends_unlocks_its_pages(cudart, monkeypatch, decode_in, end)
     monkeypatch.setattr("siglip2_packed.collection.decode.MOST_SHARED", 1 << 24)
     pool = decoding_pool(CUDA, processor, 1, decode_in)
     pool.shelf.lock_pages(CUDA)
+    assert settled(lambda: cudart.locked)
     assert [image.name for image in decode(inputs(image_bytes(0, (9, 7))), processor, pool, 1, True)] == ["image 0"]
     if end == "interrupted":
         kind = type(pool).__mro__[1]
@@ -134,17 +139,15 @@ def test_a_pool_that_ends_unlocks_its_pages(cudart, monkeypatch, decode_in, end)
     if end != "dropped":
         pool.shutdown()
         assert not cudart.locked
-    else:
-        pool.shutdown(wait=False)
     del pool
-    gc.collect()
-    assert cudart.calls == 1 and not cudart.locked
+    assert settled(lambda: not cudart.locked) and cudart.calls == 1
 
 
 def test_pages_that_cannot_be_locked_are_said(cudart, caplog):
     cudart.error = 2
     with caplog.at_level(logging.WARNING):
-        shelf = locked_shelf()
+        shelf = Shelf(3, 4096)
+        shelf.lock_pages(CUDA)
         shelf.unlock()
     assert caplog.text.count("12288 bytes cannot be page-locked (2): the host copies pixels to cuda:1") == 1
 

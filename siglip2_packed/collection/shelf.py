@@ -61,7 +61,7 @@ class Shelf:
         """
         if self.free and self._unlock is None:
             thread = ThreadPoolExecutor(1)
-            locked = thread.submit(_lock, self.memory, device)
+            locked = thread.submit(_lock, self, device)  # which keeps it: whoever unlocks need not wait for himself
             thread.shutdown(wait=False)
             self._unlock = weakref.finalize(self, _unlock, locked, self.memory, device)
 
@@ -70,11 +70,12 @@ class Shelf:
             self._unlock()
 
 
-def _lock(memory: mmap.mmap, device: torch.device) -> bool:
+def _lock(shelf: Shelf, device: torch.device) -> bool:
+    place, size = _extent(shelf.memory)
     with torch.cuda.device(device):
-        error = torch.cuda.cudart().cudaHostRegister(*_extent(memory), PORTABLE)
+        error = torch.cuda.cudart().cudaHostRegister(place, size, PORTABLE)
     if int(error):
-        logger.warning("%d bytes cannot be page-locked (%s): the host copies pixels to %s", len(memory), error, device)
+        logger.warning("%d bytes cannot be page-locked (%s): the host copies pixels to %s", size, error, device)
     return not int(error)
 
 
