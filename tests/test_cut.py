@@ -83,7 +83,7 @@ def test_images_are_cut_in_their_order(monkeypatch, decode_in, at_once):
 @pytest.mark.parametrize("how", ["exact", "scaled"])
 def test_pixels_are_resized_by_the_card_to_what_the_host_makes(monkeypatch, how, decode_in, room):
     """Those for which there is room; patches of the others come as they did."""
-    monkeypatch.setattr(decoding, "job_sizes", lambda workers: itertools.repeat(8))
+    monkeypatch.setattr(decoding.JobSizes, "__next__", lambda self: 8)
     files = {**FILES, "large": jpeg(photograph((640, 480))), "tall": jpeg(photograph((30, 700)))}
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode=how)
     found_card = Card(CPU, 4, processor.resample)
@@ -142,7 +142,7 @@ def test_files_keep_the_state_that_was_read(tmp_path):
 @pytest.mark.parametrize("how", ["paths", "bytes"])
 def test_files_for_the_card_come_by_shared_memory(monkeypatch, tmp_path, how):
     """Those for which there is room; the others come all the same."""
-    monkeypatch.setattr(decoding, "job_sizes", lambda workers: itertools.repeat(8))
+    monkeypatch.setattr(decoding.JobSizes, "__next__", lambda self: 8)
     processor = Siglip2PackedImageProcessor(**SETTINGS, decode="gpu")
     given = inputs(FILES)
     if how == "paths":
@@ -166,8 +166,31 @@ def test_files_for_the_card_come_by_shared_memory(monkeypatch, tmp_path, how):
             assert sorted(pool.shelf.free) == list(range(9))
 
 
-def test_the_first_jobs_for_a_card_are_small():
-    assert list(itertools.islice(decoding.job_sizes(2), 20)) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, *[8] * 6]
+def test_jobs_for_a_card_are_small_at_first_and_of_large_images():
+    sizes = decoding.JobSizes(2, 40 << 20)
+    assert list(itertools.islice(sizes, 20)) == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, *[8] * 6]
+    for count, wanted, most in (
+        (8, 8 * 36_578_304, 1),
+        (1, 36_578_304, 1),
+        (1, 9 << 20, 4),
+        (4, 4 << 20, 8),
+        (1, 0, 8),
+    ):
+        sizes.saw(count, wanted)
+        assert list(itertools.islice(sizes, 3)) == [most] * 3
+    sizes.saw(1, 50 << 20)
+    assert next(sizes) == 1
+
+
+def test_large_images_of_a_long_collection_are_all_resized_by_the_card():
+    """Each wants a job's whole room: jobs are made of one, once that is seen."""
+    files = {str(i): jpeg(photograph((160, 120), seed=i), quality=30) for i in range(90)}
+    processor = Siglip2PackedImageProcessor(**SETTINGS)
+    with DecodingProcesses(2, Shelf(40, 60_000)) as pool:
+        found = [(x.name, x.stored is not None) for x in decode(inputs(files), processor, pool, 2, by_card=True)]
+    assert [name for name, _ in found] == list(files)
+    by_card = [stored for _, stored in found]
+    assert all(by_card[60:]) and not all(by_card[:30])
 
 
 @pytest.mark.parametrize("how", DECODE)

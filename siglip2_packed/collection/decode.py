@@ -42,8 +42,9 @@ PACKS_AHEAD = PACKS_READY + 2
 """And one that is being filled, one that the model has."""
 READS = 3
 """Of a file that changes under the reader's hands."""
-IMAGE_SHARED = 4 << 20
-"""Bytes that a file or pixels for the card have room for, of those of a job on the average; less with many workers."""
+IMAGE_SHARED = 5 << 20
+"""Bytes that a file or pixels for the card have room for, of those of a job on the average, less with many workers. A
+photo of 12 megapixels has room in the place of eight."""
 T = TypeVar("T")
 U = TypeVar("U")
 END = object()
@@ -174,13 +175,14 @@ def decode(
     jobs_ahead = workers if processor.decode == "gpu" else JOBS_PER_WORKER * workers  # of whole files
     shelf = pool.shelf if isinstance(pool, (DecodingProcesses, DecodingThreads)) else Shelf(0, 1)
     forked = isinstance(pool, DecodingProcesses)
-    sizes = job_sizes(workers) if by_card else repeat(IMAGES_PER_JOB)
+    sizes = JobSizes(workers, shelf.size)
 
-    def jobs() -> Iterator[tuple[Callable[[], list[DecodedImage]], np.ndarray | None]]:
-        for some, place, memory in prefetch(by_job(inputs, shelf, sizes), 2):
+    def jobs() -> Iterator[tuple[Callable[[], tuple[list[DecodedImage], int]], np.ndarray | None]]:
+        for some, place, memory in prefetch(by_job(inputs, shelf, sizes if by_card else repeat(IMAGES_PER_JOB)), 2):
             yield partial(read_images, processor, some, place if forked else memory, by_card), memory
 
-    for images, memory in ahead(jobs(), pool, jobs_ahead):
+    for (images, wanted), memory in ahead(jobs(), pool, jobs_ahead):
+        sizes.saw(len(images), wanted)
         yield from images if memory is None else from_place(images, memory)
 
 
@@ -201,9 +203,24 @@ def by_job(
         yield some, place, memory
 
 
-def job_sizes(workers: int) -> Iterator[int]:
-    """Images of each job, few at first: a card that waits for them has some soon."""
-    return (min(IMAGES_PER_JOB, 1 + job // workers) for job in count())
+class JobSizes:
+    """Images of each job for a card: few at first, so that it has some soon, then those that a job has room for, as the
+    last ones tell: a photo of 12 megapixels.
+    """
+
+    def __init__(self, workers: int, room: int):
+        self.workers, self.room, self.jobs, self.most = workers, room, 0, IMAGES_PER_JOB
+
+    def __iter__(self) -> JobSizes:
+        return self
+
+    def __next__(self) -> int:
+        self.jobs += 1
+        return min(self.most, 1 + (self.jobs - 1) // self.workers)
+
+    def saw(self, images: int, wanted: int) -> None:
+        """A job of so many images wanted so many bytes."""
+        self.most = max(1, min(IMAGES_PER_JOB, self.room * images // max(1, wanted)))
 
 
 def most_ahead(
@@ -229,8 +246,8 @@ def read_images(
     inputs: list[Input],
     where: int | np.ndarray | None,
     by_card: bool = False,
-) -> list[DecodedImage]:
-    """`where`: the job's memory, or which place of the shelf it is."""
+) -> tuple[list[DecodedImage], int]:
+    """The images, and the bytes that they wanted. `where`: the job's memory, or which place of the shelf it is."""
     if isinstance(where, int):
         assert _shelf is not None
         where = _shelf.at(where)
@@ -239,7 +256,7 @@ def read_images(
     room = Room(memory)
     allocate = room.take if by_card else None
     images = [read_image(processor, *x._replace(entry=e), allocate=allocate) for x, e in zip(inputs, entries)]
-    return [to_place(image, room) for image in images]
+    return [to_place(image, room) for image in images], room.wanted
 
 
 def to_place(image: DecodedImage, room: Room) -> DecodedImage:

@@ -98,9 +98,12 @@ class Room:
 
     def __init__(self, memory: np.ndarray):
         self.memory, self.end = memory, 0
+        self.wanted = 0
+        """Bytes that were asked for."""
 
     def take(self, size: int) -> np.ndarray | None:
         """`[size]` bytes, if there are so many left."""
+        self.wanted += size
         if size > self.memory.size - self.end:
             return None
         self.end += size
