@@ -1,6 +1,7 @@
 """What is made once a session, checkpoints and runs of `encode`; and the grids that expose faults."""
 
 import contextlib
+import importlib.util
 import os
 
 # Products in Triton's interpreter are numpy's. On some processors its BLAS changes the order of their sums with their
@@ -14,6 +15,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+    if importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.hasten()
 
 import encode_runs
 
