@@ -182,15 +182,20 @@ def test_jobs_for_a_card_are_small_at_first_and_of_large_images():
     assert next(sizes) == 1
 
 
-def test_large_images_of_a_long_collection_are_all_resized_by_the_card():
-    """Each wants a job's whole room: jobs are made of one, once that is seen."""
-    files = {str(i): jpeg(photograph((160, 120), seed=i), quality=30) for i in range(90)}
+def test_large_images_of_a_long_collection_are_all_resized_by_the_card(monkeypatch):
+    """Each wants a job's whole room: jobs are made of one, once that is seen. Beside 6 jobs two batches have places."""
+    monkeypatch.setattr(card, "PIXELS_AT_ONCE", 4 * 3 * 160 * 120)
+    files = {str(i): jpeg(photograph((160, 120), seed=i), quality=30) for i in range(120)}
     processor = Siglip2PackedImageProcessor(**SETTINGS)
-    with DecodingProcesses(2, Shelf(40, 60_000)) as pool:
-        found = [(x.name, x.stored is not None) for x in decode(inputs(files), processor, pool, 2, by_card=True)]
-    assert [name for name, _ in found] == list(files)
-    by_card = [stored for _, stored in found]
-    assert all(by_card[60:]) and not all(by_card[:30])
+    found_card, by_card = Card(CPU, 4, processor.resample), []
+    whole = found_card.decode
+    found_card.decode = lambda files, grids: by_card.append(len(files)) or whole(files, grids)
+    with DecodingProcesses(2, Shelf(6 + 2 * 4 + 4, 60_000)) as pool:
+        images = decode(inputs(files), processor, pool, 2, by_card=True)
+        found = list(cut(images, processor, found_card))
+    assert [image.name for image in found] == list(files)
+    assert max(by_card) == 4 and sum(by_card) > 95
+    assert all(np.array_equal(image.patches, processor.read(files[image.name])[0]) for image in found)
 
 
 @pytest.mark.parametrize("how", DECODE)

@@ -22,7 +22,9 @@ def cut(images: Iterable[DecodedImage], processor: Siglip2PackedImageProcessor, 
     for batch, pixels in prefetch(on_card(images, card), 1):
         found = iter(card.cut(pixels))
         del pixels
-        for image in batch:
+        batch.reverse()
+        while batch:  # gives back the memory of each
+            image = batch.pop()
             if image.stored is not None:
                 patches = next(found)
                 if patches is not None:
@@ -34,9 +36,14 @@ def cut(images: Iterable[DecodedImage], processor: Siglip2PackedImageProcessor, 
 
 def on_card(images: Iterable[DecodedImage], card: Card) -> Iterator[tuple[list[DecodedImage], Decoded]]:
     """Batches, and the pixels of those of them that are files for the card."""
-    for batch in batches(images, lambda image: image.stored.pixels if image.stored else 0):
-        stored = [image for image in batch if image.stored]
-        yield batch, card.decode([image.stored for image in stored if image.stored], [image.grid for image in stored])
+    for batch in batches(images, weight):
+        grids = [image.grid for image in batch if image.stored]
+        yield batch, card.decode([image.stored for image in batch if image.stored], grids)
+
+
+def weight(image: DecodedImage) -> int:
+    """In a batch: its pixels; of what is decoded already three times as many, which all wait in the workers' memory."""
+    return 0 if image.stored is None else image.stored.pixels * (3 if image.stored.decoded else 1)
 
 
 def read_on_host(processor: Siglip2PackedImageProcessor, image: DecodedImage, stored: Stored) -> DecodedImage:

@@ -378,7 +378,9 @@ def prefetch(items: Iterator[T], depth: int, begin: Callable[[], None] | None = 
     try:
         while (item := begun.popleft().result()) is not END:
             begun.append(pool.submit(next, items, END))
-            yield item  # type: ignore[misc]
+            held = [item]
+            del item
+            yield held.pop()  # type: ignore[misc]  # what it has in memory is its consumer's alone
     finally:
         pool.shutdown(cancel_futures=True)
         items.close()  # type: ignore[attr-defined]

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from siglip2_packed.ops.patches.pillow import height_first
-
-PRECISION = 22
-"""Bits behind the point of a weight: a sum of them times 8-bit levels fits 32."""
-SUPPORTS = {"bilinear": 1, "bicubic": 2}
+from siglip2_packed.ops.patches.pillow import PRECISION, SUPPORTS, height_first, taps
 
 
 def cut(
@@ -73,11 +67,6 @@ def filters(length: int, size: int, mode: str, device: torch.device) -> tuple[Te
         total += some
     weights = weights / total * (1 << PRECISION)
     return first, (weights + torch.where(weights < 0, -0.5, 0.5)).int()
-
-
-def taps(length: int, size: int, mode: str) -> int:
-    """How many pixels count at most."""
-    return 2 * math.ceil(SUPPORTS[mode] * max(length / size, 1.0)) + 1
 
 
 def weight(x: Tensor, mode: str) -> Tensor:

@@ -1,7 +1,13 @@
-"""Which side of an image Pillow resizes first. As the pixels between are rounded to 8 bits the result depends on it."""
+"""How Pillow resizes (Resample.c): a side after the other, by weights of a fixed point, rounded to 8 bits each time."""
 
+import math
+
+PRECISION = 22
+"""Bits behind the point of a weight: a sum of them times 8-bit levels fits 32."""
+SUPPORTS = {"bilinear": 1, "bicubic": 2}
+"""Pixels that count to each side, where an image is not made smaller."""
 ORDERS = ("width", "width, but of tall images", "width, unless height shrinks more")
-"""To Pillow 12.1, from 12.2, from 13.0."""
+"""Which side comes first, on which the result depends: to Pillow 12.1, from 12.2, from 13.0."""
 
 
 def height_first(order: str, height: tuple[int, int], width: tuple[int, int]) -> bool:
@@ -12,3 +18,8 @@ def height_first(order: str, height: tuple[int, int], width: tuple[int, int]) ->
     if order == "width, unless height shrinks more":
         return less > 0 and less > 2 * (width[0] - width[1])
     return False
+
+
+def taps(length: int, size: int, mode: str) -> int:
+    """How many of `length` pixels count at most for one of `size`."""
+    return 2 * math.ceil(SUPPORTS[mode] * max(length / size, 1.0)) + 1

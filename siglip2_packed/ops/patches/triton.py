@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip2_packed.ops.patches.eager import PRECISION, SUPPORTS, taps
-from siglip2_packed.ops.patches.pillow import height_first
+from siglip2_packed.ops.patches.pillow import PRECISION, SUPPORTS, height_first, taps
 from siglip2_packed.ops.runtime.launch import ceil_div, launch
 from siglip2_packed.ops.runtime.transfer import to_device
 
