@@ -8,9 +8,11 @@ The query is made as the vectors were: the same weights, dtype and preprocessing
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor
 
@@ -84,6 +86,12 @@ def model_of(features: Features, ckpt: str) -> Any:
 def of_image(features: Features, model: Any, image: str) -> Tensor:
     """An image -> `[1, D]`, preprocessed as those of the run were."""
     run = features.run
+    if run["versions"]["pillow"] != PIL.__version__:
+        print(
+            f"the collection's pixels are those of Pillow {run['versions']['pillow']}, the query's of "
+            f"{PIL.__version__}: of JPEG files and tall images they may differ",
+            file=sys.stderr,
+        )
     decode = "exact" if run["decode"] == "gpu" else run["decode"]
     processor = Siglip2PackedImageProcessor.from_dict({name: run[name] for name in SETTINGS}, decode=decode)
     return model(**processor(image).to(model.device)).pooler_output

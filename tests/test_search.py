@@ -61,6 +61,19 @@ def test_an_image_is_most_like_itself(features, photos, capsys):
     assert [score for score, _ in lines] == pytest.approx(truth.sort(descending=True).values.tolist(), abs=1e-3)
 
 
+def test_another_pillow_is_said(features, photos, capsys, monkeypatch):
+    """Of which an image's own pixels may differ; of words there are none."""
+    query = "--image", str(photos / GOOD[4])
+    assert main(["search", str(features), *query, "--device", "cpu"]) == 0
+    assert capsys.readouterr().err == ""
+    theirs = json.loads((features / "run.json").read_text())["versions"]["pillow"]
+    monkeypatch.setattr("PIL.__version__", "99.1.0")
+    said = f"the collection's pixels are those of Pillow {theirs}, the query's of 99.1.0: of JPEG files and tall images"
+    for some, expected in ((query, 1), (("--text", "a bicycle"), 0)):
+        assert main(["search", str(features), *some, "--device", "cpu"]) == 0
+        assert capsys.readouterr().err.count(said) == expected
+
+
 def test_words_are_encoded_by_the_text_tower(features, ckpt, capsys):
     (query,) = load_text_tower(str(ckpt), torch.device("cpu")).embed(["A red Bicycle"])
     truth = by_hand(load_features(features).pooled, query)
