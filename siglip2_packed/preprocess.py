@@ -324,7 +324,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         """
         if self.decode == "gpu":
             return card.Card(device, self.patch_size, self.resample, card.nvjpeg(device))
-        exactly = card.resizes_exactly(device, self.resample)
+        exactly = self.do_resize and card.resizes_exactly(device, self.resample)
         return card.Card(device, self.patch_size, self.resample) if exactly else None
 
     def _stored(self, source: Source, allocate: Allocate) -> Stored | None:

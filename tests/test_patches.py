@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from siglip2_packed import card
+from siglip2_packed import Siglip2PackedImageProcessor, card
 from siglip2_packed.ops.patches import CUT, ORDERS, Turn
 from siglip2_packed.ops.patches.pillow import height_first
 
@@ -69,6 +69,7 @@ def test_the_order_is_the_installed_pillow_s(monkeypatch):
         assert card.pillow_order(MODES["bilinear"]) == order
         assert card.resizes_exactly(torch.device("cuda"), MODES["bilinear"]) == (order is not None)
     card.pillow_order.cache_clear()
+    assert Siglip2PackedImageProcessor(do_resize=False).on_card(torch.device("cuda")) is None
     assert not card.resizes_exactly(CPU, MODES["bilinear"])
     assert not card.resizes_exactly(torch.device("cuda"), Image.Resampling.LANCZOS)
 
