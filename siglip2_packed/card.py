@@ -27,7 +27,7 @@ import torch
 from PIL import Image, JpegImagePlugin
 from torch import Tensor
 
-from siglip2_packed.images import Source, Stored, opened, readable_again, transposition
+from siglip2_packed.images import ACROSS, DOWN, SIDEWAYS, Source, Stored, opened, readable_again, transposition
 from siglip2_packed.ops.patches import ORDERS, Turn, cutter
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]
@@ -38,29 +38,18 @@ PIXELS_AT_ONCE = 28 * 4032 * 3024
 """Of the files of a batch, three bytes each on the card: 0.95 GiB, four photos of 12 megapixels for each of an H100's
 seven decoders. One file of more is a batch of its own."""
 FILES_AT_ONCE = 64
-LARGE = 1 << 20
-"""Pixels of a file from which on nvJPEG decodes it. A smaller one takes a core 3 ms at most, and nvJPEG, whose kernels
+LARGE = 2 << 20
+"""Pixels of a file from which on nvJPEG decodes it. A smaller one takes a core 6 ms at most, and nvJPEG, whose kernels
 wait for those of a model that computes, as long as a large one."""
 END_OF_IMAGE = b"\xff\xd9"
-TURNS = {
-    None: Turn(),
-    Image.Transpose.FLIP_LEFT_RIGHT: Turn(across=True),
-    Image.Transpose.FLIP_TOP_BOTTOM: Turn(down=True),
-    Image.Transpose.ROTATE_180: Turn(down=True, across=True),
-    Image.Transpose.TRANSPOSE: Turn(sideways=True),
-    Image.Transpose.ROTATE_270: Turn(sideways=True, across=True),
-    Image.Transpose.ROTATE_90: Turn(sideways=True, down=True),
-    Image.Transpose.TRANSVERSE: Turn(sideways=True, down=True, across=True),
-}
-"""Of Pillow's `transpose`."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 def plain_jpeg(source: Source, do_convert_rgb: bool | None = None) -> Stored | None:
-    """The file, if it is a JPEG for the card: of a megapixel or more, grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and not
-    cut short.
+    """The file, if it is a JPEG for the card: of two megapixels or more, grey, or YCbCr in 4:4:4, 4:2:2 or 4:2:0, and
+    not cut short.
 
     Args:
         do_convert_rgb: the processor's; False leaves a grey file to the exact way, which refuses it.
@@ -207,9 +196,10 @@ class Card:
         if not some:
             return []
         pixels: Any = [batch.pixels[i] for i in some]
-        grids = [batch.grids[i] for i in some]
+        files, grids = [batch.files[i] for i in some], [batch.grids[i] for i in some]
+        turns = [Turn(file.turn in SIDEWAYS, file.turn in DOWN, file.turn in ACROSS) for file in files]
         try:
-            patches = self.resized(pixels, [TURNS[batch.files[i].turn] for i in some], grids)
+            patches = self.resized(pixels, turns, [file.scaled and file.scaled.box for file in files], grids)
         except RuntimeError as error:
             if len(some) > 1:
                 half = len(some) // 2
@@ -229,15 +219,17 @@ def pillow_order(resample: Image.Resampling) -> str | None:
     """The order (`ops.patches.pillow`) in which the Pillow that is installed resizes, known by its pixels; None if no
     order gives them, and the host resizes."""
     generator = np.random.default_rng(0)
-    sizes = [((61, 27), (20, 14)), ((203, 2), (5, 3)), ((40, 50), (13, 19)), ((5, 7), (16, 16)), ((301, 299), (16, 15))]
-    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size, _ in sizes]
+    sizes = [(61, 27), (203, 2), (40, 50), (5, 7), (301, 299), (41, 20)]
+    boxes = [None, None, (0.125, 0, 50, 39.5), None, None, (0, 0, 20, 40)]
+    resized = [(20, 14), (5, 3), (13, 19), (16, 16), (16, 15), (20, 10)]
+    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     theirs = [
-        np.asarray(Image.fromarray(image).resize(resized[::-1], resample)).reshape(-1, 3)
-        for image, (_, resized) in zip(images, sizes)
+        np.asarray(Image.fromarray(image).resize(size[::-1], resample, box)).reshape(-1, 3)
+        for image, box, size in zip(images, boxes, resized)
     ]
-    given = [torch.from_numpy(image).permute(2, 0, 1) for image in images], [Turn()] * len(sizes)
+    given = [torch.from_numpy(image).permute(2, 0, 1) for image in images], [Turn()] * len(sizes), boxes, resized
     for order in ORDERS:
-        ours = cutter(torch.device("cpu"), 1, MODES[resample], order)(*given, [resized for _, resized in sizes])
+        ours = cutter(torch.device("cpu"), 1, MODES[resample], order)(*given)
         if np.array_equal(ours.numpy(), np.concatenate(theirs)):
             return order
     return None

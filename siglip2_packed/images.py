@@ -20,7 +20,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,10 +43,12 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SIDEWAYS = [ORIENTATIONS[tag] for tag in (5, 6, 7, 8)]
+SIDEWAYS, DOWN, ACROSS = ({ORIENTATIONS[tag] for tag in tags} for tags in ((5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)))
+"""Of Pillow's `transpose`: those that exchange the sides, and then mirror top to bottom, left to right."""
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".wmv", ".mpg", ".mpeg")
 OVERSIZE = 2
 """A JPEG file that is decoded at a scale of its own is at least so many times the size that it is resized to."""
+Side = TypeVar("Side", int, float)
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -64,18 +66,12 @@ class Frame(NamedTuple):
 
 
 class Scaled(NamedTuple):
-    """What a JPEG file that was decoded at a scale of its own is otherwise. It is turned upright once it is small."""
+    """What a JPEG file that was decoded at a scale of its own is otherwise, upright."""
 
     size: Size
-    """Of the whole file, upright."""
+    """Of the whole file."""
     box: tuple[float, float, float, float]
-    """The picture among the pixels: their sides are rounded up."""
-    turn: Image.Transpose | None
-
-    def resize(self, image: Image.Image, size: Size, resample: Image.Resampling) -> Image.Image:
-        """Its pixels -> upright, of this size."""
-        height, width = turned(size, self.turn)
-        return upright(image.resize((width, height), resample, self.box), self.turn)
+    """(left, top, right, bottom) of the picture among the pixels: their sides are rounded up."""
 
 
 class Stored(NamedTuple):
@@ -86,15 +82,21 @@ class Stored(NamedTuple):
     stored: Size
     turn: Image.Transpose | None
     decoded: bool = False
+    scaled: Scaled | None = None
 
     @property
     def size(self) -> Size:
-        """Upright."""
-        return turned(self.stored, self.turn)
+        """Of the whole file, upright."""
+        return self.scaled.size if self.scaled else turned(self.stored, self.turn)
 
     @property
     def pixels(self) -> int:
         return self.stored[0] * self.stored[1]
+
+    def image(self) -> Image.Image:
+        """What is decoded already, upright."""
+        assert self.decoded
+        return upright(Image.fromarray(self.data), self.turn)  # type: ignore[arg-type]
 
 
 Allocate = Callable[[int], "np.ndarray | None"]
@@ -251,7 +253,7 @@ def _not_unit(dtype: str, low: float, high: float) -> ValueError:
 
 
 def decode(source: Source, resized: Callable[[int, int], Size] | None = None) -> tuple[Image.Image, Scaled | None]:
-    """Opens and decodes one image, upright unless it is scaled (see `read_rgb`). Mode as stored."""
+    """Opens and decodes one image, upright; see `read_rgb`. Mode as stored."""
     with opened(source) as image:
         scaled, pixels = None, None
         if image is not source:
@@ -260,7 +262,7 @@ def decode(source: Source, resized: Callable[[int, int], Size] | None = None) ->
         if pixels is None:
             image.load()
             pixels = image
-        return (pixels if scaled else upright(pixels, transposition(image))), scaled
+        return upright(pixels, transposition(image)), scaled
 
 
 def plain_pixels(source: Source, resized: Callable[[int, int], Size] | None, allocate: Allocate) -> Stored | None:
@@ -268,13 +270,14 @@ def plain_pixels(source: Source, resized: Callable[[int, int], Size] | None, all
     if not readable_again(source):
         return None
     with opened(source) as image:
-        if image.mode != "RGB" or not jpeg.takes(image) or (resized and _draft(image, resized)):
+        if image.mode != "RGB" or not jpeg.takes(image):
             return None
+        scaled = _draft(image, resized) if resized else None
         size = image.height, image.width
         room = allocate(3 * size[0] * size[1])
         if room is None or not jpeg.decode_rgb(image, room.reshape(*size, 3)):
             return None
-        return Stored(room.reshape(*size, 3), size, transposition(image), decoded=True)
+        return Stored(room.reshape(*size, 3), size, transposition(image), decoded=True, scaled=scaled)
 
 
 def _draft(image: Image.Image, resized: Callable[[int, int], Size]) -> Scaled | None:
@@ -286,10 +289,13 @@ def _draft(image: Image.Image, resized: Callable[[int, int], Size]) -> Scaled | 
     draft = image.draft(None, (OVERSIZE * width, OVERSIZE * height))  # type: ignore[arg-type]
     if draft is None or (image.height, image.width) == whole:
         return None
-    return Scaled(turned(whole, turn), draft[1], turn)
+    across, down = turned(draft[1][2:], turn)  # of the picture among the pixels
+    columns, rows = turned(image.size, turn)
+    left, top = columns - across if turn in ACROSS else 0, rows - down if turn in DOWN else 0
+    return Scaled(turned(whole, turn), (left, top, left + across, top + down))
 
 
-def turned(size: Size, turn: Image.Transpose | None) -> Size:
+def turned(size: tuple[Side, Side], turn: Image.Transpose | None) -> tuple[Side, Side]:
     return size[::-1] if turn in SIDEWAYS else size
 
 

@@ -102,9 +102,9 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         do_convert_rgb: None drops transparency, True lays it over white, False refuses images that are not RGB.
         decode: how JPEG files become pixels. "exact": Pillow's, bit for bit, by simplejpeg where that is installed and
             gives them. "scaled": at the smallest of the file's own scales (1/8, 1/4, 1/2) that is at least twice the
-            size it is resized to, which takes large photos a fraction of the time. "gpu": those of a megapixel or more
-            are decoded by nvJPEG, all JPEG files resized and cut on the current CUDA device, where the pack then is;
-            what is no plain JPEG gets there the exact way.
+            size it is resized to, which takes large photos a fraction of the time. "gpu": those of two megapixels or
+            more are decoded by nvJPEG, all JPEG files resized and cut on the current CUDA device, where the pack then
+            is; what is no plain JPEG gets there the exact way.
         num_threads: images are read and resized by this many threads; None: up to 8, one in a DataLoader worker.
 
     What is accepted as an image and how its scale and orientation are told: see `siglip2_packed.images`.
@@ -271,15 +271,18 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
             )
         return height // p, width // p
 
-    def read(self, source: Source) -> tuple[np.ndarray, tuple[int, int]]:
+    def read(self, source: Source | Stored) -> tuple[np.ndarray, tuple[int, int]]:
         """One image -> (`[h·w, P]` uint8 patches, (h, w)), resized and cut; `normalize` does the rest, where it likes.
 
-        On the host, with `decode="gpu"` the exact way.
+        On the host, with `decode="gpu"` the exact way. Also of what `read_for_card` has, as the card would.
 
         Raises:
             ValueError: with the reason why it cannot be used.
         """
-        frame = self._read(Frame(source, ""), None)
+        if isinstance(source, Stored):
+            frame = self._cut(source.image(), 1, source.scaled)
+        else:
+            frame = self._read(Frame(source, ""), None)
         assert isinstance(frame.patches, np.ndarray)
         assert frame.patches.dtype == np.uint8, "read() is for processors that resize and rescale"
         return frame.patches, frame.grid
@@ -298,14 +301,14 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         stored = self._stored(source, allocate)
         if stored is None:
             image, factor, scaled = self._decoded(Frame(source, ""), None)
-            exactly = not scaled and card.pillow_order(self.resample) is not None
+            exactly = card.pillow_order(self.resample) is not None
             room = allocate(3 * image.height * image.width) if exactly else None
             if room is None:
                 frame = self._cut(image, factor, scaled)
                 return frame.patches, frame.grid
             pixels = room.reshape(image.height, image.width, 3)
             np.copyto(pixels, np.asarray(image))
-            stored = Stored(pixels, pixels.shape[:2], None, decoded=True)
+            stored = Stored(pixels, pixels.shape[:2], None, decoded=True, scaled=scaled)
         return stored, self.grid(*stored.size)
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
@@ -364,8 +367,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
 
         p, (h, w) = self.patch_size, self.grid(height, width)
         if self.do_resize:
-            size = (h * p, w * p)
-            image = scaled.resize(image, size, self.resample) if scaled else image.resize(size[::-1], self.resample)
+            image = image.resize((w * p, h * p), self.resample, scaled.box if scaled else None)
 
         patches = rearrange(np.asarray(image), "(h py) (w px) c -> (h w) (py px c)", py=p, px=p)
         scale = factor * (self.rescale_factor if self.do_rescale else 1 / 255)

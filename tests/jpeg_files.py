@@ -23,10 +23,10 @@ def jpeg(image=None, **options):
     return buffer.getvalue()
 
 
-def turned(orientation):
+def turned(orientation, image=None):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return jpeg(exif=exif)
+    return jpeg(image, exif=exif)
 
 
 def with_thumbnail():

@@ -62,7 +62,7 @@ def test_plain_files_are_the_card_s_and_no_others(files, plain):
 def test_small_files_are_decoded_on_the_host(monkeypatch):
     """And resized on the card, with all others."""
     monkeypatch.undo()
-    small, large = jpeg(photograph((1023, 1024))), jpeg(photograph((1024, 1024)))
+    small, large = jpeg(photograph((1448, 1448))), jpeg(photograph((1449, 1448)))
     assert card.plain_jpeg(small) is None and card.plain_jpeg(large) is not None
     processor, on_card = on_cpu(lambda files: [255 - pixels for pixels in decode_jpegs(files)], max_num_patches=40)
     found, exact = (

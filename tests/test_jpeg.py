@@ -168,7 +168,7 @@ def test_the_scale_is_chosen_for_the_file_as_it_is_stored():
     image, _, scaled = read_rgb(data, resized=lambda *size: asked.append(size) or (50, 16))
     assert (asked, image.size, scaled) == ([(140, 40)], (40, 140), None)
     image, _, scaled = read_rgb(data, resized=lambda *size: (35, 10))
-    assert (image.size, scaled.size, scaled.box) == ((70, 20), (140, 40), (0, 0, 70, 20))
+    assert (image.size, scaled.size, scaled.box) == ((20, 70), (140, 40), (0, 0, 20, 70))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -7,13 +7,10 @@ a stream of that thread's own: neither the model's nor the default one waits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-from PIL import Image
 
 from siglip2_packed.card import Card, Decoded, batches
 from siglip2_packed.collection.decode import DecodedImage, decoded, prefetch
-from siglip2_packed.images import Stored, upright
+from siglip2_packed.images import Stored
 from siglip2_packed.preprocess import Siglip2PackedImageProcessor
 
 
@@ -48,6 +45,5 @@ def weight(image: DecodedImage) -> int:
 
 def read_on_host(processor: Siglip2PackedImageProcessor, image: DecodedImage, stored: Stored) -> DecodedImage:
     """What the card gave back."""
-    data: Any = stored.data
-    source = upright(Image.fromarray(data), stored.turn) if stored.decoded else bytes(data)
+    source = stored if stored.decoded else bytes(stored.data)
     return decoded(processor, image.ordinal, image.name, source)._replace(stamp=image.stamp)

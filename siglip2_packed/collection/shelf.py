@@ -34,6 +34,7 @@ class Shelf:
         except OSError:  # so much is not to be had
             places, self.memory = 0, mmap.mmap(-1, 1)
         self.size, self.free = size, deque(range(places))
+        self._locked: Future[bool] | None = None
         self._unlock: weakref.finalize | None = None
 
     def take(self) -> int | None:
@@ -53,17 +54,19 @@ class Shelf:
         weakref.finalize(array, self.free.append, place).atexit = False
         return array
 
-    def lock_pages(self, device: torch.device) -> None:
+    def lock_pages(self, device: torch.device) -> Future[bool] | None:
         """Has the card copy from here by itself. Where pages cannot be locked the host copies.
 
-        In a thread: it takes half a second a GiB. They are unlocked by `unlock`, or when the shelf is gone, in any case
-        before they are unmapped: at the same address the card would find them again in place of what is there then.
+        In a thread, which tells whether they are: it takes half a second a GiB. They are unlocked by `unlock`, or when
+        the shelf is gone, in any case before they are unmapped: at the same address the card would find them again in
+        place of what is there then.
         """
         if self.free and self._unlock is None:
             thread = ThreadPoolExecutor(1)
-            locked = thread.submit(_lock, self, device)  # which keeps it: whoever unlocks need not wait for himself
+            self._locked = thread.submit(_lock, self, device)  # keeps it: whoever unlocks need not wait for himself
             thread.shutdown(wait=False)
-            self._unlock = weakref.finalize(self, _unlock, locked, self.memory, device)
+            self._unlock = weakref.finalize(self, _unlock, self._locked, self.memory, device)
+        return self._locked
 
     def unlock(self) -> None:
         if self._unlock is not None:

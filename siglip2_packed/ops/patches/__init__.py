@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +30,11 @@ class Turn(NamedTuple):
     across: bool = False
 
 
+Box = tuple[float, float, float, float]
+"""(left, top, right, bottom) of the picture among the pixels of an upright image, in eighths: a JPEG file that is
+decoded at a scale of its own has its sides rounded up."""
+
+
 def _cases(device: torch.device, dtype: torch.dtype, patch_size: int, mode: str) -> Iterator[tuple]:
     """Smaller and larger, of one pixel, turned; not all of them contiguous."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -37,9 +42,10 @@ def _cases(device: torch.device, dtype: torch.dtype, patch_size: int, mode: str)
     noise = [torch.randint(0, 256, (3, *size), dtype=dtype, generator=generator).to(device) for size in sizes]
     images = [noise[0], noise[0][:, 1:, 2:31], *noise[1:], *[noise[-1]] * 3]
     turns = [Turn(i & 1 == 1, i & 2 == 2, i & 4 == 4) for i in range(len(images))]
+    boxes: list[Box | None] = [(0, 0.5, 36.75, 22.125), *[None] * (len(images) - 2), (0.875, 0, 60.25, 27)]
     grids = [(1 + i % 3, 1 + i % 2) for i in range(len(images))]
     for order in ORDERS:
-        yield images, turns, grids, patch_size, mode, order
+        yield images, turns, boxes, grids, patch_size, mode, order
 
 
 def _cut(function: Callable, *case) -> Results:
@@ -49,7 +55,7 @@ def _cut(function: Callable, *case) -> Results:
 CUT = Function("patches.cut", MODULES, _cut, _cases)
 
 
-Cut = Callable[[list[Tensor], list[Turn], list[tuple[int, int]]], Tensor]
+Cut = Callable[[list[Tensor], list[Turn], Sequence[Box | None], list[tuple[int, int]]], Tensor]
 """Pixels as stored, `[3, height, width]` uint8 each, and (h, w) -> `[T, P]` uint8 patches of all: `patches.eager`."""
 
 

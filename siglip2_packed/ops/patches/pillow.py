@@ -20,6 +20,6 @@ def height_first(order: str, height: tuple[int, int], width: tuple[int, int]) ->
     return False
 
 
-def taps(length: int, size: int, mode: str) -> int:
-    """How many of `length` pixels count at most for one of `size`."""
-    return 2 * math.ceil(SUPPORTS[mode] * max(length / size, 1.0)) + 1
+def taps(extent: float, size: int, mode: str) -> int:
+    """How many pixels count at most for one of `size` that are made of the picture, `extent` pixels long."""
+    return 2 * math.ceil(SUPPORTS[mode] * max(extent / size, 1.0)) + 1

@@ -20,8 +20,9 @@ from siglip2_packed.ops.runtime.launch import ceil_div, launch
 from siglip2_packed.ops.runtime.transfer import to_device
 
 ROWS, COLUMNS, WEIGHTS = 16, 64, 128
-FIRST, SECOND, COLUMNS_OF_TABLE = tl.constexpr(6), tl.constexpr(11), tl.constexpr(16)
-"""Where a row of the table has its sides: stride, length, resized, taps, and where their weights begin."""
+FIRST, SECOND, COLUMNS_OF_TABLE = tl.constexpr(6), tl.constexpr(13), tl.constexpr(20)
+"""Where a row of the table has its sides: what they are, and where their weights begin."""
+EIGHTH = tl.constexpr(0.125)
 BITS, ONE, HALF = tl.constexpr(PRECISION), tl.constexpr(1.0 * (1 << PRECISION)), tl.constexpr(1 << PRECISION - 1)
 
 
@@ -33,18 +34,34 @@ class Side(NamedTuple):
     length: int
     resized: int
     taps: int
+    begin: int
+    extent: int
+    """Of the picture, in eighths of a pixel: it may be a part of the file's, at an eighth of its size."""
+
+
+def side(stride: int, length: int, resized: int, begin: float, end: float, mode: str) -> Side:
+    eighths = 8 * begin, 8 * (end - begin)
+    assert all(x == int(x) for x in eighths), f"a box is in eighths of a pixel, got {begin} to {end}"
+    return Side(stride, length, resized, taps(end - begin, resized, mode), *map(int, eighths))
 
 
 def cut(
-    images: list[Tensor], turns: list, grids: list[tuple[int, int]], patch_size: int, mode: str, order: str
+    images: list[Tensor],
+    turns: list,
+    boxes: list,
+    grids: list[tuple[int, int]],
+    patch_size: int,
+    mode: str,
+    order: str,
 ) -> Tensor:
     """See `patches.eager`."""
     device, p = images[0].device, patch_size
     table, pixels, weights, patches = [], 0, 0, 0
     columns = lines = rows = 0  # at most, of the first side when resized, the second before and after
-    for image, turn, (h, w) in zip(images, turns, grids):
-        corner, plane, *sides = place(image, turn)
-        height, width = (Side(*side, n * p, taps(side[1], n * p, mode)) for side, n in zip(sides, (h, w)))
+    for image, turn, box, (h, w) in zip(images, turns, boxes, grids):
+        corner, plane, down, across = place(image, turn)
+        left, top, right, bottom = box or (0, 0, across[1], down[1])
+        height, width = side(*down, h * p, top, bottom, mode), side(*across, w * p, left, right, mode)
         by_height = height_first(order, (height.length, height.resized), (width.length, width.resized))
         first, second = (height, width) if by_height else (width, height)
         starts = weights, weights + (1 + first.taps) * first.resized
@@ -53,8 +70,8 @@ def cut(
         weights = starts[1] + (1 + second.taps) * second.resized
         patches += h * w
         columns, lines, rows = max(columns, first.resized), max(lines, second.length), max(rows, second.resized)
-    about = to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)  # [N, 16]
-    between = torch.empty(pixels, dtype=torch.uint8, device=device)  # of each image [3, second.length, first.resized]
+    about = to_device(torch.tensor(table, dtype=torch.int64, device="cpu"), device)  # [N, 20]
+    between = torch.empty(pixels, dtype=torch.uint8, device=device)  # of each image [second.length, 3, first.resized]
     filters = torch.empty(weights, dtype=torch.int32, device=device)  # of each side [1 + taps, resized]
     out = torch.empty(patches, p * p * 3, dtype=torch.uint8, device=device)
 
@@ -97,13 +114,14 @@ def weights_kernel(table, filters, WEIGHTS: tl.constexpr, SUPPORT: tl.constexpr)
     """`eager.filters` of a side, operation by operation: a fused one would round otherwise. `[1 + taps, resized]`."""
     side = table + tl.program_id(2) * COLUMNS_OF_TABLE + tl.where(tl.program_id(1) == 0, FIRST, SECOND)
     length, resized = tl.load(side + 1).to(tl.int32), tl.load(side + 2).to(tl.int32)
-    taps, to = tl.load(side + 3).to(tl.int32), filters + tl.load(side + 4)
+    taps, to = tl.load(side + 3).to(tl.int32), filters + tl.load(side + 6)
+    begin, extent = tl.load(side + 4).to(tl.float64) * EIGHTH, tl.load(side + 5).to(tl.float64) * EIGHTH
     at = tl.program_id(0) * WEIGHTS + tl.arange(0, WEIGHTS)
     inside = at < resized
-    ratio = length.to(tl.float64) / resized.to(tl.float64)
+    ratio = extent / resized.to(tl.float64)
     stretched = tl.maximum(ratio, 1.0)
     support, shrink = SUPPORT * stretched, 1.0 / stretched
-    middle = (at.to(tl.float64) + 0.5) * ratio
+    middle = (at.to(tl.float64) + 0.5) * ratio + begin
     first = tl.maximum((middle - support + 0.5).to(tl.int32), 0)
     end = tl.minimum((middle + support + 0.5).to(tl.int32), length)
     tl.store(to + at, first, mask=inside)
@@ -127,21 +145,21 @@ def levels(summed):
 
 @triton.jit
 def first_kernel(table, filters, between, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """`[3, lines, length]` -> `[3, lines, resized]`, of an image."""
+    """`[lines, length]` of three planes -> `[lines, 3, resized]`, of an image."""
     about = table + tl.program_id(2) * COLUMNS_OF_TABLE
     source, plane = tl.load(about).to(tl.pointer_type(tl.uint8)), tl.load(about + 1)
     stride, length = tl.load(about + FIRST), tl.load(about + FIRST + 1)
     resized, taps = tl.load(about + FIRST + 2), tl.load(about + FIRST + 3).to(tl.int32)
-    weights = filters + tl.load(about + FIRST + 4)
+    weights = filters + tl.load(about + FIRST + 6)
     down, lines = tl.load(about + SECOND), tl.load(about + SECOND + 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of three planes
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (line, plane)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < 3 * lines)[:, None] & (column < resized)[None, :]
     busy = (tl.program_id(0) * ROWS < 3 * lines) & (tl.program_id(1) * COLUMNS < resized)
     first = tl.load(weights + column, mask=column < resized, other=0)
-    line = source + row // lines * plane + row % lines * down
+    line = source + row % 3 * plane + row // 3 * down
     summed = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for k in range(tl.where(busy, taps, 0)):
+    for k in tl.range(0, tl.where(busy, taps, 0), loop_unroll_factor=2):
         w = tl.load(weights + (1 + k) * resized + column, mask=column < resized, other=0)  # [COLUMNS]
         x = first + k
         pixels = tl.load(line[:, None] + (x * stride)[None, :], mask=inside & (x < length)[None, :], other=0)
@@ -152,24 +170,24 @@ def first_kernel(table, filters, between, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def second_kernel(table, filters, between, out, ROWS: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr):
-    """`[3, length, columns]` -> `[3, resized, columns]`, as patches `[h·w, (p, p, 3)]`, of an image."""
+    """`[length, 3, columns]` -> `[resized, 3, columns]`, as patches `[h·w, (p, p, 3)]`, of an image."""
     about = table + tl.program_id(2) * COLUMNS_OF_TABLE
-    columns, length = tl.load(about + FIRST + 2), tl.load(about + SECOND + 1)
+    columns, length = tl.multiple_of(tl.load(about + FIRST + 2), P & -P), tl.load(about + SECOND + 1)
     resized, taps = tl.load(about + SECOND + 2), tl.load(about + SECOND + 3).to(tl.int32)
-    weights = filters + tl.load(about + SECOND + 4)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of three planes
+    weights = filters + tl.load(about + SECOND + 6)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (place, plane)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     within = row < 3 * resized
     inside = within[:, None] & (column < columns)[None, :]
     busy = (tl.program_id(0) * ROWS < 3 * resized) & (tl.program_id(1) * COLUMNS < columns)
-    plane, place = row // resized, row % resized
+    place, plane = row // 3, row % 3
     first = tl.load(weights + place, mask=within, other=0)
-    line = between + tl.load(about + 2) + plane * length * columns
+    line = between + tl.multiple_of(tl.load(about + 2), P & -P) + plane * columns
     summed = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for k in range(tl.where(busy, taps, 0)):
+    for k in tl.range(0, tl.where(busy, taps, 0), loop_unroll_factor=2):
         w = tl.load(weights + (1 + k) * resized + place, mask=within, other=0)  # [ROWS]
         y = first + k
-        from_ = (line + y * columns)[:, None] + column[None, :]
+        from_ = (line + y * 3 * columns)[:, None] + column[None, :]
         pixels = tl.load(from_, mask=inside & (y < length)[:, None], other=0)
         summed += pixels.to(tl.int32) * w[:, None]
     by_height = tl.load(about + 5) != 0  # then what was resized second are the columns of the upright image
