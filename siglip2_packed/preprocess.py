@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
@@ -48,6 +49,9 @@ from siglip2_packed.processor_files import (
     resampling,
     rgb,
 )
+
+ROWS_AT_ONCE = 256
+"""That are normalised on the host: a few stay in its cache from one step to the next."""
 
 
 def resized_grid(height: int, width: int, patch_size: int, max_num_patches: int) -> tuple[int, int]:
@@ -240,7 +244,8 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
             else:  # the sizes are known now: every image goes straight to its rows of the pack
                 ends = list(itertools.accumulate((len(frame.patches) for frame in frames), initial=0))
                 rows = np.empty((ends[-1], self.patch_size**2 * 3), dtype=np.float32)
-                list(run(self._normalize, frames, [rows[i:j] for i, j in itertools.pairwise(ends)]))
+                parts = (rows[i:j] for i, j in itertools.pairwise(ends))
+                list(run(lambda frame, out: self._normalize(frame.patches, frame.scale, out), frames, parts))
                 pixel_values = torch.from_numpy(rows)
 
         grid_thw = [(len(item), *item[0].grid) for item in kept.values()]
@@ -313,11 +318,15 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
         """`[T, P]` uint8 patches of `read` -> float32 on their device, bit for bit what calling the processor gives."""
-        scaled = (patches.double() * self.rescale_factor).float()
-        if not self.do_normalize:
-            return scaled
-        mean, std = (_constant(x, patches.device) for x in (self.image_mean, self.image_std))
-        return scaled.view(len(patches), patches.shape[1] // 3, 3).sub_(mean).div_(std).view_as(patches)
+        if patches.device.type == "cpu":
+            rows = np.empty(patches.shape, dtype=np.float32)
+            for i in range(0, len(rows), ROWS_AT_ONCE):
+                self._normalize(patches[i : i + ROWS_AT_ONCE].numpy(), self.rescale_factor, rows[i : i + ROWS_AT_ONCE])
+            return torch.from_numpy(rows)
+        colours = (self.image_mean, self.image_std) if self.do_normalize else None
+        levels, channels = _levels(self.rescale_factor, colours, patches.device)
+        places = patches.reshape(-1, 3).int().mul_(3).add_(channels)
+        return F.embedding(places.view(-1), levels).view(patches.shape)
 
     def on_card(self, device: torch.device) -> card.Card | None:
         """What resizes and cuts images on this device, and with `decode="gpu"` decodes them; None if the host does.
@@ -383,9 +392,9 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
 
         return resized if self.decode == "scaled" else None
 
-    def _normalize(self, frame: _Patches, out: np.ndarray) -> None:
+    def _normalize(self, patches: Any, scale: float, out: np.ndarray) -> None:
         # Bit for bit transformers' arithmetic: scaled in float64, rounded to float32, normalised in float32.
-        np.multiply(frame.patches, frame.scale, out=out, dtype=np.float64, casting="same_kind")
+        np.multiply(patches, scale, out=out, dtype=np.float64, casting="same_kind")
         if self.do_normalize:
             np.subtract(out, _patch_of(tuple(self.image_mean), self.patch_size), out=out)
             np.divide(out, _patch_of(tuple(self.image_std), self.patch_size), out=out)
@@ -442,6 +451,16 @@ def _patch_of(colour: tuple[float, ...], patch_size: int) -> np.ndarray:
 
 
 @lru_cache
-def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Once a device: such a copy waits for all that the device has been given to do."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+def _levels(
+    factor: float, colours: tuple[tuple[float, ...], ...] | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each of 256 levels becomes in each of three channels, `[256·3, 1]` float32, and the channels 0, 1, 2.
+
+    Once a device: such a copy waits for all that the device has been given to do.
+    """
+    levels = (torch.arange(256, dtype=torch.float64, device="cpu") * factor).float()[:, None]
+    if colours is not None:
+        mean, std = torch.tensor(colours, dtype=torch.float32, device="cpu")
+        levels = (levels - mean) / std
+    channels = torch.arange(3, dtype=torch.int32, device="cpu")
+    return levels.expand(256, 3).reshape(-1, 1).to(device), channels.to(device)

@@ -5,11 +5,12 @@ import os
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from encode_runs import image_bytes, inputs
 
-from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel
+from siglip2_packed import Siglip2PackedImageProcessor, Siglip2PackedVisionModel, preprocess
 from siglip2_packed.collection import DECODE_IN
 from siglip2_packed.collection.decode import (
     DecodedImage,
@@ -40,6 +41,27 @@ def test_normalize_is_the_processors_arithmetic(photos):
         packed = processor([photos / "07.png"])
         assert [1, h, w] == packed["grid_thw"][0].tolist()
         assert torch.equal(processor.normalize(torch.from_numpy(patches)), packed["pixel_values"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_every_level_is_normalised_wherever_it_is_first(device):
+    """What becomes of the levels is kept: from within inference mode, beside another default device and dtype."""
+    levels = torch.arange(256, dtype=torch.uint8).repeat_interleave(48).view(-1, 48)
+    mean, std = np.float32([0.48145466, 0.4578275, 0.40821073]), np.float32([0.26862954, 0.26130258, 0.27577711])
+    expected = ((levels.numpy() * (1 / 255)).astype(np.float32).reshape(-1, 3) - mean) / std
+    processor = Siglip2PackedImageProcessor(image_mean=mean.tolist(), image_std=std.tolist(), patch_size=4)
+    preprocess._levels.cache_clear()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            first = processor.normalize(levels.to(device))
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for found in (first, processor.normalize(levels.to(device).t().contiguous().t())):
+        assert found.dtype == torch.float32 and found.shape == levels.shape
+        assert np.array_equal(found.cpu().numpy().reshape(-1, 3), expected)
 
 
 def test_features_can_be_trained_on(tower, pool):

@@ -508,8 +508,10 @@ def backward_short_kernel(
         dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
     p = tl.exp2(s * scale_log2 - e[None, :])
     p = tl.where(rows[:, None] < length, p, 0.0)  # a key of zeros has exp2(-lse), which may overflow
-    p /= tl.where(rows < length, tl.sum(p, 0), 1.0)[None, :]  # lse may be that of a rounded p
-    ds = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(q_main.dtype)
+    inverse = 1.0 / tl.where(rows < length, tl.sum(p, 0), 1.0)  # lse may be that of a rounded p
+    delta = tl.sum(p * dp, 0) * inverse
+    p *= inverse[None, :]
+    ds = (p * (dp - delta[None, :])).to(q_main.dtype)
     p = p.to(q_main.dtype)
     _store(dv, sdt, rows, length, tl.dot(p, g_main, input_precision=PRECISION), MAIN, WIDTH)
     _store(dk, sdt, rows, length, tl.dot(ds, q_main, input_precision=PRECISION) * scale, MAIN, WIDTH)
