@@ -10,9 +10,10 @@ Crops of scikit-image's photographs, 0.05 to 2 megapixels, sides 1:2 to 2:1, all
 once a round over all files (transformers' over every n-th, with --every n), in a process of its own that has run them
 before, over the first WARM files, when all providers did so at once. What comes before the first file does not count:
 reading the checkpoint, beside which decoding processes begin and pages are locked, a full pack, with the capture of a
-CUDA graph. The model alone computes as many packs as the files fill: a card at its power's limit slows down. What
-encode wrote in each round is compared with transformers' model in float32, called on each image alone, before anything
-is reported: float32 within 1e-4 and twice the error of the padded batches, half precision within 1.1 times.
+CUDA graph. The model alone computes as many packs as the files fill, 60 at least: a card at its limit of power slows
+down. What encode wrote in each round is compared with transformers' model in float32, called on each image alone,
+before anything is reported: float32 within 1e-4 and twice the error of the padded batches, half precision within 1.1
+times.
 
     pillow:decode              JPEG -> RGB, in a thread a core
     pillow:decode_resize       and resized to the grid and cut: all that a model's input needs of the CPU

@@ -38,9 +38,9 @@ PIXELS_AT_ONCE = 28 * 4032 * 3024
 """Of the files of a batch, three bytes each on the card: 0.95 GiB, four photos of 12 megapixels for each of an H100's
 seven decoders. One file of more is a batch of its own."""
 FILES_AT_ONCE = 64
-LARGE = 2 << 20
-"""Pixels of a file from which on nvJPEG decodes it. A smaller one takes a core 6 ms at most, and nvJPEG, whose kernels
-wait for those of a model that computes, as long as a large one."""
+LARGE = 2_000_000
+"""Pixels of a file from which on nvJPEG decodes it. A smaller photo takes a core a few milliseconds, and nvJPEG, whose
+kernels wait for those of a model that computes, as long as a large one."""
 END_OF_IMAGE = b"\xff\xd9"
 
 T = TypeVar("T")

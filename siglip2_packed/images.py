@@ -95,7 +95,6 @@ class Stored(NamedTuple):
 
     def image(self) -> Image.Image:
         """What is decoded already, upright."""
-        assert self.decoded
         return upright(Image.fromarray(self.data), self.turn)  # type: ignore[arg-type]
 
 

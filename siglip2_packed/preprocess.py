@@ -279,15 +279,15 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
     def read(self, source: Source | Stored) -> tuple[np.ndarray, tuple[int, int]]:
         """One image -> (`[h·w, P]` uint8 patches, (h, w)), resized and cut; `normalize` does the rest, where it likes.
 
-        On the host, with `decode="gpu"` the exact way. Also of what `read_for_card` has, as the card would.
+        On the host, with `decode="gpu"` the exact way. Also of what `read_for_card` gives for a card.
 
         Raises:
             ValueError: with the reason why it cannot be used.
         """
-        if isinstance(source, Stored):
+        if isinstance(source, Stored) and source.decoded:
             frame = self._cut(source.image(), 1, source.scaled)
         else:
-            frame = self._read(Frame(source, ""), None)
+            frame = self._read(Frame(bytes(source.data) if isinstance(source, Stored) else source, ""), None)
         assert isinstance(frame.patches, np.ndarray)
         assert frame.patches.dtype == np.uint8, "read() is for processors that resize and rescale"
         return frame.patches, frame.grid
@@ -317,7 +317,13 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         return stored, self.grid(*stored.size)
 
     def normalize(self, patches: torch.Tensor) -> torch.Tensor:
-        """`[T, P]` uint8 patches of `read` -> float32 on their device, bit for bit what calling the processor gives."""
+        """`[T, P]` uint8 patches of `read` -> float32 on their device, bit for bit what calling the processor gives.
+
+        Raises:
+            ValueError: patches of another dtype.
+        """
+        if patches.dtype != torch.uint8:
+            raise ValueError(f"patches must be uint8, as read() gives them, got {patches.dtype}")
         if patches.device.type == "cpu":
             rows = np.empty(patches.shape, dtype=np.float32)
             for i in range(0, len(rows), ROWS_AT_ONCE):
@@ -326,7 +332,7 @@ class Siglip2PackedImageProcessor(ProcessorFiles):
         colours = (self.image_mean, self.image_std) if self.do_normalize else None
         levels, channels = _levels(self.rescale_factor, colours, patches.device)
         places = patches.reshape(-1, 3).int().mul_(3).add_(channels)
-        return F.embedding(places.view(-1), levels).view(patches.shape)
+        return F.embedding(places.reshape(-1), levels).view(patches.shape)
 
     def on_card(self, device: torch.device) -> card.Card | None:
         """What resizes and cuts images on this device, and with `decode="gpu"` decodes them; None if the host does.

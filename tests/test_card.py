@@ -62,7 +62,7 @@ def test_plain_files_are_the_card_s_and_no_others(files, plain):
 def test_small_files_are_decoded_on_the_host(monkeypatch):
     """And resized on the card, with all others."""
     monkeypatch.undo()
-    small, large = jpeg(photograph((1448, 1448))), jpeg(photograph((1449, 1448)))
+    small, large = jpeg(photograph((1414, 1414))), jpeg(photograph((1415, 1414)))
     assert card.plain_jpeg(small) is None and card.plain_jpeg(large) is not None
     processor, on_card = on_cpu(lambda files: [255 - pixels for pixels in decode_jpegs(files)], max_num_patches=40)
     found, exact = (
@@ -77,6 +77,18 @@ def test_small_files_are_decoded_on_the_host(monkeypatch):
     patches, grid = processor.read_for_card(small, lambda size: None)
     assert np.array_equal(patches, Siglip2PackedImageProcessor(max_num_patches=40).read(small)[0])
     assert not processor.read_for_card(large, None)[0].decoded
+
+
+@pytest.mark.parametrize("how", ["exact", "scaled", "gpu"])
+def test_what_is_for_a_card_can_be_read_on_the_host(how):
+    """As `encode` does with what the card gives back."""
+    data = jpeg(photograph((333, 250)))
+    processor = Siglip2PackedImageProcessor(patch_size=4, max_num_patches=40, decode=how)
+    stored, grid = processor.read_for_card(data, lambda size: np.empty(size, np.uint8))
+    assert (stored.decoded, stored.scaled is not None) == (how != "gpu", how == "scaled")
+    patches, found_grid = processor.read(stored)
+    expected, expected_grid = processor.read(data)
+    assert grid == found_grid == expected_grid and np.array_equal(patches, expected)
 
 
 def test_a_pillow_of_other_pixels_resizes_on_the_host(monkeypatch):

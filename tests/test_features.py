@@ -43,6 +43,17 @@ def test_normalize_is_the_processors_arithmetic(photos):
         assert torch.equal(processor.normalize(torch.from_numpy(patches)), packed["pixel_values"])
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_normalize_takes_levels_in_any_order_of_memory_and_nothing_else(device):
+    processor = Siglip2PackedImageProcessor(patch_size=1)
+    by_columns = torch.zeros(3, 9, dtype=torch.uint8, device=device).t()
+    found = processor.normalize(by_columns)
+    assert found.shape == (9, 3) and found.dtype == torch.float32
+    assert processor.normalize(by_columns[:0]).shape == (0, 3)
+    with pytest.raises(ValueError, match="patches must be uint8, as read\\(\\) gives them, got torch.float32"):
+        processor.normalize(found)
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_every_level_is_normalised_wherever_it_is_first(device):
     """What becomes of the levels is kept: from within inference mode, beside another default device and dtype."""

@@ -45,5 +45,4 @@ def weight(image: DecodedImage) -> int:
 
 def read_on_host(processor: Siglip2PackedImageProcessor, image: DecodedImage, stored: Stored) -> DecodedImage:
     """What the card gave back."""
-    source = stored if stored.decoded else bytes(stored.data)
-    return decoded(processor, image.ordinal, image.name, source)._replace(stamp=image.stamp)
+    return decoded(processor, image.ordinal, image.name, stored)._replace(stamp=image.stamp)

@@ -75,6 +75,16 @@ def _centred(dq, r, keys, count):
 
 
 @triton.jit
+def _column_sums(x, M: tl.constexpr):
+    """`[M, LANES]` -> the sums of its columns in float32, in each of M rows."""
+    if x.dtype == tl.float32:
+        sums = tl.broadcast_to(tl.sum(x, 0)[None, :], x.shape)
+    else:
+        sums = tl.dot(tl.full([M, M], 1.0, x.dtype), x)
+    return sums
+
+
+@triton.jit
 def _low(x, rounded, LOW: tl.constexpr):
     """`low_order.of`, LOW being the shift."""
     rounded = rounded.to(tl.float32)
@@ -467,7 +477,8 @@ def backward_short_kernel(
 ):
     """dq, dk and dv (which share strides) of a head of a segment of at most M rows, all in one tile.
 
-    The tile holds whole rows of p, so delta is sum(p * dp), and `out` is not read.
+    The tile holds whole rows of p, so delta is sum(p * dp), and `out` is not read. dq is `_centred`. Sums are along
+    rows, which few lanes of a warp share, or products: a sum along columns is one of all warps, and waits for them.
     """
     WIDTH: tl.constexpr = min(K, MAIN)
     sqt, sqh, skt, skh, svt, svh = sqt * 8, sqh * 8, skt * 8, skh * 8, svt * 8, svh * 8
@@ -501,27 +512,26 @@ def backward_short_kernel(
         v_tail = _load(v + tail, svt, rows, length, TAIL, K - MAIN)
         g_tail = _load(grad + tail, sgt, rows, length, TAIL, K - MAIN)
     e = tl.load(lse + head * T + first + rows, mask=rows < length, other=float("inf"))
-    s = tl.dot(k_main, tl.trans(q_main), input_precision=PRECISION)
-    dp = tl.dot(v_main, tl.trans(g_main), input_precision=PRECISION)
+    s = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)  # [queries, keys]
+    dp = tl.dot(g_main, tl.trans(v_main), input_precision=PRECISION)
     if TAIL > 0:
-        s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
-        dp = tl.dot(v_tail, tl.trans(g_tail), dp, input_precision=PRECISION)
-    p = tl.exp2(s * scale_log2 - e[None, :])
-    p = tl.where(rows[:, None] < length, p, 0.0)  # a key of zeros has exp2(-lse), which may overflow
-    inverse = 1.0 / tl.where(rows < length, tl.sum(p, 0), 1.0)  # lse may be that of a rounded p
-    delta = tl.sum(p * dp, 0) * inverse
-    p *= inverse[None, :]
-    ds = (p * (dp - delta[None, :])).to(q_main.dtype)
-    p = p.to(q_main.dtype)
+        s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+        dp = tl.dot(g_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
+    p = tl.exp2(s * scale_log2 - e[:, None])
+    p = tl.where(rows[None, :] < length, p, 0.0)  # a key of zeros has exp2(-lse), which may overflow
+    inverse = 1.0 / tl.where(rows < length, tl.sum(p, 1), 1.0)  # lse may be that of a rounded p
+    delta = tl.sum(p * dp, 1) * inverse
+    p *= inverse[:, None]
+    ds = (p * (dp - delta[:, None])).to(q_main.dtype)
+    r = tl.sum(ds.to(tl.float32), 1) / -length
+    dq_main = tl.dot(ds, k_main, r[:, None] * _column_sums(k_main, M), input_precision=PRECISION)
+    _store(dq, sdt, rows, length, dq_main * scale, MAIN, WIDTH)
+    if TAIL > 0:
+        dq_tail = tl.dot(ds, k_tail, r[:, None] * _column_sums(k_tail, M), input_precision=PRECISION)
+        _store(dq + tail, sdt, rows, length, dq_tail * scale, TAIL, K - MAIN)
+    p, ds = tl.trans(p.to(q_main.dtype)), tl.trans(ds)  # [keys, queries]
     _store(dv, sdt, rows, length, tl.dot(p, g_main, input_precision=PRECISION), MAIN, WIDTH)
     _store(dk, sdt, rows, length, tl.dot(ds, q_main, input_precision=PRECISION) * scale, MAIN, WIDTH)
     if TAIL > 0:
         _store(dv + tail, sdt, rows, length, tl.dot(p, g_tail, input_precision=PRECISION), TAIL, K - MAIN)
         _store(dk + tail, sdt, rows, length, tl.dot(ds, q_tail, input_precision=PRECISION) * scale, TAIL, K - MAIN)
-    r = tl.sum(ds.to(tl.float32), 0)
-    ds = tl.trans(ds)
-    dq_main = _centred(tl.dot(ds, k_main, input_precision=PRECISION), r, k_main, length)
-    _store(dq, sdt, rows, length, dq_main * scale, MAIN, WIDTH)
-    if TAIL > 0:
-        dq_tail = _centred(tl.dot(ds, k_tail, input_precision=PRECISION), r, k_tail, length)
-        _store(dq + tail, sdt, rows, length, dq_tail * scale, TAIL, K - MAIN)

@@ -31,8 +31,8 @@ class Turn(NamedTuple):
 
 
 Box = tuple[float, float, float, float]
-"""(left, top, right, bottom) of the picture among the pixels of an upright image, in eighths: a JPEG file that is
-decoded at a scale of its own has its sides rounded up."""
+"""(left, top, right, bottom) of the picture among an upright image's pixels, in pixels, multiples of 1/8: a JPEG file
+that is decoded at a scale of its own has its sides rounded up."""
 
 
 def _cases(device: torch.device, dtype: torch.dtype, patch_size: int, mode: str) -> Iterator[tuple]:

@@ -346,7 +346,7 @@ def _short_tile(card: Card, dtype: torch.dtype, K: int, max_seqlen: int) -> Tile
     if max_seqlen <= 32:
         return Tile(32, 32, stages=1)
     if max_seqlen <= 64 and dtype != torch.float32:
-        return Tile(64, 64, stages=1, registers=168 if _roomy(card, K) else None)
+        return Tile(64, 64, stages=1, registers=128 if _roomy(card, K) else None)
     if max_seqlen <= 128 and dtype != torch.float32 and _roomy(card, K):
         return Tile(128, 128, warps=8, stages=1)
     return None
