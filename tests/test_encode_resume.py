@@ -235,3 +235,29 @@ def test_batch_invariant_is_recorded(checkpoint, photos, tmp_path, monkeypatch, 
     assert run(checkpoint, photos, out, *SETTINGS, "--resume") == 2
     assert "batch_invariant True, this one False" in capsys.readouterr().err
     assert run(checkpoint, photos, out, *SETTINGS, "--resume", "--batch-invariant") == 0
+
+
+@pytest.mark.parametrize("away", [["02.png"], GOOD])
+@pytest.mark.parametrize("share", [[], ["--shard", "0/1"], ["--shard", "1/2"]], ids=" ".join)
+def test_features_of_files_that_are_away_are_not_given_up(checkpoint, photos, tmp_path, capsys, share, away):
+    """An unmounted disk. Named by a list, they still are inputs; one that never could be read is no loss."""
+    folder, out, names = tmp_path / "photos", tmp_path / "out", [*GOOD, BAD[0], "never.png"]
+    shutil.copytree(photos, folder)
+    (tmp_path / "list.txt").write_text("".join(f"{folder / name}\n" for name in names))
+    arguments = checkpoint, tmp_path / "list.txt", out, *SETTINGS, *share
+    assert run(*arguments) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (folder / BAD[0]).unlink()
+    for name in away:
+        (folder / name).rename(tmp_path / name)
+    capsys.readouterr()
+    lacking = [name for name in away if share != ["--shard", "1/2"] or GOOD.index(name) // 4 == 1]
+    if lacking:
+        assert run(*arguments, "--resume") == 2
+        said = capsys.readouterr().err
+        assert "it has features of" in said and f"{lacking[0]}" in said and "which cannot be found now" in said
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for name in away:
+        (tmp_path / name).rename(folder / name)
+    assert run(*arguments, "--resume") == 0
+    assert all(path.read_bytes() == data for path, data in before.items() if path.name.startswith("shard-00001"))

@@ -178,6 +178,32 @@ def test_encoded_by_url(server, site, checkpoint, tmp_path, capsys):
         find_again(f"{url}/a.png", stamp)
 
 
+@pytest.mark.parametrize("how", ["one file", "the server"])
+def test_features_of_urls_that_are_away_are_not_given_up(site, checkpoint, tmp_path, capsys, how):
+    pytest.importorskip("aiohttp")
+    folder, out, sources = shutil.copytree(site, tmp_path / "served"), tmp_path / "out", tmp_path / "list.txt"
+    handler = type(
+        "Handler", (Ranges,), {"__init__": lambda self, *args: Ranges.__init__(self, *args, directory=folder)}
+    )
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        sources.write_text(f"{url}/a.png\n{url}/b/2.png\n")
+        assert run(checkpoint, sources, out, *FLAGS) == 0
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        if how == "one file":
+            (folder / "a.png").unlink()
+        else:
+            server.shutdown()
+            server.server_close()
+        remote.forget_states()
+        assert run(checkpoint, sources, out, *FLAGS, "--resume") == 2
+        lacking = f"{url}/a.png" if how == "one file" else f"{url}/a.png, {url}/b/2.png"
+        assert f"it has features of {lacking}, which cannot be found now" in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        server.shutdown()
+
+
 def test_what_cannot_be_had_costs_its_inputs(server, checkpoint, tmp_path):
     url, folder, handler = server
     handler.broken.add("2.png")

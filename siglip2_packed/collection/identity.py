@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 LONGEST_PATH = 1 << 15
 """Characters, on any system."""
-UNSTEADY = "unsteady"
-"""The stamp of what changed while it was read: no other is like it, not even itself."""
+ABSENT, UNSTEADY = UNKNOWN = "absent", "unsteady"
+"""The stamps of what is not there, and of what changed while it was read, or may have: no other is like that one, not
+even itself."""
 TOWER = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size hidden_act "
     "layer_norm_eps"
@@ -37,7 +38,7 @@ def stamp(path: str | os.PathLike) -> str:
     try:
         found = os.stat(path)
     except (OSError, ValueError):
-        return "absent"
+        return ABSENT
     return f"{found.st_size}:{found.st_mtime_ns}"
 
 
@@ -53,6 +54,13 @@ def same(before: str, container: str) -> bool:
     """Whether a recorded stamp still holds, given that of the input's file or container now."""
     mine, *rest = before.split(" ", 2)
     return mine == container != UNSTEADY and (not rest or rest[0] == stamp(rest[1]))
+
+
+def lost(before: str, container: str) -> bool:
+    """Whether a file of a recorded stamp, known then, is not there now, or its server does not tell."""
+    mine, *rest = before.split(" ", 2)
+    states = [(mine, container), *([(rest[0], stamp(rest[1]))] if rest else [])]
+    return any(now in UNKNOWN and then not in UNKNOWN for then, now in states)
 
 
 def versions(decode: str = "exact") -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from siglip2_packed.collection.identity import same
+from siglip2_packed.collection.identity import lost, same
 from siglip2_packed.collection.parts import Row, part_numbers, read_part
 from siglip2_packed.collection.shards import Output
 from siglip2_packed.collection.sources import Inputs
@@ -66,10 +66,10 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: boo
         retry_errors: no part that holds an error stays.
 
     Raises:
-        ValueError: there are features of inputs that are not among these.
+        ValueError: there are features of inputs that are not among these, or cannot be found now.
     """
     owner, line = np.full(len(inputs), -1, np.int32), np.zeros(len(inputs), np.int32)
-    stale, changed, gone = [], [], []
+    stale, changed, gone, away = [], [], [], []
     retried: dict[int, list[str]] = {}
     numbers = part_numbers(output)
     known = Known(inputs) if numbers else None
@@ -83,16 +83,17 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: boo
         # what could not be read may have become something else: a tar file that was empty, a folder that was closed
         gone += [row.input for row, known_now in zip(rows, there) if not (known_now or row.error)]
         pairs = [(row, place) for row, place in zip(rows, found.tolist()) if place >= 0]
-        unlike = [row.input for row, place in pairs if not same(row.stamp, inputs.stamp(place))]
+        others, lacking = unlike(inputs, pairs)
         again = [row.input for row, _ in pairs if row.error and retry_errors]
-        if unlike or again:
-            changed += unlike
+        away += lacking
+        if others or again:
+            changed += others
             retried |= {number: again} if again else {}
             stale.append(number)
             continue
         owner[found[there]], line[found[there]] = number, np.flatnonzero(there)
-    if gone:
-        raise ValueError(f"it has features of {listed(gone)}, which the inputs do not name (any more)")
+    refuse(gone, "the inputs do not name (any more)")
+    refuse(away, "cannot be found now")
 
     todo, taken = np.flatnonzero(owner < 0), {*numbers} - {*stale}
     free = (number for number in count() if number not in taken)
@@ -103,6 +104,19 @@ def make_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: boo
     return Plan(owner, line, to_make, stale, changed, retried, len(inputs) - len(todo))
 
 
+def unlike(inputs: Inputs, pairs: list[tuple[Row, int]]) -> tuple[list[str], list[str]]:
+    """Inputs of rows, and of these places, that are in another state than they were, by name; and those of them that
+    have features and are not there: nothing would come in their place."""
+    others = [(row, place) for row, place in pairs if not same(row.stamp, inputs.stamp(place))]
+    away = [row.input for row, place in others if not row.error and lost(row.stamp, inputs.stamp(place))]
+    return [row.input for row, _ in others], away
+
+
+def refuse(names: list[str], why: str) -> None:
+    if names:
+        raise ValueError(f"it has features of {listed(names)}, which {why}")
+
+
 def in_turn(inputs: int, shard_size: int) -> tuple[np.ndarray, np.ndarray]:
     """`owner` and `line` of a run that was never stopped."""
     number, line = np.divmod(np.arange(inputs, dtype=np.int32), np.int32(shard_size))
@@ -110,9 +124,13 @@ def in_turn(inputs: int, shard_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def share_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: bool, share: Share) -> Plan:
-    """That of a share, which makes every `of`-th shard of a run that was never stopped. Changes nothing."""
+    """That of a share, which makes every `of`-th shard of a run that was never stopped. Changes nothing.
+
+    Raises:
+        ValueError: there are features of inputs that cannot be found now.
+    """
     owner, line = in_turn(len(inputs), shard_size)
-    stale, changed = [], []
+    stale, changed, away = [], [], []
     retried: dict[int, list[str]] = {}
     own, names = share.numbers(len(inputs), shard_size), [*inputs.names()]
     for number in part_numbers(output):
@@ -120,12 +138,14 @@ def share_plan(output: Output, inputs: Inputs, shard_size: int, retry_errors: bo
         if number not in own or not rows or [row.input for row in rows] != names[first : first + shard_size]:
             stale.append(number)
             continue
-        unlike = [row.input for place, row in enumerate(rows, first) if not same(row.stamp, inputs.stamp(place))]
+        others, lacking = unlike(inputs, [(row, place) for place, row in enumerate(rows, first)])
         again = [row.input for row in rows if row.error and retry_errors]
-        if unlike or again:
-            changed += unlike
+        away += lacking
+        if others or again:
+            changed += others
             retried |= {number: again} if again else {}
             stale.append(number)
+    refuse(away, "cannot be found now")
     there = {*part_numbers(output)} - {*stale}
     done = int(np.isin(owner, [*there]).sum())
     return Plan(owner, line, [number for number in own if number not in there], stale, changed, retried, done)
