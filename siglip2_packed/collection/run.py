@@ -21,10 +21,11 @@ without a part, or files of other names, which are nothing yet: they are written
 for what is there; and an index that is true or missing: it goes before any shard that it names is touched.
 
 `--resume` believes run.json and the parts. It refuses another run (settings, versions, weights that differ, inputs that
-are gone, away or in another order) and says which. It encodes what no part vouches for: shards lost or torn, inputs that are
-new, and inputs that have changed, which it names, with the rest of their shard. That an input could not be read is
-vouched for like a row, and only `--retry-errors` has it tried again, with the rest of its shard; if it is gone, nothing
-was lost with it. A folder without run.json trusts no part; if it holds files of our names it is not written to.
+are gone or in another order, files that cannot be found for now) and says which. It encodes what no part vouches for:
+shards lost or torn, inputs that are new, and inputs that have changed, which it names, with the rest of their shard.
+That an input could not be read is vouched for like a row, and only `--retry-errors` has it tried again, with the rest
+of its shard; if it is gone, nothing was lost with it. A folder without run.json trusts no part; if it holds files of
+our names it is not written to.
 
 Under torchrun rank 0 holds the lock, plans and writes the tables. Rank r of w makes the missing shards r, r + w, ...
 
